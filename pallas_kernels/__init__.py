@@ -1,0 +1,1 @@
+"""Kernels that multiply by ternary matrices while they decode them: arrays in, arrays out."""
