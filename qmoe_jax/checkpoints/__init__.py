@@ -1,0 +1,7 @@
+"""Switch Transformer checkpoints: one protocol to read them all by, and the formats to write."""
+
+from qmoe_jax.checkpoints.reader import CheckpointError as CheckpointError
+from qmoe_jax.checkpoints.reader import DenseReader as DenseReader
+from qmoe_jax.checkpoints.reader import Reader as Reader
+from qmoe_jax.checkpoints.t5x import open_t5x as open_t5x
+from qmoe_jax.checkpoints.t5x_writer import write_t5x as write_t5x

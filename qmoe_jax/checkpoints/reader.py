@@ -1,0 +1,180 @@
+"""What every checkpoint looks like from outside: named tensors, read lazily, and one kind of error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from qmoe_jax.config import SwitchConfig
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or written, as data: where, what was expected and found, a remedy."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: object,
+        key: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+    ):
+        self.problem, self.path, self.key = problem, str(path), key
+        self.expected, self.found, self.remedy = expected, found, remedy
+        details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
+        lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
+        super().__init__("\n".join([f"{path}: {problem}", *lines]))
+
+
+class Tensor(Protocol):
+    """One stored tensor. Its shape and dtype are known without reading its data."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Axes as T5X has them: kernels [in, out], expert kernels [expert, in, out]."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype it is stored in (`ml_dtypes.bfloat16` among them)."""
+        ...
+
+    def read(self, rows: slice) -> np.ndarray:
+        """A copy of rows `rows` (a range of the first axis; of a scalar: all), read without the rest."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensor:
+    """A tensor that already lies in memory."""
+
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's dtype."""
+        return self.array.dtype
+
+    def read(self, rows: slice) -> np.ndarray:
+        """A copy of the rows."""
+        return np.array(self.array[rows] if self.array.ndim else self.array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of a checkpoint: its size on disk (None: unknown), and what is wrong with it, if anything."""
+
+    name: str
+    nbytes: int | None
+    problem: str | None = None
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A checkpoint of any format: tensors under T5X's paths, `encoder/layers_0/attention/query/kernel`."""
+
+    path: Path | str
+    format: str
+    config: SwitchConfig
+
+    def names(self) -> list[str]:
+        """Every parameter, sorted."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading its data."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype of a parameter, without reading its data."""
+        ...
+
+    def read(self, name: str, experts: slice | None = None) -> np.ndarray:
+        """A parameter, or a range of its experts (the first axis of expert kernels), in its stored dtype."""
+        ...
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter has an expert axis (its first)."""
+    return "/mlp/expert/" in name
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseReader:
+    """A `Reader` over lazy tensors: what the module of each format builds.
+
+    `notes` says what the reader had to decide, such as a config.json that contradicts the tensors.
+    `list_shards` looks at the files again each time; it costs a directory listing, and a few bytes of each
+    file.
+    """
+
+    path: Path | str
+    format: str
+    config: SwitchConfig
+    tensors: Mapping[str, Tensor]
+    list_shards: Callable[[], Sequence[Shard]]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """Every parameter, sorted."""
+        return sorted(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter. Raises `CheckpointError` if there is none of that name."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype of a parameter. Raises `CheckpointError` if there is none of that name."""
+        return self._tensor(name).dtype
+
+    def read(self, name: str, experts: slice | None = None) -> np.ndarray:
+        """A parameter in its stored dtype, or the range `experts` of an expert kernel [expert, in, out].
+
+        Raises `CheckpointError` where the file is damaged, `ValueError` for a range of a tensor without
+        experts or with a step.
+        """
+        tensor = self._tensor(name)
+        if experts is None:
+            return tensor.read(slice(0, tensor.shape[0] if tensor.shape else 0))
+        if not is_expert(name):
+            raise ValueError(f"{name} has no expert axis")
+        start, stop, step = experts.indices(tensor.shape[0])
+        if step != 1:
+            raise ValueError(f"experts are read in ranges, not with a step of {step}")
+        return tensor.read(slice(start, max(start, stop)))
+
+    def shards(self) -> Sequence[Shard]:
+        """The checkpoint's files, each with its size and what is wrong with it (missing, cut short)."""
+        return self.list_shards()
+
+    def require_whole(self) -> None:
+        """Raises `CheckpointError` naming the first files that are missing or damaged, if any are."""
+        damaged = [shard for shard in self.shards() if shard.problem]
+        if damaged:
+            raise CheckpointError(
+                f"{len(damaged)} files are missing or damaged",
+                path=self.path,
+                found="; ".join(f"{shard.name}: {shard.problem}" for shard in damaged[:3]),
+                remedy="copy the checkpoint again",
+            )
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(
+                "no such parameter",
+                path=self.path,
+                key=name,
+                expected=f"one of {len(self.tensors)} names, such as {min(self.tensors)}",
+            )
+        return self.tensors[name]

@@ -1,0 +1,224 @@
+"""Arrays that tensorstore reads: zarr directories, local, remote, or inside an OCDBT database."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from qmoe_jax.checkpoints.flax_msgpack import dtype_of
+from qmoe_jax.checkpoints.location import Location, first_line
+from qmoe_jax.checkpoints.reader import CheckpointError, Shard
+
+Metadata = dict[str, Any]
+
+# Checking a chunk is a few microseconds of waiting for the disk; more threads than this no longer help a
+# local one.
+_CHECK_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ZarrTensor:
+    """An array in the directory `location`. `metadata` is its .zarray (empty for zarr 3: tensorstore has it).
+
+    Reading a range of rows decodes the chunks that hold it and no others. Memory: the range, and the decoded
+    chunks under way (64 MiB each as T5X writes them, as many as there are processors).
+    """
+
+    location: Location
+    store: ts.TensorStore
+    metadata: Metadata
+    bfloat16_bits: bool = False  # stored as uint16: what T5X did before its version 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of what `read` returns."""
+        return np.dtype(ml_dtypes.bfloat16) if self.bfloat16_bits else self.store.dtype.numpy_dtype
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """The rows a chunk spans: to read fewer at a time is to read the chunk several times."""
+        chunk = self.store.chunk_layout.read_chunk.shape
+        return int(chunk[0] or 1) if chunk else 1
+
+    def read(self, rows: slice) -> np.ndarray:
+        """The rows, from the chunks that hold them. Raises `CheckpointError` if one is missing or damaged."""
+        part = self.store[rows.start : rows.stop] if self.store.rank else self.store
+        try:
+            array = part.read().result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                "a chunk is missing or damaged",
+                path=self.location.path,
+                found=first_line(error),
+                remedy="copy the checkpoint again",
+            ) from error
+        return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
+
+    def shards(self) -> Iterator[Shard]:
+        """The chunk files of a local zarr 2 array, each with what is wrong with it."""
+        directory = Path(self.location.path)
+        sizes = (
+            {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
+            if directory.is_dir()
+            else {}
+        )
+        separator = self.metadata.get("dimension_separator", ".")
+        if separator != ".":  # nested directories
+            sizes = {
+                str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()
+            }
+        chunks = self.metadata["chunks"]
+        grid = [range(-(-size // chunk)) for size, chunk in zip(self.shape, chunks, strict=True)]
+        names = [separator.join(map(str, index)) or "0" for index in itertools.product(*grid)]
+        with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            problems = pool.map(lambda name: self._problem(directory / name, sizes.get(name)), names)
+            for name, problem in zip(names, problems, strict=True):
+                if name in sizes or problem:
+                    yield Shard(f"{directory.name}/{name}", sizes.get(name, 0), problem)
+
+    def _problem(self, file: Path, size: int | None) -> str | None:
+        """What the file's size or last bytes give away, without decompressing it."""
+        compressor = (self.metadata.get("compressor") or {}).get("id")
+        expected = math.prod(self.metadata["chunks"]) * self.store.dtype.numpy_dtype.itemsize
+        if size is None:
+            return "missing" if self.metadata.get("fill_value") is None else None
+        if compressor is None and size != expected:
+            return f"{size:,} bytes instead of {expected:,}"
+        # A gzip file ends with the size of what it holds, modulo 2^32: cut short, it ends with something
+        # else.
+        if compressor == "gzip" and size < 18:
+            return f"cut short: {size} bytes"
+        if compressor == "gzip" and (found := _last_word(file)) != expected % 2**32:
+            return f"cut short or damaged: ends with {found:,} instead of its {expected:,} bytes"
+        return None
+
+
+def open_arrays(
+    directory: Location, declared: Mapping[str, Metadata | None], *, uint16_is_bfloat16: bool = False
+) -> dict[str, ZarrTensor]:
+    """The zarr 2 arrays in the directories `declared` names below `directory`, opened at once.
+
+    An array is described by its own .zarray; where there is none, by what is declared of it elsewhere (a
+    tensorstore spec). Its chunks and compressor are the .zarray's, whatever is declared: T5X does the same.
+
+    Raises:
+        CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
+        each other.
+    """
+    files = {name: directory.store.read(f"{name}/.zarray") for name in declared}
+    metadata = {}
+    for name, file in files.items():
+        with _refusing(directory / name):
+            zarray = file.result().value
+        metadata[name] = _metadata(directory / name, zarray, declared[name])
+    specs = {name: _zarr_spec(metadata[name]) for name in declared}
+    return {
+        name: ZarrTensor(
+            directory / name, store, metadata[name], uint16_is_bfloat16 and store.dtype == ts.uint16
+        )
+        for name, store in _open_all(directory, specs).items()
+    }
+
+
+def open_zarr3(directory: Location, names: list[str]) -> dict[str, ZarrTensor]:
+    """The zarr 3 arrays in the directories `names` of `directory`. Raises as `open_arrays` does."""
+    stores = _open_all(directory, {name: {"driver": "zarr3"} for name in names})
+    return {name: ZarrTensor(directory / name, store, {}) for name, store in stores.items()}
+
+
+def _zarr_spec(metadata: Metadata) -> Metadata:
+    return {
+        "driver": "zarr",
+        "metadata": metadata,
+        "assume_metadata": True,
+        # Without a fill value every chunk was written, zeros too: one that is missing was lost.
+        "fill_missing_data_reads": metadata.get("fill_value") is not None,
+    }
+
+
+def _open_all(directory: Location, specs: Mapping[str, Metadata]) -> dict[str, ts.TensorStore]:
+    opening, stores = {}, {}
+    for name, spec in specs.items():
+        with _refusing(directory / name):
+            opening[name] = ts.open(
+                {**spec, "open": True, "kvstore": (directory / name).spec},
+                read=True,
+                context=directory.context,
+            )
+    for name, future in opening.items():
+        with _refusing(directory / name):
+            stores[name] = future.result()
+    return stores
+
+
+@contextlib.contextmanager
+def _refusing(location: Location) -> Iterator[None]:
+    """Turns tensorstore's errors into a `CheckpointError`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            "an array that tensorstore cannot open", path=location.path, found=first_line(error)
+        ) from error
+
+
+def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> Metadata:
+    if not zarray:
+        if declared is None or "chunks" not in declared["metadata"]:
+            raise CheckpointError(
+                "an array without a description", path=location.path, expected="a file .zarray"
+            )
+        return _declared_metadata(declared)
+    try:
+        metadata = json.loads(zarray)
+    except ValueError as error:
+        raise CheckpointError("no readable JSON", path=f"{location.path}/.zarray", found=error) from error
+    if (
+        declared is not None
+        and list(declared["metadata"].get("shape", metadata["shape"])) != metadata["shape"]
+    ):
+        raise CheckpointError(
+            "the array is not of the shape that the checkpoint's index tells",
+            path=f"{location.path}/.zarray",
+            expected=declared["metadata"]["shape"],
+            found=metadata["shape"],
+        )
+    return metadata
+
+
+def _declared_metadata(spec: Metadata) -> Metadata:
+    """A .zarray out of a tensorstore spec, its dtype a NumPy name or, in older ones, a zarr string below."""
+    dtype = dtype_of(spec.get("dtype") or spec["metadata"]["dtype"])
+    return {
+        "compressor": None,
+        "dimension_separator": ".",
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        **spec["metadata"],
+        "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
+        "zarr_format": 2,
+    }
+
+
+def _last_word(file: Path) -> int:
+    with open(file, "rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        return int.from_bytes(stream.read(4), "little")
