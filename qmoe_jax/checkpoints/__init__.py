@@ -1,7 +1,8 @@
 """Switch Transformer checkpoints: one protocol to read them all by, and the formats to write."""
 
+from qmoe_jax.checkpoints.open import FORMATS as FORMATS
+from qmoe_jax.checkpoints.open import open_dense as open_dense
 from qmoe_jax.checkpoints.reader import CheckpointError as CheckpointError
 from qmoe_jax.checkpoints.reader import DenseReader as DenseReader
 from qmoe_jax.checkpoints.reader import Reader as Reader
-from qmoe_jax.checkpoints.t5x import open_t5x as open_t5x
 from qmoe_jax.checkpoints.t5x_writer import write_t5x as write_t5x

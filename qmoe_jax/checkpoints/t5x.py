@@ -7,6 +7,7 @@ where the parameter tree hangs (`optimizer/target/`, `target/`, `params/`), and 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -53,16 +54,15 @@ def find_t5x(location: Location) -> Found | None:
     return find_t5x(location / max(steps, key=lambda name: int(name.split("_")[-1]))) if steps else None
 
 
-def open_t5x(path: object, *, check: bool = True) -> DenseReader:
+def open_t5x(path: str | os.PathLike[str]) -> DenseReader:
     """The checkpoint at a local path or URL; `find_t5x` says what may be named.
 
-    With `check` every local chunk file is looked at before (present, not cut short); remote ones are not.
-    Opening reads the index and each array's description; memory is that of the index, some 100 kB for c-2048.
+    Opening reads the index and each array's description: for c-2048 some hundred small files.
 
     Raises:
         CheckpointError: no checkpoint there, damaged, or not a Switch Transformer.
     """
-    location = Location.of(path)  # type: ignore[arg-type]
+    location = Location.of(path)
     found = find_t5x(location)
     if found is None:
         raise CheckpointError(
@@ -78,16 +78,13 @@ def open_t5x(path: object, *, check: bool = True) -> DenseReader:
         stored = _open_leaves(found.directory, parameters, found.index.get("version"))
     tensors = unscan(stored, found.directory.path)
     config = infer_config({name: tensor.shape for name, tensor in tensors.items()}, found.directory.path)
-    reader = DenseReader(
+    return DenseReader(
         path=location.path,
         format="t5x",
         config=config,
         tensors=tensors,
         list_shards=lambda: _shards(found.directory, stored.values()),
     )
-    if check:
-        reader.require_whole()
-    return reader
 
 
 def parameter_tree(leaves: Mapping[str, Any], path: object) -> dict[str, Any]:
