@@ -1,0 +1,127 @@
+"""T5 attention: unscaled logits, a relative position bias a stack, key-value caches for decoding."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from qmoe_jax.models.layers import Kernel
+
+MASKED = -1e10
+"""Added to masked logits, as flaxformer does: a query without any key attends evenly instead of giving NaN."""
+
+
+def relative_position_bucket(
+    distance: Int[Array, "*shape"], bidirectional: bool, buckets: int = 32, max_distance: int = 128
+) -> Int[Array, "*shape"]:
+    """The bucket of a distance memory - query: exact when near, logarithmic to `max_distance`.
+
+    Thresholds are integers found once in float64, so that no platform's logarithm moves a border (for 32 buckets
+    and 128 they are those of flaxformer and Hugging Face alike, at every distance).
+    """
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        offset = jnp.zeros_like(distance)
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    steps = np.arange(1, buckets - exact)
+    borders = np.ceil(exact * (max_distance / exact) ** (steps / (buckets - exact)) - 1e-9)
+    far = exact + jnp.searchsorted(jnp.asarray(borders, jnp.int32), distance, side="right")
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+class RelativePositionBias(nn.Module):
+    """`rel_embedding` `[heads, bucket]`: one table for all layers of a stack."""
+
+    num_heads: int
+    bidirectional: bool
+    buckets: int = 32
+    max_distance: int = 128
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, queries: Int[Array, "query"], keys: Int[Array, "key"]) -> Float[Array, "1 heads query key"]:
+        """The bias between positions `queries` and positions `keys`."""
+        init = nn.with_logical_partitioning(
+            nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("heads", "relpos_buckets")
+        )
+        table = self.param("rel_embedding", init, (self.num_heads, self.buckets))
+        bucket = relative_position_bucket(
+            keys[None, :] - queries[:, None], self.bidirectional, self.buckets, self.max_distance
+        )
+        return table.astype(self.dtype)[None, :, bucket]
+
+
+class Attention(nn.Module):
+    """Multi-head attention over `num_heads * d_kv` features (head-major), which need not be the model's width."""
+
+    features: int
+    num_heads: int
+    d_kv: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        inner = self.num_heads * self.d_kv
+        # T5 folds the usual 1/sqrt(d_kv) of the logits into the query's initial scale.
+        self.query = Kernel(inner, ("embed", "joined_kv"), self.dtype, init_variance=1 / self.d_kv)
+        self.key = Kernel(inner, ("embed", "joined_kv"), self.dtype)
+        self.value = Kernel(inner, ("embed", "joined_kv"), self.dtype)
+        self.out = Kernel(self.features, ("joined_kv", "embed"), self.dtype)
+
+    def _split(self, x: Float[Array, "b n joined"]) -> Float[Array, "b n heads kv"]:
+        return x.reshape(*x.shape[:2], self.num_heads, self.d_kv)
+
+    def _attend(
+        self,
+        q: Float[Array, "b m heads kv"],
+        k: Float[Array, "b n heads kv"],
+        v: Float[Array, "b n heads kv"],
+        bias: Float[Array, "#b #heads #m #n"],
+    ) -> Float[Array, "b m embed"]:
+        logits = jnp.einsum("bmhd,bnhd->bhmn", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits + bias.astype(jnp.float32), axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("bhmn,bnhd->bmhd", weights, v)
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+
+    def __call__(
+        self, x: Float[Array, "b m embed"], memory: Float[Array, "b n embed"], bias: Float[Array, "#b #heads #m #n"]
+    ) -> Float[Array, "b m embed"]:
+        """Attend from `x` to `memory`; masks are part of `bias`."""
+        return self._attend(self._split(self.query(x)), self._split(self.key(memory)), self._split(self.value(memory)), bias)
+
+    def step(
+        self, x: Float[Array, "b 1 embed"], position: Int[Array, ""], length: int, bias: Float[Array, "#b #heads 1 n"]
+    ) -> Float[Array, "b 1 embed"]:
+        """Attend from the token at `position` to itself and those before it, kept in the collection "cache"."""
+        shape = (x.shape[0], length, self.num_heads, self.d_kv)
+        keys = self.variable("cache", "cached_key", jnp.zeros, shape, self.dtype)
+        values = self.variable("cache", "cached_value", jnp.zeros, shape, self.dtype)
+        keys.value = lax.dynamic_update_slice_in_dim(keys.value, self._split(self.key(x)), position, 1)
+        values.value = lax.dynamic_update_slice_in_dim(values.value, self._split(self.value(x)), position, 1)
+        return self._attend(self._split(self.query(x)), keys.value, values.value, bias)
+
+    def cross_step(
+        self, x: Float[Array, "b 1 embed"], memory: Float[Array, "b n embed"], bias: Float[Array, "#b #heads 1 n"]
+    ) -> Float[Array, "b 1 embed"]:
+        """Attend from one token to `memory`, whose keys and values are computed at the first step alone."""
+        keys = self.variable("cache", "cached_key", lambda: self._split(self.key(memory)))
+        values = self.variable("cache", "cached_value", lambda: self._split(self.value(memory)))
+        return self._attend(self._split(self.query(x)), keys.value, values.value, bias)
+
+
+def padding_bias(mask: Bool[Array, "b n"]) -> Float[Array, "b 1 1 n"]:
+    """A bias that hides the keys where `mask` is False."""
+    return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+
+
+def causal_bias(queries: Int[Array, "query"], keys: Int[Array, "key"]) -> Float[Array, "1 1 query key"]:
+    """A bias that hides keys after the query."""
+    return jnp.where(keys[None, :] <= queries[:, None], 0.0, MASKED)[None, None]
