@@ -1,0 +1,58 @@
+"""The codebooks of an artifact, as data: whoever reads it needs no rule by which they were made.
+
+One safetensors file: of each codebook the lengths of its codewords (the smallest integers that hold them) and
+their digits, two bits each; its name and what else it consists of are in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from qmoe_jax.artifact.bits import pack_bits, smallest_dtype, unpack_bits
+from qmoe_jax.artifact.files import ArtifactError, read_exactly
+from qmoe_jax.artifact.safetensors_header import read_header, render_header
+from qmoe_jax.coding import Codebook
+
+CODEBOOKS = "codebooks.safetensors"
+DIGIT_BITS = 2
+
+
+def render_codebooks(codebooks: Iterable[Codebook]) -> bytes:
+    """The bytes of the file."""
+    tensors: list[tuple[str, np.ndarray]] = []
+    described = []
+    for index, codebook in enumerate(sorted(codebooks, key=lambda codebook: codebook.name)):
+        lengths = np.asarray(codebook.lengths)
+        tensors.append((f"{index}.lengths", lengths.astype(smallest_dtype(lengths))))
+        tensors.append((f"{index}.digits", pack_bits(np.asarray(codebook.digits), DIGIT_BITS)))
+        static = {"max_length": codebook.max_length, "symbol_digits": codebook.symbol_digits}
+        described.append({"name": codebook.name, **static})
+    metadata = {"codebooks": json.dumps(described, sort_keys=True)}
+    return b"".join([render_header(tensors, metadata), *(array.tobytes() for _, array in tensors)])
+
+
+def read_codebooks(path: Path) -> dict[str, Codebook]:
+    """The codebooks of a file, by name.
+
+    Raises:
+      ArtifactError: the file is missing or damaged, or something in it is no codebook.
+    """
+    header = read_header(path)
+    arrays = {}
+    for entry in header.tensors:
+        data = read_exactly(path, header.data_begin + entry.begin, entry.end - entry.begin)
+        arrays[entry.name] = np.frombuffer(data, entry.dtype).reshape(entry.shape)
+    try:
+        codebooks = {}
+        for index, fields in enumerate(json.loads(header.metadata["codebooks"])):
+            digits = unpack_bits(arrays[f"{index}.digits"], DIGIT_BITS, fields["max_length"])
+            symbol_digits = np.array(fields["symbol_digits"], np.int32)
+            stored = {"lengths": arrays[f"{index}.lengths"], "digits": digits, "symbol_digits": symbol_digits}
+            codebooks[fields["name"]] = Codebook.from_arrays(fields["name"], stored)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ArtifactError("holds no codebook", path=path, found=repr(error)) from error
+    return codebooks

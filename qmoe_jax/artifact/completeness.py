@@ -1,0 +1,114 @@
+"""Whether the parts of an artifact make up a whole model: asked before the manifest is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qmoe_jax.artifact.files import ArtifactError
+from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
+from qmoe_jax.artifact.kinds import Kind, Ternary
+from qmoe_jax.artifact.manifest import Run
+from qmoe_jax.config import SwitchConfig
+
+
+def expert_matrices(config: SwitchConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of an expert, and their shapes (out, in)."""
+    up = ("wi_0", "wi_1") if config.gated else ("wi",)
+    return {**dict.fromkeys(up, (config.d_ff, config.d_model)), "wo": (config.d_model, config.d_ff)}
+
+
+def find_groups(root: Path) -> list[GroupKey]:
+    """The expert groups on the disk, whichever host wrote them.
+
+    Raises:
+      ArtifactError: there is a file among them that is none.
+    """
+    keys = []
+    for path in sorted((root / EXPERTS).rglob("*")):
+        if path.is_dir():
+            continue
+        key = GroupKey.from_path(path.relative_to(root).as_posix())
+        if key is None:
+            raise ArtifactError("is no expert group", path=path, remedy="remove it")
+        keys.append(key)
+    return keys
+
+
+def check_complete(
+    root: Path, run: Run, keys: Iterable[GroupKey], dense: Mapping[str, object]
+) -> dict[str, Kind]:
+    """How each compressed kernel is packed, after a check that every expert is there exactly once.
+
+    Args:
+      root: the artifact.
+      run: gives the architecture and the codebooks.
+      keys: the groups.
+      dense: the dense parameters by name; the kernels of a layer left uncompressed are among them.
+
+    Raises:
+      ArtifactError: an expert is missing or twice there, or groups of one layer are packed differently.
+    """
+    by_layer: dict[tuple[str, int], list[GroupKey]] = {
+        (stack, layer): [] for stack in ("encoder", "decoder") for layer in run.config.sparse_layers(stack)
+    }
+    for key in sorted(keys):
+        if (key.stack, key.layer) not in by_layer:
+            raise ArtifactError("is a group of a layer without experts", path=root / key.path)
+        by_layer[key.stack, key.layer].append(key)
+    kinds: dict[str, Kind] = {}
+    for (stack, layer), groups in by_layer.items():
+        names = {GroupKey(stack, layer, 0, 0).kernel(matrix) for matrix in expert_matrices(run.config)}
+        if not groups and names <= dense.keys():
+            continue
+        _check_experts(root, run.config.num_experts, f"{stack}/layers_{layer}", groups)
+        for key in groups:
+            group = GroupFile.open(root, key)
+            for matrix, kind in check_matrices(group.path, run, group.matrices).items():
+                if kinds.setdefault(name := key.kernel(matrix), kind) != kind:
+                    raise ArtifactError(
+                        "is packed unlike its layer", path=root / key.path, expected=kinds[name], found=kind
+                    )
+    return kinds
+
+
+def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupKey]) -> None:
+    """The groups, sorted, must hold every expert once."""
+    position = 0
+    for key in groups:
+        if key.start != position:
+            raise ArtifactError(
+                "experts are missing" if key.start > position else "experts are there twice",
+                path=root / key.path,
+                key=layer,
+                expected=f"expert {position} first",
+                found=f"experts {key.start} to {key.stop - 1}",
+            )
+        position = key.stop
+    if position != num_experts:
+        raise ArtifactError(
+            "experts are missing", path=root, key=layer, expected=f"{num_experts} experts", found=position
+        )
+
+
+def check_matrices(
+    path: Path, run: Run, matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
+) -> dict[str, Kind]:
+    """How the matrices of a group (kind and shape of each) are packed, after a check that they fit the run.
+
+    Raises:
+      ArtifactError: they are not the model's matrices, or need a codebook that the run has not; names `path`.
+    """
+    found = {matrix: shape for matrix, (_, shape) in matrices.items()}
+    if found != (expected := expert_matrices(run.config)):
+        raise ArtifactError("holds matrices of other shapes", path=path, expected=expected, found=found)
+    kinds = {matrix: kind for matrix, (kind, _) in matrices.items()}
+    for kind in kinds.values():
+        if isinstance(kind, Ternary) and kind.codebook not in run.codebooks:
+            raise ArtifactError(
+                "needs a codebook that the run lacks",
+                path=path,
+                expected=f"one of {sorted(run.codebooks)}",
+                found=kind.codebook,
+            )
+    return kinds

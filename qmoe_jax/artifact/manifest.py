@@ -1,0 +1,234 @@
+"""The manifest: what an artifact is and what each of its bytes must be; and the run that it came from.
+
+Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every
+flipped bit shows: the file must be exactly what its content renders to, and its content must hash to its own
+checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.artifact.files import ArtifactError, FileRecord, read_whole
+from qmoe_jax.artifact.groups import GroupKey
+from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
+from qmoe_jax.config import SwitchConfig
+
+FORMAT = "qmoe"
+VERSION = 1
+MANIFEST = "manifest.json"
+RUN = "run.json"
+
+
+def canonical(content: Mapping[str, Any]) -> bytes:
+    """The one way that JSON is written here. Raises `TypeError` or `ValueError` for what JSON cannot hold."""
+    return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of an object's canonical JSON."""
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that decides the bytes of an artifact; two runs that are equal write the same.
+
+    Attributes:
+      config: the architecture.
+      options: of the compression, as JSON.
+      source: what was compressed and with what: digests of the checkpoint and of the calibration data, as
+        JSON. Not their paths, which may change between a run and its resumption.
+      codebooks: digest of each codebook, by name.
+    """
+
+    config: SwitchConfig
+    options: Mapping[str, Any]
+    source: Mapping[str, Any]
+    codebooks: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values (tuples become lists)."""
+        return json.loads(canonical(dataclasses.asdict(self)))
+
+    @classmethod
+    def read(cls, root: Path) -> Run:
+        """The run that began an artifact. Raises `ArtifactError` where its file is damaged."""
+        path = root / RUN
+        try:
+            return cls.from_json(read_canonical(path))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, "the fields of a run", repr(error)) from error
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Run:
+        """The run that `to_json` wrote. Raises `KeyError` or `TypeError` where fields are missing."""
+        config: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields["config"].items()
+        }
+        return cls(SwitchConfig(**config), fields["options"], fields["source"], fields["codebooks"])
+
+    @property
+    def digest(self) -> str:
+        """What group files carry to say which run they belong to."""
+        return digest(self.to_json())
+
+    def differences(self, other: Run) -> dict[str, tuple[Any, Any]]:
+        """Each setting in which two runs differ: its name, ours, the other's."""
+        ours, theirs = _flatten(self.to_json()), _flatten(other.to_json())
+        keys = sorted(ours.keys() | theirs.keys())
+        return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRecord:
+    """One expert group: the experts, their file, what it must be."""
+
+    key: GroupKey
+    path: str
+    record: FileRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """One dense array: shape, dtype, and the SHA-256 of its elements (C order, little-endian)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ArrayRecord:
+        """From the manifest's fields."""
+        return cls(tuple(fields["shape"]), fields["dtype"], fields["sha256"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact holds.
+
+    Attributes:
+      run: what it came from.
+      kinds: how each compressed expert kernel is packed, by its name in the parameter tree.
+      groups: the expert groups, sorted.
+      dense: the arrays of the Orbax checkpoint `dense/`, by name. Its files carry times, so they are not
+        listed here but in the artifact's SHA256SUMS.
+      files: the other files that are the same in every run, such as the codebooks.
+      summary: what the compression says about its result, as JSON.
+    """
+
+    run: Run
+    kinds: Mapping[str, Kind]
+    groups: tuple[GroupRecord, ...]
+    dense: Mapping[str, ArrayRecord]
+    files: Mapping[str, FileRecord]
+    summary: Mapping[str, Any]
+
+    def render(self) -> bytes:
+        """The manifest's bytes."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "run": self.run.to_json(),
+            "kinds": {name: kind_to_json(kind) for name, kind in self.kinds.items()},
+            "experts": [_group_to_json(group) for group in self.groups],
+            "dense": {name: dataclasses.asdict(array) for name, array in self.dense.items()},
+            "files": {name: dataclasses.asdict(record) for name, record in self.files.items()},
+            "summary": dict(self.summary),
+        }
+        return canonical({"checksum": digest(content), **content})
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """Reads and checks the manifest of an artifact.
+
+        Raises:
+          ArtifactError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
+        """
+        path = root / MANIFEST
+        if (root / RUN).exists() and not path.exists():
+            raise ArtifactError(
+                "is unfinished",
+                path=root,
+                expected=MANIFEST,
+                found="only what a compression that was stopped had written",
+                remedy="run the same compression again: it goes on where it was stopped",
+            )
+        content = read_canonical(path)
+        if content.get("format") != FORMAT:
+            raise ArtifactError(
+                "is no qmoe artifact", path=path, expected=FORMAT, found=content.get("format")
+            )
+        if content.get("version") != VERSION:
+            raise ArtifactError(
+                "is of a version unknown here",
+                path=path,
+                expected=f"version {VERSION}",
+                found=f"version {content.get('version')}",
+                remedy="read it with a newer version of qmoe_jax",
+            )
+        expected = content.pop("checksum", None)
+        if (found := digest(content)) != expected:
+            raise _damaged(path, f"checksum {expected}", f"content with checksum {found}")
+        try:
+            return cls._from_json(content, path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, "the fields of a manifest", repr(error)) from error
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any], path: Path) -> Manifest:
+        return cls(
+            run=Run.from_json(content["run"]),
+            kinds={name: kind_from_json(kind, path) for name, kind in content["kinds"].items()},
+            groups=tuple(map(_group_from_json, content["experts"])),
+            dense={name: ArrayRecord.from_json(array) for name, array in content["dense"].items()},
+            files={name: FileRecord(**record) for name, record in content["files"].items()},
+            summary=content["summary"],
+        )
+
+
+def read_canonical(path: Path) -> dict[str, Any]:
+    """Reads a JSON object and checks that the file is exactly what it would be written as.
+
+    Raises:
+      ArtifactError: the file is missing or no JSON object, or differs by as much as a space.
+    """
+    data = read_whole(path)
+    try:
+        content = json.loads(data)
+        rendered = canonical(content)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "a JSON object", str(error)) from error
+    if not isinstance(content, dict) or rendered != data:
+        raise _damaged(path, "canonical JSON as it was written", "other bytes")
+    return content
+
+
+def _group_to_json(group: GroupRecord) -> dict[str, Any]:
+    fields = {**dataclasses.asdict(group.record), "path": group.path, "stack": group.key.stack}
+    return {**fields, "layer": group.key.layer, "experts": [group.key.start, group.key.stop]}
+
+
+def _group_from_json(fields: Mapping[str, Any]) -> GroupRecord:
+    start, stop = fields["experts"]
+    key = GroupKey(fields["stack"], fields["layer"], start, stop)
+    return GroupRecord(key, fields["path"], FileRecord(fields["bytes"], fields["sha256"]))
+
+
+def _damaged(path: Path, expected: str, found: str) -> ArtifactError:
+    return ArtifactError(
+        "is damaged", path=path, expected=expected, found=found, remedy="copy the artifact again"
+    )
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,99 @@
+"""What a model costs on the disk, everything counted."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from qmoe_jax.artifact.codebook_file import CODEBOOKS
+from qmoe_jax.artifact.dense import DENSE
+from qmoe_jax.artifact.groups import GroupFile
+from qmoe_jax.artifact.reader import ArtifactReader
+from qmoe_jax.artifact.store import REPORT
+from qmoe_jax.artifact.sums import SUMS, listed_files
+
+OVERHEAD = "headers and padding"
+BFLOAT16_BITS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes on the disk, and the parameters that they hold.
+
+    Attributes:
+      expert_parameters: in compressed experts.
+      other_parameters: everything else, layers left uncompressed among them.
+      expert_parts: bytes in the expert files by what they are: codes, counts, levels, ..., headers and
+        padding.
+      codebook_bytes: the codebooks' file.
+      dense_bytes: the Orbax checkpoint.
+      other_bytes: manifest, checksums, attached files; not the report, which no one needs to run the model.
+    """
+
+    expert_parameters: int
+    other_parameters: int
+    expert_parts: Mapping[str, int]
+    codebook_bytes: int
+    dense_bytes: int
+    other_bytes: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """The expert files and the codebooks, whole."""
+        return sum(self.expert_parts.values()) + self.codebook_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The artifact without its report."""
+        return self.expert_bytes + self.dense_bytes + self.other_bytes
+
+    @property
+    def bits_per_expert_parameter(self) -> float:
+        """Headers, padding and codebooks counted; 0 where nothing is compressed."""
+        return 8 * self.expert_bytes / self.expert_parameters if self.expert_parameters else 0.0
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Of the whole model, everything counted."""
+        return 8 * self.total_bytes / (self.expert_parameters + self.other_parameters)
+
+    @property
+    def compression_ratio(self) -> float:
+        """How many times smaller than all parameters in bfloat16."""
+        return BFLOAT16_BITS / self.bits_per_parameter
+
+
+def measure(path: str | Path) -> Sizes:
+    """Measures an artifact's files. Raises `ArtifactError` as opening it does."""
+    root = Path(path)
+    reader = ArtifactReader.open(root)
+    size = {name: (root / name).stat().st_size for name in [*listed_files(root), SUMS] if name != REPORT}
+    experts = {group.path for group in reader.manifest.groups}
+    dense = {name for name in size if name.startswith(f"{DENSE}/")}
+    others = size.keys() - experts - dense - {CODEBOOKS}
+    compressed = {name for name in reader.names() if reader.kind(name) is not None}
+    return Sizes(
+        expert_parameters=sum(math.prod(reader.shape(name)) for name in compressed),
+        other_parameters=sum(
+            math.prod(reader.shape(name)) for name in reader.names() if name not in compressed
+        ),
+        expert_parts=_expert_parts(root, reader),
+        codebook_bytes=size.get(CODEBOOKS, 0),
+        dense_bytes=sum(size[name] for name in dense),
+        other_bytes=sum(size[name] for name in others),
+    )
+
+
+def _expert_parts(root: Path, reader: ArtifactReader) -> dict[str, int]:
+    """Bytes of all expert files by part, from their headers."""
+    parts: collections.Counter[str] = collections.Counter()
+    for record in reader.manifest.groups:
+        group = GroupFile.open(root, record.key, record.path)
+        lengths = (group.offsets[:, 1:-1] - group.offsets[:, :-2]).sum(0)
+        for slot, length in zip(group.slots, lengths.tolist(), strict=True):
+            parts[slot.part] += length
+        parts[OVERHEAD] += group.nbytes - int(lengths.sum())
+    return dict(parts)

@@ -1,0 +1,277 @@
+"""Writing an artifact so that it can be stopped at any moment: finished groups stay, the manifest comes last.
+
+`run.json` is written first and says what run the directory belongs to, the codebooks next, then the groups as
+they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and `manifest.json`.
+Several hosts write disjoint groups into one directory; nothing is merged at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
+from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
+from qmoe_jax.artifact.dense import remove_leftovers, save_dense
+from qmoe_jax.artifact.files import (
+    ArtifactError,
+    FileRecord,
+    make_folder,
+    record_of,
+    record_of_pieces,
+    sync_folder,
+    temporary_files,
+    write_durably,
+)
+from qmoe_jax.artifact.groups import Expert, GroupFile, GroupKey, render_group
+from qmoe_jax.artifact.manifest import (
+    MANIFEST,
+    RUN,
+    ArrayRecord,
+    GroupRecord,
+    Manifest,
+    Run,
+    canonical,
+)
+from qmoe_jax.artifact.matrices import PackedExpertMatrix
+from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
+from qmoe_jax.coding import Codebook
+from qmoe_jax.config import SwitchConfig
+
+REPORT = "report.json"
+
+
+class ArtifactWriter:
+    """One run's hand on its directory. A context manager: it holds the directory's lock until it is closed.
+
+    Attributes:
+      root: the directory.
+      run: what decides the bytes.
+      host: which host this is; 0 also writes what all share.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        config: SwitchConfig,
+        options: Mapping[str, Any],
+        source: Mapping[str, Any],
+        codebooks: Iterable[Codebook] = (),
+        host: int = 0,
+    ):
+        """Begins an artifact, or goes on with one that was stopped.
+
+        Args:
+          path: a directory that is missing, empty, or this very run's.
+          config: the architecture.
+          options: of the compression, as JSON values.
+          source: digests of the checkpoint and of the calibration data, as JSON values: with the options, all
+            that decides the bytes. No paths, which may change between a run and its resumption.
+          codebooks: those that the expert matrices name.
+          host: `jax.process_index()` where several hosts write.
+
+        Raises:
+          ArtifactError: the directory holds something else or another run's artifact, or another process
+            writes it.
+        """
+        codebooks = list(codebooks)
+        digests = {codebook.name: codebook.digest for codebook in codebooks}
+        self.root, self.host = Path(path), host
+        self.run = Run(config, options, source, digests)
+        self._digest = self.run.digest
+        self._groups: dict[GroupKey, FileRecord] = {}
+        self._files: dict[str, FileRecord] = {}
+        self._dense: dict[str, ArrayRecord] | None = None
+        self._require_ours()
+        make_folder(self.root)
+        self._lock = _lock(self.root / f".lock-{host}")
+        try:
+            self._clean()
+            self.attach(RUN, canonical(self.run.to_json()))
+            if codebooks:
+                self.attach(CODEBOOKS, render_codebooks(codebooks))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process write. Whatever has been written stays."""
+        (self.root / f".lock-{self.host}").unlink(missing_ok=True)
+        os.close(self._lock)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artifact is whole: the manifest is there."""
+        return (self.root / MANIFEST).exists()
+
+    def has_group(self, stack: str, layer: int, start: int, stop: int) -> bool:
+        """Whether experts `start` to `stop - 1` are written; if so, every byte of their file is checked.
+
+        Raises:
+          ArtifactError: there is such a file, but it is damaged or another run's.
+        """
+        key = GroupKey(stack, layer, start, stop)
+        if key in self._groups:
+            return True
+        if not (self.root / key.path).exists():
+            return False
+        self._groups[key] = self._check_group(key)
+        return True
+
+    def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> None:
+        """Writes the experts from `start` on; when this returns they are durable.
+
+        Raises:
+          ArtifactError: they are not this model's, need a codebook that the run lacks, or cannot be written.
+          ValueError: they are not all packed in one way.
+        """
+        key = GroupKey(stack, layer, start, start + len(experts))
+        matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
+        check_matrices(self.root / key.path, self.run, matrices)
+        self._reopen()
+        pieces = render_group(key, experts, self._digest)
+        self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
+
+    def read_group(
+        self, stack: str, layer: int, start: int, stop: int
+    ) -> list[dict[str, PackedExpertMatrix]]:
+        """The experts of a group written before, for a resumed run to run its tokens through."""
+        return GroupFile.open(self.root, GroupKey(stack, layer, start, stop)).read(start, stop)
+
+    def write_dense(self, tree: Mapping[str, Any]) -> None:
+        """Writes every parameter that is in no group, a nested dict of arrays. Every host calls this."""
+        self._reopen()
+        self._dense = save_dense(self.root, tree)
+
+    def attach(self, name: str, content: bytes) -> None:
+        """Adds a file that is the same in every run (such as the tokenizer); the manifest will list it."""
+        path, record = self.root / name, record_of_pieces([content])
+        if self.host == 0 and not (path.exists() and record_of(path) == record):
+            self._reopen()
+            write_durably(path, [content])
+        self._files[name] = record
+
+    def finish(
+        self, summary: Mapping[str, Any] | None = None, report: Mapping[str, Any] | None = None
+    ) -> Manifest:
+        """Checks that nothing is missing, and writes the report, the checksums and, last, the manifest.
+
+        Groups that this process neither wrote nor checked are read and checked here. With several hosts, the
+        first one calls this when all are done.
+
+        Args:
+          summary: what the compression says about its result and is the same in every run; goes into the
+            manifest.
+          report: what differs from run to run, such as times; goes into `report.json`.
+
+        Raises:
+          ArtifactError: experts or dense parameters are missing, or a group is damaged or another run's.
+        """
+        for key in find_groups(self.root):
+            self.has_group(key.stack, key.layer, key.start, key.stop)
+        groups = tuple(GroupRecord(key, key.path, record) for key, record in sorted(self._groups.items()))
+        if self._dense is None:
+            raise ArtifactError("has no dense parameters", path=self.root, remedy="call write_dense first")
+        kinds = check_complete(self.root, self.run, self._groups, self._dense)
+        manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
+        self._reopen()
+        write_durably(self.root / REPORT, [canonical(report or {})])
+        write_durably(self.root / SUMS, [self._render_sums(manifest)])
+        write_durably(self.root / MANIFEST, [manifest.render()])
+        return manifest
+
+    def _render_sums(self, manifest: Manifest) -> bytes:
+        """The checksum of every file; those that this process has written or checked are not read again."""
+        sums = {group.path: group.record.sha256 for group in manifest.groups}
+        sums |= {name: record.sha256 for name, record in self._files.items()}
+        others = (path for path in listed_files(self.root) if path not in sums)
+        sums |= {path: record_of(self.root / path).sha256 for path in others}
+        return render_sums(sums | {MANIFEST: record_of_pieces([manifest.render()]).sha256})
+
+    def _reopen(self) -> None:
+        """Makes a finished artifact an unfinished one, before anything in it changes."""
+        if self.finished:
+            (self.root / MANIFEST).unlink()
+            sync_folder(self.root)
+
+    def _check_group(self, key: GroupKey) -> FileRecord:
+        """Reads a group's file and checks that it is this run's, and what its content would be written as."""
+        path, group = self.root / key.path, GroupFile.open(self.root, key)
+        if group.run != self._digest:
+            raise ArtifactError(
+                "belongs to another run",
+                path=path,
+                expected=f"run {self._digest}",
+                found=f"run {group.run}",
+                remedy="remove the file, or choose another output directory",
+            )
+        expected = record_of_pieces(render_group(key, group.read(key.start, key.stop), self._digest))
+        if (found := record_of(path)) != expected:
+            raise ArtifactError(
+                "is damaged",
+                path=path,
+                expected=expected,
+                found=found,
+                remedy="remove it: the run makes it again",
+            )
+        return found
+
+    def _require_ours(self) -> None:
+        """Raises `ArtifactError` where the directory holds anything but this run."""
+        found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
+        found = {name for name in found if not re.fullmatch(r"\.lock-\d+|\..*\.\d+\.tmp", name)}
+        if not found:
+            return
+        if RUN not in found:
+            raise ArtifactError(
+                "holds something else",
+                path=self.root,
+                expected="an empty directory, or an artifact of the same run",
+                found=", ".join(sorted(found)[:5]),
+                remedy="choose another output directory",
+            )
+        differences = self.run.differences(Run.read(self.root))
+        if differences:
+            ours, theirs = zip(*differences.values(), strict=True)
+            raise ArtifactError(
+                "holds an artifact of another run",
+                path=self.root,
+                expected=_settings(differences, ours),
+                found=_settings(differences, theirs),
+                remedy="choose another output directory, or the settings of the run that began this one",
+            )
+
+    def _clean(self) -> None:
+        """Removes what a killed run of this host left half-written."""
+        for path in temporary_files(self.root, self.host):
+            path.unlink()
+        if self.host == 0:
+            remove_leftovers(self.root)
+
+
+def _settings(names: Iterable[str], values: Iterable[Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
+
+
+def _lock(path: Path) -> int:
+    """Takes the lock that a process holds while it writes; the system frees it however the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ArtifactError(
+            "is being written by another process", path=path.parent, remedy="wait for it, or stop it"
+        ) from error
+    return descriptor

@@ -1,0 +1,46 @@
+"""`SHA256SUMS`: the checksum of every file of an artifact, in the format of `sha256sum -c`.
+
+It covers what the manifest cannot list because it differs from run to run: the files of `dense/`, into which
+Orbax writes times, and the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qmoe_jax.artifact.files import ArtifactError, read_whole
+
+SUMS = "SHA256SUMS"
+
+FOREIGN = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"})
+"""What people and hubs lay beside an artifact; these, and hidden entries, are no part of it."""
+
+
+def listed_files(root: Path) -> list[str]:
+    """Every file of an artifact, relative and sorted, `SHA256SUMS` left out."""
+    top = (entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name not in FOREIGN)
+    files = (file for entry in top for file in ([entry] if not entry.is_dir() else entry.rglob("*")))
+    return sorted(
+        file.relative_to(root).as_posix() for file in files if not file.is_dir() and file != root / SUMS
+    )
+
+
+def render_sums(sums: Mapping[str, str]) -> bytes:
+    """The bytes of the file, from checksums by relative path."""
+    return "".join(f"{sums[path]}  {path}\n" for path in sorted(sums)).encode()
+
+
+def read_sums(root: Path) -> dict[str, str]:
+    """The checksums by relative path.
+
+    Raises:
+      ArtifactError: the file is missing, or differs in any way from what `render_sums` writes.
+    """
+    path = root / SUMS
+    data = read_whole(path)
+    lines = [line.partition("  ") for line in data.decode(errors="replace").splitlines()]
+    sums = {name: sha256 for sha256, _, name in lines}
+    if render_sums(sums) != data:
+        raise ArtifactError("is damaged", path=path, expected="lines of a checksum and a path, sorted")
+    return sums
