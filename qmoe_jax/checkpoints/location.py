@@ -31,7 +31,8 @@ class Location:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Location:
-        """The directory at a local path (`~` stands for the home directory) or URL (gs://, s3://, http://, file://).
+        """The directory at a local path (`~` stands for the home directory) or URL (gs://, s3://, http://,
+        file://).
 
         Raises `CheckpointError` if no driver takes the URL. Nothing is read, so a local path need not exist.
         """

@@ -56,11 +56,9 @@ def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str,
     """The tensors of `parameters`, some of what `leaves` returns. Raises as `open_arrays` does."""
     root = _database(directory) if directory.read(_DATABASE) is not None else directory
     stored = {name: leaf for name, leaf in parameters.items() if isinstance(leaf, str)}
-    metadata = json.loads(directory.read(_METADATA) or b"{}")
-    if metadata.get("use_zarr3"):
-        arrays = open_zarr3(root, list(stored.values()))
-    else:
-        arrays = open_arrays(root, dict.fromkeys(stored.values()))
+    directories = list(dict.fromkeys(stored.values()))
+    zarr3 = directories and root.read(f"{directories[0]}/zarr.json") is not None
+    arrays = open_zarr3(root, directories) if zarr3 else open_arrays(root, dict.fromkeys(directories))
     return {
         name: arrays[leaf] if name in stored else ArrayTensor(np.asarray(leaf))
         for name, leaf in parameters.items()

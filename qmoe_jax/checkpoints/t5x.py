@@ -155,8 +155,12 @@ def _directory_of(name: str, spec: Mapping[str, Any]) -> str:
 
 
 def _shards(directory: Location, tensors: Iterable[Tensor]) -> list[Shard]:
-    """The files of a local checkpoint: its own, then each array's chunks; of a remote one none."""
+    """The files of a local checkpoint: its own, and the chunks of the parameters. Of a remote one none."""
     if not isinstance(directory.path, Path):
         return []
-    own = [Shard(file.name, file.stat().st_size) for file in directory.path.iterdir() if file.is_file()]
-    return own + [shard for tensor in tensors if isinstance(tensor, ZarrTensor) for shard in tensor.shards()]
+    arrays = [tensor for tensor in tensors if isinstance(tensor, ZarrTensor)]
+    if all(array.has_chunk_files for array in arrays):
+        own = [Shard(file.name, file.stat().st_size) for file in directory.path.iterdir() if file.is_file()]
+        return own + [shard for array in arrays for shard in array.shards()]
+    files = sorted(file for file in directory.path.rglob("*") if file.is_file())
+    return [Shard(str(file.relative_to(directory.path)), file.stat().st_size) for file in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import time
@@ -51,13 +52,14 @@ def write_t5x(
         raise CheckpointError("there is one already", path=final, remedy="choose another directory or step")
     temporary = final.with_name(f"{final.name}.tmp-{int(time.time())}")
     temporary.mkdir(parents=True)
-    target: dict[str, Any] = {}
-    for name, tensor in _tensors(params):
-        _insert(target, name, _write_tensor(temporary, name, tensor, np.dtype(dtype or tensor.dtype)))
+    tensors = dict(_tensors(params))
+    specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
+    stores = _create(temporary, specs)
+    _write(stores, tensors)
+    target = _nested({name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()})
     optimizer = {"state": {"param_states": {}, "step": np.asarray(step, np.int32)}, "target": target}
-    _write_durably(
-        temporary / "checkpoint", flax_msgpack.encode_tree({"version": _VERSION, "optimizer": optimizer})
-    )
+    index = flax_msgpack.encode_tree({"version": _VERSION, "optimizer": optimizer})
+    _write_durably(temporary / "checkpoint", index)
     temporary.rename(final)
     return final
 
@@ -83,27 +85,64 @@ def _tensors(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value if hasattr(value, "read") else ArrayTensor(np.asarray(value))
 
 
-def _insert(tree: dict[str, Any], name: str, leaf: object) -> None:
-    *parents, last = name.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
-def _write_tensor(directory: Path, name: str, tensor: Tensor, dtype: np.dtype) -> dict[str, Any]:
-    """Writes one array, and returns its spec as it stands in the msgpack: relative to the checkpoint."""
-    shape = tensor.shape
-    rows = _range_rows(shape, tensor.dtype.itemsize) if is_expert(name) else shape[0] if shape else 1
-    chunks = chunk_shape((rows, *shape[1:]) if shape else (), tensor.dtype.itemsize)
-    metadata = {"chunks": chunks, "compressor": _COMPRESSOR, "shape": list(shape)}
-    spec = {"driver": "zarr", "dtype": dtype.name, "metadata": metadata}
-    path = f"{stored_name(name)}/"
-    kvstore = {"driver": "file", "path": f"{directory.absolute()}/{path}"}
-    store = ts.open({**spec, "kvstore": kvstore}, create=True, context=ts.Context()).result()
-    for start in range(0, shape[0] if shape else 1, rows):
-        values = tensor.read(slice(start, start + rows)).astype(dtype)
-        (store[start : start + rows] if shape else store).write(values).result()
-    return {**spec, "kvstore": {"driver": "file", "path": path}}
+def _spec(name: str, tensor: Tensor, dtype: npt.DTypeLike | None) -> dict[str, Any]:
+    """The spec of an array as it stands in the msgpack, without its place."""
+    write_shape = (_rows(name, tensor), *tensor.shape[1:]) if tensor.shape else ()
+    metadata = {
+        "chunks": chunk_shape(write_shape, tensor.dtype.itemsize),
+        "compressor": _COMPRESSOR,
+        "shape": list(tensor.shape),
+    }
+    return {"driver": "zarr", "dtype": np.dtype(dtype or tensor.dtype).name, "metadata": metadata}
+
+
+def _kvstore(prefix: str, name: str) -> dict[str, str]:
+    return {"driver": "file", "path": f"{prefix}{stored_name(name)}/"}
+
+
+def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, ts.TensorStore]:
+    """Empty arrays for all parameters; at once, since each waits for its description to be synced."""
+    context = ts.Context()
+    prefix = f"{directory.absolute()}/"
+    opening = {
+        name: ts.open({**spec, "kvstore": _kvstore(prefix, name)}, create=True, context=context)
+        for name, spec in specs.items()
+    }
+    return {name: future.result() for name, future in opening.items()}
+
+
+def _write(stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor]) -> None:
+    """Writes all values. What is under way at a time stays below `_RANGE_BYTES`, but for one range that is
+    larger."""
+    under_way: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
+    for name, tensor in tensors.items():
+        rows = _rows(name, tensor)
+        for start in range(0, tensor.shape[0] if tensor.shape else 1, rows):
+            values = tensor.read(slice(start, start + rows)).astype(stores[name].dtype.numpy_dtype)
+            while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
+                under_way.popleft()[1].result()
+            part = stores[name][start : start + rows] if tensor.shape else stores[name]
+            under_way.append((values.nbytes, part.write(values)))
+    for _, write in under_way:
+        write.result()
+
+
+def _rows(name: str, tensor: Tensor) -> int:
+    """How many rows are written at a time: all, or of an expert kernel a range of experts."""
+    if is_expert(name):
+        return _range_rows(tensor.shape, tensor.dtype.itemsize)
+    return tensor.shape[0] if tensor.shape else 1
 
 
 def _range_rows(shape: tuple[int, ...], itemsize: int) -> int:

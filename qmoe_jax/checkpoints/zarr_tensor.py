@@ -57,6 +57,11 @@ class ZarrTensor:
         chunk = self.store.chunk_layout.read_chunk.shape
         return int(chunk[0] or 1) if chunk else 1
 
+    @property
+    def has_chunk_files(self) -> bool:
+        """Whether its chunks are local files that `metadata` describes: what `shards` needs."""
+        return bool(self.metadata) and self.location.spec["driver"] == "file"
+
     def read(self, rows: slice) -> np.ndarray:
         """The rows, from the chunks that hold them. Raises `CheckpointError` if one is missing or damaged."""
         part = self.store[rows.start : rows.stop] if self.store.rank else self.store
@@ -72,7 +77,7 @@ class ZarrTensor:
         return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
 
     def shards(self) -> Iterator[Shard]:
-        """The chunk files of a local zarr 2 array, each with what is wrong with it."""
+        """The chunk files, each with what is wrong with it. Only where `has_chunk_files`."""
         directory = Path(self.location.path)
         sizes = (
             {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
