@@ -1,0 +1,326 @@
+"""Damaged and foreign input: one clear error at opening, with the file, what was expected and found."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_samples import BFLOAT16, EXPERTS, LAYOUTS, TINY, nested, random_parameters, rewrite_json
+from flax import serialization
+
+from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
+from qmoe_jax.checkpoints.t5x import open_t5x
+from qmoe_jax.checkpoints.torch_file import open_torch
+
+CHUNK = f"target.{EXPERTS.replace('/', '.')}/0.0.0"
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_dense(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def make(layout: str, tmp_path: Path, dtype: np.dtype = BFLOAT16) -> Path:
+    return LAYOUTS[layout](tmp_path / "model", TINY, random_parameters(dtype=dtype))
+
+
+def truncate(file: Path, share: float = 0.5) -> None:
+    os.truncate(file, int(file.stat().st_size * share))
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    refused(
+        Path("no/such/checkpoint"),
+        "no/such/checkpoint",
+        "no such file",
+        "model.safetensors",
+        "checkpoint_<step>",
+    )
+    refused(tmp_path, str(tmp_path), "an empty directory")
+    (tmp_path / "notes.md").touch()
+    refused(tmp_path, "no checkpoint of a known format", "notes.md")
+    with pytest.raises(CheckpointError, match="foo://"):
+        open_dense("foo://bucket/checkpoint")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_zarr_chunk(share: float, tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    truncate(path / CHUNK, share)
+    refused(path, CHUNK, "cut short")
+
+
+def test_truncated_zarr_chunk_that_is_read_unchecked(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    truncate(path / CHUNK)
+    reader = open_dense(path, check=False)
+    assert [shard.name for shard in reader.shards() if shard.problem] == [CHUNK]
+    with pytest.raises(CheckpointError, match=r"0\.0\.0(.|\n)*copy the checkpoint again"):
+        reader.read(EXPERTS)
+    assert reader.read("encoder/encoder_norm/scale").shape == (8,)
+
+
+def test_missing_zarr_chunk(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    (path / CHUNK).unlink()
+    refused(path, CHUNK, "missing")
+    with pytest.raises(CheckpointError, match=r"0\.0\.0(.|\n)*missing"):
+        open_t5x(path).read(EXPERTS)
+
+
+def test_missing_zarr_chunk_is_the_fill_value_where_there_is_one(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    (path / CHUNK).unlink()
+    rewrite_json((path / CHUNK).with_name(".zarray"), fill_value=1.5)
+    assert (open_dense(path).read(EXPERTS, slice(1, 3)) == 1.5).all()
+
+
+def test_missing_array(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    shutil.rmtree((path / CHUNK).parent)
+    refused(path, CHUNK, "missing")
+
+
+def test_array_of_another_shape_than_the_index_says(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    rewrite_json((path / CHUNK).with_name(".zarray"), shape=[5, 8, 13])
+    refused(path, ".zarray", "expected: [5, 8, 12]", "found: [5, 8, 13]")
+
+
+@pytest.mark.parametrize("metadata", [{"compressor": {"id": "lz9"}}, {"dtype": "<q9"}, {"zarr_format": 7}])
+def test_array_that_tensorstore_does_not_know(metadata: dict, tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    rewrite_json((path / CHUNK).with_name(".zarray"), **metadata)
+    refused(path, str((path / CHUNK).parent), str(next(iter(metadata))))
+
+
+def test_damaged_zarray(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    truncate((path / CHUNK).with_name(".zarray"))
+    refused(path, ".zarray", "no readable JSON")
+
+
+def test_truncated_index(tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    truncate(path / "checkpoint")
+    refused(path, "checkpoint", "cut short", "bytes")
+
+
+def test_tensorflow_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"')
+    refused(tmp_path, "TensorFlow")
+
+
+@pytest.mark.parametrize(
+    "tree", [{}, {"version": 3, "optimizer": {"target": {"encoder": {"kernel": np.ones(3)}}}}]
+)
+def test_tree_of_another_model(tree: dict, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    refused(tmp_path, "token_embedder/embedding")
+
+
+def test_wrong_shape_in_t5x(tmp_path: Path) -> None:
+    parameters = random_parameters() | {
+        "decoder/layers_1/mlp/expert/wo/kernel": np.ones((5, 8, 12), BFLOAT16)
+    }
+    path = write_t5x(tmp_path, 3, nested(parameters))
+    refused(path, "decoder/layers_1/mlp/expert/wo/kernel", "expected: (5, 12, 8)", "found: (5, 8, 12)")
+
+
+def test_scanned_layers_with_a_position_bias_each(tmp_path: Path) -> None:
+    path = make("t5x, scanned", tmp_path)
+    parameters = {
+        name: tensor.read(slice(0, tensor.shape[0])) for name, tensor in open_t5x(path).tensors.items()
+    }
+    del parameters["encoder/relpos_bias/rel_embedding"]
+    parameters["encoder/encoder/relpos_bias/rel_embedding"] = np.arange(24).reshape(2, 3, 4).astype(BFLOAT16)
+    refused(write_t5x(tmp_path, 9, nested(parameters)), "each layer has a position bias of its own")
+
+
+@pytest.mark.parametrize("layout", ["safetensors, shards", "torch, shards"])
+def test_missing_shard(layout: str, tmp_path: Path) -> None:
+    path = make(layout, tmp_path)
+    shard = sorted(path.glob("*-of-*"))[0]
+    shard.unlink()
+    refused(path, shard.name, "shards are missing", "index.json")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors, shards", "torch", "torch, shards"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(layout: str, share: float, tmp_path: Path) -> None:
+    path = make(layout, tmp_path)
+    shard = sorted(file for file in path.iterdir() if file.suffix != ".json")[0]
+    truncate(shard, share)
+    refused(path, shard.name, "cut short")
+
+
+def test_shard_without_a_tensor_that_the_index_promises(tmp_path: Path) -> None:
+    path = make("safetensors, shards", tmp_path)
+    index = path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    file = weight_map["encoder.final_layer_norm.weight"]
+    rewrite_json(index, weight_map=weight_map | {"encoder.block.9.layer.0.layer_norm.weight": file})
+    refused(path, file, "encoder.block.9.layer.0.layer_norm.weight")
+
+
+def rewrite_safetensors(file: Path, change: Callable[[dict], object]) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+EXPERT_3 = "encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h.pop(EXPERT_3), ("an expert is missing", EXPERT_3)),
+        (lambda h: h[EXPERT_3].update(shape=[8, 12]), ("differ in shape", EXPERT_3, "[12, 8]", "[8, 12]")),
+        (lambda h: h[EXPERT_3].update(shape=[8, 13]), ("offsets do not fit", EXPERT_3, "208 bytes")),
+        (lambda h: h[EXPERT_3].update(dtype="F4"), ("unknown dtype", EXPERT_3, "F4")),
+        (lambda h: h[EXPERT_3].pop("data_offsets"), ("damaged entry", EXPERT_3)),
+        (lambda h: h.update(extra=h[EXPERT_3]), ("does not have", "extra")),
+        (lambda h: h.pop("encoder.final_layer_norm.weight"), ("missing", "encoder/encoder_norm/scale")),
+    ],
+)
+def test_safetensors_that_do_not_fit(
+    change: Callable[[dict], object], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = make("safetensors", tmp_path)
+    rewrite_safetensors(path / "model.safetensors", change)
+    refused(path, str(path), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "nllb-moe"}, ("model_type", "expected: switch_transformers", "found: nllb-moe")),
+        ({"dense_act_fn": "silu"}, ("dense_act_fn", "expected: relu", "found: silu")),
+        ({"dense_act_fn": "gelu"}, ("dense_act_fn", "found: gelu")),
+    ],
+)
+def test_config_json_of_another_architecture(changes: dict, words: tuple[str, ...], tmp_path: Path) -> None:
+    path = make("safetensors", tmp_path)
+    rewrite_json(path / "config.json", **changes)
+    refused(path, "config.json", *words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_config_json_that_is_none(text: str, tmp_path: Path) -> None:
+    path = make("safetensors", tmp_path)
+    (path / "config.json").write_text(text)
+    refused(path, "config.json", "JSON")
+
+
+def write_torch_archive(file: Path, program: bytes, **members: bytes) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        for name, data in members.items():
+            archive.writestr(f"archive/{name.replace('_', '/')}", data)
+    return file
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch owned",)
+
+
+def test_a_pickle_with_a_malicious_global_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = make("torch", tmp_path)
+    write_torch_archive(path / "pytorch_model.bin", pickle.dumps({"shared.weight": Malicious()}, protocol=2))
+    refused(path, "pytorch_model.bin", "posix.system", "do not load this file")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "builtins.getattr", "torch.load", "numpy.ndarray", "torch._utils.x"]
+)
+def test_every_other_global_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    module, attribute = name.rsplit(".", maxsplit=1)
+    file = write_torch_archive(tmp_path / "x.bin", b"\x80\x02c" + f"{module}\n{attribute}\n.".encode())
+    with pytest.raises(CheckpointError, match=name):
+        open_torch(file)
+
+
+def tensor_program(size: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    """A dict with one tensor, written with the standard library's own pickler."""
+
+    class Reference:
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> object:
+            return ("storage", "FloatStorage", "0", "cpu", size) if isinstance(value, Reference) else None
+
+    stream = io.BytesIO()
+    Pickler(stream, protocol=2).dump((Reference(), offset, shape, strides, False, None))
+    arguments = stream.getvalue()[2:-1].replace(
+        pickle.BINUNICODE + b"\x0c\0\0\0FloatStorage", pickle.GLOBAL + b"torch\nFloatStorage\n"
+    )
+    call = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + arguments + pickle.REDUCE
+    key = pickle.BINUNICODE + b"\x01\0\0\0w"
+    return b"\x80\x02" + pickle.EMPTY_DICT + key + call + pickle.SETITEM + pickle.STOP
+
+
+@pytest.mark.parametrize("view", [(6, 0, (2, 3), (3, 1)), (6, 0, (3, 2), (1, 3)), (6, 5, (0, 9), (9, 1))])
+def test_a_tensor_is_the_view_that_its_strides_say(view: tuple, tmp_path: Path) -> None:
+    data = np.arange(6, dtype=np.float32)
+    file = write_torch_archive(tmp_path / "x.bin", tensor_program(*view), data_0=data.tobytes())
+    _, offset, shape, strides = view
+    want = np.lib.stride_tricks.as_strided(data[offset:], shape, [4 * stride for stride in strides])
+    np.testing.assert_array_equal(open_torch(file)["w"].read(slice(0, shape[0])), want)
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        ((6, 1, (2, 3), (3, 1)), "beyond its storage"),
+        ((6, 0, (2, 3), (4, 1)), "beyond its storage"),
+        ((6, -1, (2,), (1,)), "beyond its storage"),
+        ((6, 0, (2, 2), (-1, 1)), "beyond its storage"),
+        ((7, 0, (2, 3), (3, 1)), "of another size"),
+        ((2**60, 0, (2**60,), (1,)), "of another size"),
+    ],
+)
+def test_a_tensor_stays_within_its_storage(view: tuple, message: str, tmp_path: Path) -> None:
+    file = write_torch_archive(tmp_path / "x.bin", tensor_program(*view), data_0=bytes(24))
+    with pytest.raises(CheckpointError, match=message):
+        open_torch(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "old format"),
+        (b"PK\x03\x04 cut short", "cut short"),
+        (b"", "cut short"),
+    ],
+)
+def test_no_archive_of_torch(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(data)
+    refused(tmp_path, "pytorch_model.bin", message)
+
+
+@pytest.mark.parametrize("program", [b"\x80\x02K\x01.", b"\x80\x02", b"\x80\x02}q\x00(K\x01K\x02u."])
+def test_no_dict_of_tensors(program: bytes, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.bin"):
+        open_torch(write_torch_archive(tmp_path / "x.bin", program))
+
+
+def test_a_big_endian_archive_is_refused(tmp_path: Path) -> None:
+    file = write_torch_archive(tmp_path / "x.bin", b"\x80\x02}.", byteorder=b"big")
+    with pytest.raises(CheckpointError, match="not little-endian"):
+        open_torch(file)

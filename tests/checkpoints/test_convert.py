@@ -1,0 +1,43 @@
+"""From one format to another and back: every bit stays."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
+
+from qmoe_jax.checkpoints import Reader, convert, open_dense
+
+ORIGINALS = ("hf_tiny_a", "t5x/switch_c_tiny_f32")
+
+
+def assert_same(a: Reader, b: Reader) -> None:
+    assert (a.config, a.names()) == (b.config, b.names())
+    for name in a.names():
+        x, y = a.read(name), b.read(name)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
+
+
+@pytest.mark.parametrize("original", ORIGINALS)
+def test_there_and_back(original: str, tmp_path: Path) -> None:
+    reader = open_dense(DATA / original)
+    t5x = open_dense(convert(reader, tmp_path / "t5x", "t5x"))
+    huggingface = open_dense(convert(t5x, tmp_path / "huggingface", "huggingface"))
+    again = open_dense(convert(huggingface, tmp_path / "again", "t5x", step=1000))
+    assert [r.format for r in (t5x, huggingface, again)] == ["t5x", "huggingface", "t5x"]
+    assert again.path.name == "checkpoint_1000"  # type: ignore[union-attr]
+    for copy in (t5x, huggingface, again):
+        assert_same(reader, copy)
+
+
+@pytest.mark.parametrize("format", ["t5x", "huggingface"])
+def test_rounds_on_request(format: str, tmp_path: Path) -> None:
+    parameters = random_parameters(dtype=np.dtype(np.float32))
+    source = open_dense(LAYOUTS["safetensors"](tmp_path / "source", TINY, parameters))
+    reader = open_dense(convert(source, tmp_path / "out", format, dtype=BFLOAT16))  # type: ignore[arg-type]
+    assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
+
+
+def test_refuses_an_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'gguf'"):
+        convert(open_dense(DATA / "hf_tiny_a"), tmp_path / "out", "gguf")  # type: ignore[arg-type]

@@ -1,0 +1,171 @@
+"""Hugging Face checkpoints: golden ones that transformers wrote, the published quirks, and what we write."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_samples import (
+    BFLOAT16,
+    DATA,
+    EXPERTS,
+    LAYOUTS,
+    TINY,
+    TINY_GATED,
+    TINY_TIED,
+    huggingface_arrays,
+    memory_reader,
+    random_parameters,
+    rewrite_json,
+)
+from safetensors.numpy import load_file
+
+from qmoe_jax.checkpoints import CheckpointError, convert, names, open_dense
+from qmoe_jax.checkpoints.huggingface_writer import write_huggingface
+from qmoe_jax.checkpoints.reader import is_expert
+from qmoe_jax.checkpoints.torch_writer import save_torch
+
+GOLDEN = ("hf_tiny_a", "hf_tiny_fullsparse")
+
+
+@pytest.mark.parametrize("model", GOLDEN)
+def test_reads_what_transformers_wrote(model: str) -> None:
+    reader, stored = open_dense(DATA / model), load_file(DATA / model / "model.safetensors")
+    assert reader.notes == []
+    for name in reader.names():
+        array = reader.read(name)
+        if is_expert(name):
+            want = np.stack([stored[names.to_huggingface(name, e)].T for e in range(len(array))])
+        else:
+            want = stored[names.to_huggingface(name)]
+            want = want if name == "token_embedder/embedding" else want.T
+        np.testing.assert_array_equal(array, want)
+
+
+@pytest.mark.parametrize("model", GOLDEN)
+def test_infers_the_architecture_of_what_transformers_wrote(model: str) -> None:
+    config, stated = open_dense(DATA / model).config, json.loads((DATA / model / "config.json").read_text())
+    assert (config.num_encoder_layers, config.num_decoder_layers) == (
+        stated["num_layers"],
+        stated["num_decoder_layers"],
+    )
+    assert config.tied == stated["tie_word_embeddings"]
+    assert config.num_experts == stated["num_experts"]
+    step = stated["encoder_sparse_step"]
+    every_step = tuple(i for i in range(config.num_encoder_layers) if step == 1 or i % step == 1)
+    assert config.encoder_sparse_layers == config.decoder_sparse_layers == every_step
+
+
+@pytest.mark.parametrize("model", GOLDEN)
+@pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
+def test_writes_what_transformers_wrote(model: str, shard_bytes: int, tmp_path: Path) -> None:
+    """The same tensors and names, as the safetensors library reads them, and the same architecture."""
+    output = write_huggingface(tmp_path / "copy", open_dense(DATA / model), shard_bytes=shard_bytes)
+    files = sorted(output.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 10**9)
+    assert all(file.stat().st_size < shard_bytes + 100_000 for file in files)
+    ours = {key: array for file in files for key, array in load_file(file).items()}
+    theirs = load_file(DATA / model / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    stated, original = (json.loads((p / "config.json").read_text()) for p in (output, DATA / model))
+    silent = {"dropout_rate", "expert_capacity"}  # ours drops no token, theirs is of a test's size
+    for key in (stated.keys() & original.keys()) - silent:
+        assert stated[key] == original[key], key
+    assert open_dense(output).notes == []
+
+
+def test_tensors_decide_where_config_json_contradicts_them(tmp_path: Path) -> None:
+    """The published config.json of c-2048 and xxl: fewer layers, another pattern, tied, not gated."""
+    path = LAYOUTS["torch, shards"](tmp_path / "model", TINY_GATED, random_parameters(TINY_GATED))
+    rewrite_json(
+        path / "config.json",
+        num_layers=48,
+        decoder_sparse_step=0,
+        num_sparse_decoder_layers=9,
+        tie_word_embeddings=None,
+        is_gated_act=False,
+        dense_act_fn="gelu",
+        num_heads=32,
+    )
+    reader = open_dense(path)
+    assert reader.config == TINY_GATED
+    assert "config.json says num_layers 48, the tensors say 4" in reader.notes
+    assert len(reader.notes) == 4
+
+
+def test_takes_from_config_json_what_no_shape_tells(tmp_path: Path) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
+    rewrite_json(path / "config.json", layer_norm_epsilon=1e-5, eos_token_id=7, pad_token_id=None)
+    assert open_dense(path).config == dataclasses.replace(TINY, layer_norm_epsilon=1e-5, eos_id=7)
+
+
+def test_a_tied_head_is_the_embedding_whatever_is_stored(tmp_path: Path) -> None:
+    """transformers overwrites it, unless config.json says that it is not tied."""
+    path = LAYOUTS["torch"](tmp_path / "model", TINY, random_parameters())
+    assert not open_dense(path).config.tied
+    for statement in (True, None):  # absent means true
+        rewrite_json(path / "config.json", tie_word_embeddings=statement)
+        reader = open_dense(path)
+        assert reader.config.tied
+        assert "decoder/logits_dense/kernel" not in reader.names()
+
+
+def test_opens_without_config_json(tmp_path: Path) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY_TIED, random_parameters(TINY_TIED))
+    (path / "config.json").unlink()
+    reader = open_dense(path)
+    assert reader.config == TINY_TIED
+    assert "no config.json" in reader.notes[0]
+
+
+def test_a_range_of_experts_reads_only_their_bytes(tmp_path: Path) -> None:
+    """All experts lie in one storage, and the file ends within the third: the first two can be read."""
+    parameters = random_parameters()
+    path = LAYOUTS["torch"](tmp_path / "model", TINY, parameters)
+    reader = open_dense(path)
+    storage = reader.tensors[EXPERTS].experts[0].storage  # type: ignore[attr-defined]
+    expert_bytes = parameters[EXPERTS][0].nbytes
+    with open(path / "pytorch_model.bin", "r+b") as file:
+        file.truncate(storage.offset + 2 * expert_bytes + 1)
+    assert reader.read(EXPERTS, slice(0, 2)).tobytes() == parameters[EXPERTS][:2].tobytes()
+    with pytest.raises(
+        CheckpointError, match=r"cut short\n  key: encoder.block.1.layer.1.mlp.experts.expert_2.wi"
+    ):
+        reader.read(EXPERTS, slice(1, 3))
+
+
+def test_refuses_two_embeddings(tmp_path: Path) -> None:
+    parameters = random_parameters()
+    path = LAYOUTS["torch"](tmp_path / "model", TINY, parameters)
+    stored = huggingface_arrays(TINY, parameters)
+    copy = {"encoder.embed_tokens.weight": stored["shared.weight"]}
+    save_torch(path / "pytorch_model.bin", {**stored, **copy})
+    open_dense(path)
+    copy["encoder.embed_tokens.weight"] = copy["encoder.embed_tokens.weight"] + BFLOAT16.type(1)
+    save_torch(path / "pytorch_model.bin", {**stored, **copy})
+    with pytest.raises(CheckpointError, match="different embeddings"):
+        open_dense(path)
+
+
+def test_never_writes_over_something(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert(memory_reader(TINY, random_parameters()), tmp_path, "huggingface")
+
+
+def test_says_that_a_pattern_of_layers_has_no_config_json(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 3))
+    with pytest.raises(CheckpointError, match=r"encoder_sparse_step(.|\n)*\(0, 3\)"):
+        convert(memory_reader(config, random_parameters(config)), tmp_path / "out", "huggingface")
+
+
+def test_prefers_safetensors_and_follows_no_index_outside(tmp_path: Path) -> None:
+    path = LAYOUTS["torch, shards"](tmp_path / "model", TINY, random_parameters())
+    rewrite_json(path / "pytorch_model.bin.index.json", weight_map={"shared.weight": "../secret.bin"})
+    with pytest.raises(CheckpointError, match=r"outside(.|\n)*secret"):
+        open_dense(path)
+    shutil.copy(DATA / "hf_tiny_a" / "model.safetensors", path)
+    assert open_dense(path).config.d_model == 64
