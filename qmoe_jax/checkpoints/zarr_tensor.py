@@ -79,35 +79,26 @@ class ZarrTensor:
     def shards(self) -> Iterator[Shard]:
         """The chunk files, each with what is wrong with it. Only where `has_chunk_files`."""
         directory = Path(self.location.path)
-        sizes = (
-            {entry.name: entry.stat().st_size for entry in os.scandir(directory)}
-            if directory.is_dir()
-            else {}
-        )
         separator = self.metadata.get("dimension_separator", ".")
-        if separator != ".":  # nested directories
-            sizes = {
-                str(p.relative_to(directory)): p.stat().st_size for p in directory.rglob("*") if p.is_file()
-            }
-        chunks = self.metadata["chunks"]
-        grid = [range(-(-size // chunk)) for size, chunk in zip(self.shape, chunks, strict=True)]
+        sizes = _file_sizes(directory)
+        grid = [range(-(-n // chunk)) for n, chunk in zip(self.shape, self.metadata["chunks"], strict=True)]
         names = [separator.join(map(str, index)) or "0" for index in itertools.product(*grid)]
+        if self.metadata.get("fill_value") is not None:
+            names = [name for name in names if name in sizes]  # a chunk that is missing holds the fill value
+        present = [name for name in names if name in sizes]
         with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            problems = pool.map(lambda name: self._problem(directory / name, sizes.get(name)), names)
-            for name, problem in zip(names, problems, strict=True):
-                if name in sizes or problem:
-                    yield Shard(f"{directory.name}/{name}", sizes.get(name, 0), problem)
+            found = pool.map(lambda name: self._problem(directory / name, sizes[name]), present)
+            problems = dict(zip(present, found, strict=True))
+        for name in names:
+            yield Shard(f"{directory.name}/{name}", sizes.get(name), problems.get(name, "missing"))
 
-    def _problem(self, file: Path, size: int | None) -> str | None:
+    def _problem(self, file: Path, size: int) -> str | None:
         """What the file's size or last bytes give away, without decompressing it."""
         compressor = (self.metadata.get("compressor") or {}).get("id")
         expected = math.prod(self.metadata["chunks"]) * self.store.dtype.numpy_dtype.itemsize
-        if size is None:
-            return "missing" if self.metadata.get("fill_value") is None else None
         if compressor is None and size != expected:
             return f"{size:,} bytes instead of {expected:,}"
-        # A gzip file ends with the size of what it holds, modulo 2^32: cut short, it ends with something
-        # else.
+        # A gzip file ends with the size of what it holds, modulo 2^32; one cut short does not.
         if compressor == "gzip" and size < 18:
             return f"cut short: {size} bytes"
         if compressor == "gzip" and (found := _last_word(file)) != expected % 2**32:
@@ -221,6 +212,12 @@ def _declared_metadata(spec: Metadata) -> Metadata:
         "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
         "zarr_format": 2,
     }
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """The files below a directory by their paths in it; none if there is no such directory."""
+    files = (Path(root, name) for root, _, names in os.walk(directory) for name in names)
+    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
 
 
 def _last_word(file: Path) -> int:
