@@ -1,0 +1,4 @@
+"""How good a model is, and how far a compressed one is from its original."""
+
+from qmoe_jax.evaluation.loss import Evaluation as Evaluation
+from qmoe_jax.evaluation.loss import evaluate as evaluate

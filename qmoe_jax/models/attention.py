@@ -101,20 +101,23 @@ class Attention(nn.Module):
         self, x: Float[Array, "b 1 embed"], position: Int[Array, ""], length: int, bias: Float[Array, "#b #heads 1 n"]
     ) -> Float[Array, "b 1 embed"]:
         """Attend from the token at `position` to itself and those before it, kept in the collection "cache"."""
-        shape = (x.shape[0], length, self.num_heads, self.d_kv)
-        keys = self.variable("cache", "cached_key", jnp.zeros, shape, self.dtype)
-        values = self.variable("cache", "cached_value", jnp.zeros, shape, self.dtype)
-        keys.value = lax.dynamic_update_slice_in_dim(keys.value, self._split(self.key(x)), position, 1)
-        values.value = lax.dynamic_update_slice_in_dim(values.value, self._split(self.value(x)), position, 1)
-        return self._attend(self._split(self.query(x)), keys.value, values.value, bias)
+        empty = jnp.zeros((x.shape[0], length, self.num_heads, self.d_kv), self.dtype)
+        keys, values = self.get_variable("cache", "key", empty), self.get_variable("cache", "value", empty)
+        keys = lax.dynamic_update_slice_in_dim(keys, self._split(self.key(x)), position, 1)
+        values = lax.dynamic_update_slice_in_dim(values, self._split(self.value(x)), position, 1)
+        self.put_variable("cache", "key", keys)
+        self.put_variable("cache", "value", values)
+        return self._attend(self._split(self.query(x)), keys, values, bias)
 
     def cross_step(
         self, x: Float[Array, "b 1 embed"], memory: Float[Array, "b n embed"], bias: Float[Array, "#b #heads 1 n"]
     ) -> Float[Array, "b 1 embed"]:
         """Attend from one token to `memory`, whose keys and values are computed at the first step alone."""
-        keys = self.variable("cache", "cached_key", lambda: self._split(self.key(memory)))
-        values = self.variable("cache", "cached_value", lambda: self._split(self.value(memory)))
-        return self._attend(self._split(self.query(x)), keys.value, values.value, bias)
+        if not self.has_variable("cache", "key"):
+            self.put_variable("cache", "key", self._split(self.key(memory)))
+            self.put_variable("cache", "value", self._split(self.value(memory)))
+        keys, values = self.get_variable("cache", "key"), self.get_variable("cache", "value")
+        return self._attend(self._split(self.query(x)), keys, values, bias)
 
 
 def padding_bias(mask: Bool[Array, "b n"]) -> Float[Array, "b 1 1 n"]:

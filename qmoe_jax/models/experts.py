@@ -6,7 +6,7 @@ there decides: a model may keep one stack dense and another packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import linen as nn
@@ -56,19 +56,28 @@ class ExpertKernel(nn.Module):
         return self.param("kernel", nn.with_logical_partitioning(init, self.axes), self.shape)
 
 
-def grouped_mlp(
-    x: Float[Array, "token embed"],
-    expert: Int[Array, "token"],
-    wide: tuple[Float[Array, "expert embed mlp"], ...],
-    narrow: Float[Array, "expert mlp embed"],
-    activation: Callable[[Array], Array],
-) -> Float[Array, "token embed"]:
-    """Every token through its own expert, none dropped, each multiplication done once.
+def expert_hidden(
+    x: Float[Array, "*row embed"], wide: Sequence[Float[Array, "embed mlp"]], activation: Callable[[Array], Array]
+) -> Float[Array, "*row mlp"]:
+    """What an expert's second matrix reads: `activation(x wi)`, or `activation(x wi_0) * (x wi_1)`."""
+    hidden = activation(x @ wide[0])
+    for gate in wide[1:]:
+        hidden = hidden * (x @ gate)
+    return hidden
 
-    Tokens are sorted by expert and cut into blocks that belong to one expert each, so the work is `token` rows and
-    at most one partly filled block an expert, whatever the load; shapes are static.
+
+def grouped_apply(
+    function: Callable[..., Array],
+    x: Float[Array, "token in"],
+    expert: Int[Array, "token"],
+    kernels: Sequence[Float[Array, "expert _ _"]],
+) -> Float[Array, "token out"]:
+    """`function(rows, *kernels of one expert)` on the rows of each expert, every row once, none dropped.
+
+    Rows are sorted by expert and cut into blocks that belong to one expert each, so the work is `token` rows and at
+    most one partly filled block an expert, whatever the load; shapes are static.
     """
-    tokens, num_experts = x.shape[0], narrow.shape[0]
+    tokens, num_experts = x.shape[0], kernels[0].shape[0]
     block = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
     order = jnp.argsort(expert, stable=True)
     counts = jnp.bincount(expert, length=num_experts)
@@ -83,14 +92,34 @@ def grouped_mlp(
 
     def one_block(carry: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         rows, index = inputs
-        take = lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False).astype(x.dtype)  # noqa: E731
-        hidden = activation(rows @ take(wide[0]))
-        for gate in wide[1:]:
-            hidden = hidden * (rows @ take(gate))
-        return carry, hidden @ take(narrow)
+        mine = (lax.dynamic_index_in_dim(kernel, index, keepdims=False).astype(x.dtype) for kernel in kernels)
+        return carry, function(rows, *mine)
 
     _, out = lax.scan(one_block, None, (slots.reshape(num_blocks, block, -1), owner))
-    return jnp.zeros_like(x).at[order].set(out.reshape(num_blocks * block, -1)[slot])
+    out = out.reshape(num_blocks * block, -1)
+    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[order].set(out[slot])
+
+
+def grouped_hidden(
+    x: Float[Array, "token embed"],
+    expert: Int[Array, "token"],
+    wide: Sequence[Float[Array, "expert embed mlp"]],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "token mlp"]:
+    """`expert_hidden` of each token's own expert."""
+    return grouped_apply(lambda rows, *mine: expert_hidden(rows, mine, activation), x, expert, wide)
+
+
+def grouped_mlp(
+    x: Float[Array, "token embed"],
+    expert: Int[Array, "token"],
+    wide: Sequence[Float[Array, "expert embed mlp"]],
+    narrow: Float[Array, "expert mlp embed"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "token embed"]:
+    """Each token through its own expert."""
+    function = lambda rows, *mine: expert_hidden(rows, mine[:-1], activation) @ mine[-1]  # noqa: E731
+    return grouped_apply(function, x, expert, (*wide, narrow))
 
 
 def capacity_mlp(
@@ -98,7 +127,7 @@ def capacity_mlp(
     expert: Int[Array, "token"],
     kept: Bool[Array, "token"],
     capacity: int,
-    wide: tuple[Float[Array, "expert embed mlp"], ...],
+    wide: Sequence[Float[Array, "expert embed mlp"]],
     narrow: Float[Array, "expert mlp embed"],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "token embed"]:
@@ -112,10 +141,8 @@ def capacity_mlp(
     slot = jnp.where(kept & (place < capacity), expert * capacity + place, num_experts * capacity)
     slots = jnp.zeros((num_experts * capacity, x.shape[1]), x.dtype).at[slot].set(x, mode="drop")
     slots = slots.reshape(num_experts, capacity, -1)
-    hidden = activation(jnp.einsum("ecd,edf->ecf", slots, wide[0].astype(x.dtype)))
-    for gate in wide[1:]:
-        hidden = hidden * jnp.einsum("ecd,edf->ecf", slots, gate.astype(x.dtype))
-    out = jnp.einsum("ecf,efd->ecd", hidden, narrow.astype(x.dtype)).reshape(num_experts * capacity, -1)
+    hidden = expert_hidden(slots, [kernel.astype(x.dtype) for kernel in wide], activation)
+    out = (hidden @ narrow.astype(x.dtype)).reshape(num_experts * capacity, -1)
     return out.at[slot].get(mode="fill", fill_value=0)
 
 

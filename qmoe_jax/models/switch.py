@@ -19,11 +19,9 @@ class Block(nn.Module):
     """What encoder and decoder blocks share: the pre-norm feed-forward part, dense or with experts."""
 
     config: SwitchConfig
-    layer: int
+    sparse: bool
     capacity: CapacityRule | None = None
     dtype: DTypeLike = jnp.float32
-
-    stack = ""
 
     def _attention(self) -> Attention:
         c = self.config
@@ -34,8 +32,10 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.pre_mlp_layer_norm = self._norm()
-        sparse = self.layer in self.config.sparse_layers(self.stack)
-        self.mlp = SwitchMLP(self.config, self.capacity, self.dtype) if sparse else DenseMLP(self.config, self.dtype)
+        if self.sparse:
+            self.mlp = SwitchMLP(self.config, self.capacity, self.dtype)
+        else:
+            self.mlp = DenseMLP(self.config, self.dtype)
 
     def mlp_input(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
         """What the feed-forward part reads: the normed residual stream."""
@@ -54,8 +54,6 @@ class Block(nn.Module):
 class EncoderBlock(Block):
     """Self-attention and feed-forward."""
 
-    stack = "encoder"
-
     def setup(self) -> None:
         super().setup()
         self.pre_attention_layer_norm = self._norm()
@@ -73,8 +71,6 @@ class EncoderBlock(Block):
 
 class DecoderBlock(Block):
     """Causal self-attention, cross-attention and feed-forward."""
-
-    stack = "decoder"
 
     def setup(self) -> None:
         super().setup()
@@ -142,7 +138,7 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = _relative_position_bias(c, True, self.dtype)
-        self.layers = [EncoderBlock(c, i, self.capacity, self.dtype) for i in range(c.num_encoder_layers)]
+        self.layers = [EncoderBlock(c, i in c.encoder_sparse_layers, self.capacity, self.dtype) for i in range(c.num_encoder_layers)]
         self.encoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
 
     def bias(self, mask: Bool[Array, "b n"]) -> Float[Array, "b heads n n"]:
@@ -168,7 +164,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = _relative_position_bias(c, False, self.dtype)
-        self.layers = [DecoderBlock(c, i, self.capacity, self.dtype) for i in range(c.num_decoder_layers)]
+        self.layers = [DecoderBlock(c, i in c.decoder_sparse_layers, self.capacity, self.dtype) for i in range(c.num_decoder_layers)]
         self.decoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
         if not c.tied:
             self.logits_dense = Kernel(c.vocab_size, ("embed", "vocab"), self.dtype)

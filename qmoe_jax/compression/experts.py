@@ -1,0 +1,205 @@
+"""One expert group: Hessians from its tokens, GPTQ, packing, and its tokens through what was packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from qmoe_jax.artifact.kinds import Kind, Ternary, Uniform, pack_matrix
+from qmoe_jax.artifact.matrices import PackedExpertMatrix
+from qmoe_jax.coding import Codebook
+from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.config import SwitchConfig
+from qmoe_jax.models.experts import ACTIVATIONS, grouped_hidden, grouped_mlp
+from qmoe_jax.quantization import Quantized, add_tokens, empty_hessians, gptq, round_to_nearest
+
+CHUNK = 8192
+"""Tokens that go through an expert group at a time."""
+
+Weights = dict[str, np.ndarray]
+"""Matrices of an expert group by name, float32 `[expert, in, out]` as T5X has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of an expert group: `x` float32 `[token, d_model]`, normed, and the rest `[token]`.
+
+    `expert` counts from the group's first; `calibrates` says which tokens may enter its Hessians.
+    """
+
+    x: np.ndarray
+    expert: np.ndarray
+    calibrates: np.ndarray
+
+    def chunks(self) -> Iterator[tuple[slice, Tokens]]:
+        """Parts of one shape, so that a step compiles once: the last is padded with tokens of no expert (-1)."""
+        size = min(CHUNK, max(16, 1 << (len(self.expert) - 1).bit_length()))
+        for start in range(0, len(self.expert), size):
+            part = slice(start, min(start + size, len(self.expert)))
+            pad = size - (part.stop - start)
+            yield part, Tokens(
+                np.pad(self.x[part], ((0, pad), (0, 0))),
+                np.pad(self.expert[part], (0, pad), constant_values=-1),
+                np.pad(self.calibrates[part], (0, pad)),
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixRecord:
+    """What became of one matrix of an expert group; lists have one number an expert.
+
+    `weight_error` is ‖Q - W‖² / ‖W‖², `output_error` tr(D H Dᵀ) / tr(W H Wᵀ) with the damped Hessian H, D = Q - W
+    (equal without calibration);
+    `zeros` is the share of zero digits, `bytes` all that is stored; `fallback` marks experts rounded to nearest
+    because they had no calibration tokens or a Hessian without a factor.
+    """
+
+    weight_error: list[float]
+    output_error: list[float]
+    zeros: list[float]
+    bytes: list[int]
+    fallback: list[bool]
+
+
+def wide_names(model: SwitchConfig) -> tuple[str, ...]:
+    """The first matrices of an expert."""
+    return ("wi_0", "wi_1") if model.gated else ("wi",)
+
+
+def packing_kind(config: CompressionConfig, codebook: Codebook | None) -> Kind:
+    """How `config` packs a matrix."""
+    if config.bits == "ternary":
+        assert codebook is not None
+        return Ternary(codebook.name, config.group_size, config.level_dtype)
+    return Uniform(config.bits, config.group_size, config.level_dtype)
+
+
+@partial(jax.jit, static_argnames="activation")
+def _hidden(x: Array, expert: Array, wide: Sequence[Array], activation: str) -> Array:
+    return grouped_hidden(x, jnp.maximum(expert, 0), wide, ACTIVATIONS[activation])
+
+
+@partial(jax.jit, static_argnames="activation")
+def _outputs(x: Array, expert: Array, wide: Sequence[Array], narrow: Array, activation: str) -> Array:
+    return grouped_mlp(x, jnp.maximum(expert, 0), wide, narrow, ACTIVATIONS[activation])
+
+
+def _hessian(tokens: Tokens, num_experts: int, wide: Sequence[Array] | None, activation: str) -> Array:
+    """XᵀX of the group's calibration tokens: of their inputs, or of the hidden states behind `wide`."""
+    width = tokens.x.shape[1] if wide is None else wide[0].shape[2]
+    hessians = empty_hessians(num_experts, width)
+    chosen = tokens.calibrates
+    for _, part in Tokens(tokens.x[chosen], tokens.expert[chosen], chosen[chosen]).chunks():
+        x = part.x if wide is None else _hidden(part.x, part.expert, wide, activation)
+        hessians = add_tokens(hessians, x, part.expert)
+    return hessians.sums
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    return a / jnp.maximum(b, jnp.finfo(jnp.float32).tiny)
+
+
+@jax.jit
+def _weight_error(w: Array, q: Array) -> Array:
+    """‖q - w‖² / ‖w‖² `[expert]`."""
+    square = lambda d: jnp.sum(d * d, axis=(1, 2))  # noqa: E731
+    return _ratio(square(q - w), square(w))
+
+
+@jax.jit
+def _output_error(w: Array, q: Array, hessian: Array, damping: float) -> Array:
+    """tr(d H dᵀ) / tr(w H wᵀ) `[expert]`, with d = q - w and H damped as GPTQ damps it."""
+    diagonal = jnp.diagonal(hessian, axis1=1, axis2=2).mean(-1)
+    floor = jnp.where(diagonal > 0, damping * diagonal, 1.0)  # without tokens, the identity
+    energy = lambda d: jnp.sum((d @ hessian + floor[:, None, None] * d) * d, axis=(1, 2))  # noqa: E731
+    return _ratio(energy(q - w), energy(w))
+
+
+def quantize_matrix(
+    kernel: np.ndarray, hessian: Array | None, config: CompressionConfig
+) -> tuple[Quantized, Array, Array]:
+    """Quantize a matrix of a group, `[expert, in, out]`, without a Hessian to nearest; its weight and output errors."""
+    w = jnp.asarray(kernel).swapaxes(1, 2)
+    if hessian is None:
+        quantized = round_to_nearest(w, config.grid, group_size=config.group_size)
+        error = _weight_error(w, quantized.values)
+        return quantized, error, error
+    quantized = gptq(
+        w,
+        hessian,
+        config.grid,
+        damping=config.damping,
+        group_size=config.group_size,
+        activation_order=config.activation_order,
+    )
+    return (
+        quantized,
+        _weight_error(w, quantized.values),
+        _output_error(w, quantized.values, hessian, config.damping),
+    )
+
+
+def pack_quantized(
+    quantized: Quantized, kind: Kind, config: CompressionConfig, codebooks: Mapping[str, Codebook]
+) -> list[PackedExpertMatrix]:
+    """Pack every expert of a quantized matrix."""
+    digits, levels = np.asarray(quantized.digits), np.asarray(quantized.levels)
+    permuted = config.group_size is not None and config.activation_order and config.method == "gptq"
+    column_group = np.asarray(quantized.column_group) if permuted else [None] * len(digits)
+    return [
+        pack_matrix(kind, digits[e], levels[e], codebooks, group_index=column_group[e]) for e in range(len(digits))
+    ]
+
+
+def compress_group(
+    weights: Weights,
+    tokens: Tokens | None,
+    model: SwitchConfig,
+    config: CompressionConfig,
+    kind: Kind,
+    codebooks: Mapping[str, Codebook],
+) -> tuple[list[dict[str, PackedExpertMatrix]], dict[str, MatrixRecord]]:
+    """Quantize and pack an expert group; `tokens` None rounds to nearest.
+
+    Memory beside the weights: one Hessian an expert, `[d_ff, d_ff]` float32 at the largest, twice in GPTQ.
+    """
+    num_experts = len(weights["wo"])
+    packed: dict[str, list[PackedExpertMatrix]] = {}
+    records: dict[str, MatrixRecord] = {}
+    wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
+    first = None if tokens is None else _hessian(tokens, num_experts, None, model.activation)
+    for name in (*wide_names(model), "wo"):
+        hessian = first
+        if name == "wo" and tokens is not None:
+            hessian = first = None  # the first Hessian is dropped before the larger one is made
+            hessian = _hessian(tokens, num_experts, wide, model.activation)
+        quantized, weight_error, output_error = quantize_matrix(weights[name], hessian, config)
+        packed[name] = pack_quantized(quantized, kind, config, codebooks)
+        records[name] = MatrixRecord(
+            weight_error=np.asarray(weight_error).tolist(),
+            output_error=np.asarray(output_error).tolist(),
+            zeros=np.asarray((quantized.values == 0).mean(axis=(1, 2))).tolist(),
+            bytes=[matrix.nbytes for matrix in packed[name]],
+            fallback=(np.asarray(quantized.fallback) & (config.method == "gptq")).tolist(),
+        )
+        if config.true_sequential and name != "wo":
+            wide[wide_names(model).index(name)] = quantized.values.swapaxes(1, 2)
+    return [{name: packed[name][e] for name in packed} for e in range(num_experts)], records
+
+
+def run_group(tokens: Tokens, weights: Weights, model: SwitchConfig) -> np.ndarray:
+    """The group's tokens through its experts, float32 `[token, d_model]`."""
+    out = np.empty_like(tokens.x)
+    wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
+    narrow = jnp.asarray(weights["wo"])
+    for part, chunk in tokens.chunks():
+        result: Any = _outputs(chunk.x, chunk.expert, wide, narrow, model.activation)
+        out[part] = np.asarray(result)[: part.stop - part.start]
+    return out

@@ -1,0 +1,131 @@
+"""A layer's attention and feed-forward over batches of hidden states, jitted once for all layers of a stack."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from qmoe_jax.compression.activations import LENGTH_MULTIPLE, Batch, HiddenStates, mask_of
+from qmoe_jax.config import SwitchConfig
+from qmoe_jax.data.batching import round_up
+from qmoe_jax.models.attention import padding_bias
+from qmoe_jax.models.layers import RMSNorm
+from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, EncoderBlock
+
+Params = dict[str, Any]
+
+
+@partial(jax.jit, static_argnames="block")
+def _attend(block: Block, params: Params, x: Array, *context: Array) -> Array:
+    return block.apply({"params": params}, x, *context, method="attend")
+
+
+@partial(jax.jit, static_argnames="block")
+def _route(block: Block, params: Params, x: Array) -> tuple[Array, Array]:
+    _, routing = block.apply({"params": params}, x, method="route")
+    return routing.expert, routing.probability
+
+
+@partial(jax.jit, static_argnames="block")
+def _feed_forward(block: Block, params: Params, x: Array) -> Array:
+    return block.apply({"params": params}, x, method="feed_forward")
+
+
+@partial(jax.jit, static_argnames="epsilon")
+def _normed(scale: Array, x: Array, epsilon: float) -> Array:
+    return RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+
+
+@partial(jax.jit, static_argnames="config")
+def _encoder_bias(config: SwitchConfig, params: Params, mask: Array) -> Array:
+    return Encoder(config).apply({"params": params}, mask, method="bias")
+
+
+@partial(jax.jit, static_argnames=("config", "length"))
+def _decoder_bias(config: SwitchConfig, params: Params, length: int) -> Array:
+    return Decoder(config).apply({"params": params}, length, method="bias")
+
+
+class EncoderLayers:
+    """Steps of the encoder's layers over `states`."""
+
+    def __init__(self, config: SwitchConfig, stack_params: Params, states: HiddenStates, batches: list[Batch]):
+        self.config, self.params, self.states, self.batches = config, stack_params, states, batches
+
+    def block(self, layer: int) -> Block:
+        """The module of a layer."""
+        return EncoderBlock(self.config, layer in self.config.encoder_sparse_layers)
+
+    def context(self, batch: Batch) -> tuple[Array, ...]:
+        """What attention needs beside the states."""
+        return (_encoder_bias(self.config, self.params, jnp.asarray(mask_of(batch, self.states.lengths))),)
+
+    def attend(self, layer: int) -> None:
+        """Add a layer's attention to all states."""
+        block, params = self.block(layer), self.params[f"layers_{layer}"]
+        for batch in self.batches:
+            x = _attend(block, params, self.states.gather(batch), *self.context(batch))
+            self.states.scatter(batch, np.asarray(x))
+
+    def route(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The router's expert (int32) and probability (float32) for every token."""
+        block, params = self.block(layer), self.params[f"layers_{layer}"]
+        expert = np.empty(self.states.tokens, np.int32)
+        probability = np.empty(self.states.tokens, np.float32)
+        for batch in self.batches:
+            chosen, certainty = _route(block, params, self.states.gather(batch))
+            real, where = mask_of(batch, self.states.lengths), self.states.flat(batch)
+            expert[where], probability[where] = np.asarray(chosen)[real], np.asarray(certainty)[real]
+        return expert, probability
+
+    def feed_forward(self, layer: int, params: Params | None = None) -> None:
+        """Add a layer's feed-forward part as it stands; `params` replace the layer's."""
+        block, params = self.block(layer), params or self.params[f"layers_{layer}"]
+        for batch in self.batches:
+            self.states.scatter(batch, np.asarray(_feed_forward(block, params, self.states.gather(batch))))
+
+    def expert_inputs(self, layer: int, tokens: np.ndarray) -> np.ndarray:
+        """The normed states of some tokens, float32 `[token, d_model]`: what their experts read."""
+        scale = self.params[f"layers_{layer}"]["pre_mlp_layer_norm"]["scale"]
+        size = 1 << max(len(tokens) - 1, 15).bit_length()
+        rows = np.zeros((size, self.states.values.shape[1]), np.float32)
+        rows[: len(tokens)] = self.states.values[tokens]
+        return np.asarray(_normed(scale, rows, self.config.layer_norm_epsilon))[: len(tokens)]
+
+    def final_norm(self, name: str = "encoder_norm") -> None:
+        """Apply the stack's last norm to all states."""
+        for batch in self.batches:
+            x = _normed(self.params[name]["scale"], self.states.gather(batch), self.config.layer_norm_epsilon)
+            self.states.scatter(batch, np.asarray(x))
+
+
+class DecoderLayers(EncoderLayers):
+    """Steps of the decoder's layers, which also read the encoder's final states."""
+
+    def __init__(
+        self,
+        config: SwitchConfig,
+        stack_params: Params,
+        states: HiddenStates,
+        batches: list[Batch],
+        encoded: HiddenStates,
+    ):
+        super().__init__(config, stack_params, states, batches)
+        self.encoded = encoded
+
+    def block(self, layer: int) -> Block:
+        """The module of a layer."""
+        return DecoderBlock(self.config, layer in self.config.decoder_sparse_layers)
+
+    def context(self, batch: Batch) -> tuple[Array, ...]:
+        """Encoder states padded as the batch's examples need, both biases."""
+        longest = round_up(int(self.encoded.lengths[batch.examples].max()), LENGTH_MULTIPLE)
+        padded = Batch(batch.examples, batch.rows, longest)
+        mask = jnp.asarray(mask_of(padded, self.encoded.lengths))
+        bias = _decoder_bias(self.config, self.params, batch.length)
+        return jnp.asarray(self.encoded.gather(padded)), bias, padding_bias(mask)

@@ -1,0 +1,258 @@
+"""Compression end to end: layer by layer, expert group by expert group, each written as soon as it is done.
+
+Encoder layers come first, then the decoder's on the encoder's compressed outputs. A layer's attention runs as it
+stands; its router sends the tokens to experts; each group of experts is quantized on its own tokens, written, and
+its tokens are run through what was written. So layer l is calibrated on the outputs of the compressed layers before
+it, and a run that was stopped goes on by reading finished groups instead of quantizing them again: the states, the
+experts and the manifest come out the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qmoe_jax.artifact.files import ArtifactError, write_durably
+from qmoe_jax.artifact.kinds import Kind
+from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
+from qmoe_jax.artifact.open import open_checkpoint
+from qmoe_jax.artifact.sizes import measure
+from qmoe_jax.artifact.store import REPORT, ArtifactWriter
+from qmoe_jax.checkpoints.params import read_params
+from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.coding import Codebook
+from qmoe_jax.compression.activations import HiddenStates, plan_batches
+from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
+from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kind, run_group, wide_names
+from qmoe_jax.compression.layers import DecoderLayers, EncoderLayers
+from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.compression.progress import Silent, Watcher
+from qmoe_jax.compression.report import CompressionReport, GroupRecord
+from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebook
+from qmoe_jax.config import SwitchConfig
+
+STACKS = ("encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every step of one compression shares."""
+
+    reader: Reader
+    writer: ArtifactWriter
+    config: CompressionConfig
+    kind: Kind
+    codebooks: Mapping[str, Codebook]
+    watcher: Watcher
+    records: dict[tuple[str, int, int], GroupRecord]
+
+    @property
+    def model(self) -> SwitchConfig:
+        """The architecture."""
+        return self.reader.config
+
+    def groups(self) -> list[tuple[int, int]]:
+        """First and end of every expert group of a layer."""
+        size, experts = self.config.experts_per_group, self.model.num_experts
+        return [(start, min(start + size, experts)) for start in range(0, experts, size)]
+
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices of an expert."""
+        return (*wide_names(self.model), "wo")
+
+    def weights(self, stack: str, layer: int, start: int, stop: int) -> Weights:
+        """The original matrices of a group, float32 `[expert, in, out]`."""
+        read = lambda matrix: self.reader.read(expert_kernel(stack, layer, matrix), slice(start, stop))  # noqa: E731
+        return {matrix: read(matrix).astype(np.float32) for matrix in self.matrices()}
+
+
+def compress(
+    path: str | Path,
+    output: str | Path,
+    examples: Sequence[Example],
+    config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
+    *,
+    attachments: Mapping[str, bytes] | None = None,
+    progress: Watcher | None = None,
+) -> CompressionReport:
+    """Compress a checkpoint's experts into an artifact; the same call again goes on where it was stopped.
+
+    Args:
+      path: a checkpoint of any dense format, local or a URL.
+      output: the artifact's directory: missing, empty, or this very compression's.
+      examples: calibration samples, (encoder ids, decoder ids beginning with the start token 0).
+      config: how.
+      attachments: files to carry in the artifact, such as the tokenizer's model.
+      progress: told how far it has come; `compression.progress.ProgressBar` draws it.
+
+    Memory: the parameters outside the experts in float32; the hidden states (in a file beyond a quarter of the
+    machine's memory); one expert group with its Hessians, `experts_per_group * d_ff**2` floats, about three times.
+
+    Raises:
+      CheckpointError: the checkpoint or the output cannot be used; nothing has been written then.
+      ValueError: the examples or the options do not fit the model.
+    """
+    began = time.monotonic()
+    reader = open_checkpoint(path)
+    _check(examples, reader.config, config)
+    codebook = fitted_codebook(reader, config)
+    kind = packing_kind(config, codebook)
+    source = {"checkpoint": checkpoint_digest(reader), "examples": examples_digest(examples)}
+    if attachments:
+        source["attachments"] = {n: hashlib.sha256(b).hexdigest() for n, b in sorted(attachments.items())}
+    with ArtifactWriter(
+        output,
+        config=reader.config,
+        options=dataclasses.asdict(config),
+        source=source,
+        codebooks=[codebook] if codebook else [],
+    ) as writer:
+        codebooks = {codebook.name: codebook} if codebook else {}
+        job = Job(reader, writer, config, kind, codebooks, progress or Silent(), _earlier_records(writer))
+        _run(job, examples, attachments or {}, began)
+    groups = tuple(record for _, record in sorted(job.records.items()))
+    return CompressionReport(Path(output), measure(output), groups, time.monotonic() - began)
+
+
+def _check(examples: Sequence[Example], model: SwitchConfig, config: CompressionConfig) -> None:
+    """Refuse options and examples that do not fit the model, before any work."""
+    config.first_sentinel(model)
+    if not examples:
+        raise ValueError("no calibration examples: expected at least one pair of encoder and decoder ids")
+    for number, (encoder, decoder) in enumerate(examples):
+        for name, ids in (("encoder", encoder), ("decoder", decoder)):
+            if len(ids) == 0 or np.min(ids) < 0 or np.max(ids) >= model.vocab_size:
+                found = f"{np.min(ids)} to {np.max(ids)}" if len(ids) else "no tokens"
+                raise ValueError(
+                    f"example {number}, {name}: expected ids of 0 to {model.vocab_size - 1}, found {found}; "
+                    "is the tokenizer this model's?"
+                )
+
+
+def _run(job: Job, examples: Sequence[Example], attachments: Mapping[str, bytes], began: float) -> None:
+    layers = sum(map(job.model.num_layers, STACKS))
+    sparse = sum(len(job.model.sparse_layers(stack)) for stack in job.config.compressed_stacks)
+    job.watcher.begin(layers, sparse * job.model.num_experts)
+    compressed = {
+        expert_kernel(stack, layer, matrix)
+        for stack in job.config.compressed_stacks
+        for layer in job.model.sparse_layers(stack)
+        for matrix in job.matrices()
+    }
+    try:
+        params = read_params(job.reader, [n for n in job.reader.names() if "/mlp/expert/" not in n])
+        for name, content in attachments.items():
+            job.writer.attach(name, content)
+        _walk(job, params, examples)
+        dense: dict[str, Any] = {}
+        for name in job.reader.names():
+            if name not in compressed:
+                *folders, leaf = name.split("/")
+                node = dense
+                for folder in folders:
+                    node = node.setdefault(folder, {})
+                node[leaf] = job.reader.read(name)
+        job.writer.write_dense(dense)
+        job.writer.finish(report=_report(job, time.monotonic() - began))
+    finally:
+        job.watcher.end()
+
+
+def _walk(job: Job, params: dict[str, Any], examples: Sequence[Example]) -> None:
+    """Run every example through both stacks, compressing as it goes."""
+    embedding = np.asarray(params["token_embedder"]["embedding"], np.float32)
+    encoder, decoder = (
+        HiddenStates([len(example[side]) for example in examples], job.model.d_model, job.writer.root)
+        for side in (0, 1)
+    )
+    encoder.values[:] = embedding[np.concatenate([ids for ids, _ in examples])]
+    decoder.values[:] = embedding[np.concatenate([ids for _, ids in examples])]
+    encoder_layers = EncoderLayers(job.model, params["encoder"], encoder, plan_batches(encoder.lengths))
+    _walk_stack(job, "encoder", encoder_layers, examples)
+    encoder_layers.final_norm()
+    decoder_layers = DecoderLayers(
+        job.model, params["decoder"], decoder, plan_batches(decoder.lengths), encoder
+    )
+    _walk_stack(job, "decoder", decoder_layers, examples)
+
+
+def _walk_stack(job: Job, stack: str, layers: EncoderLayers, examples: Sequence[Example]) -> None:
+    keep = kept_tokens(examples, stack, job.config, job.model)
+    for layer in range(job.model.num_layers(stack)):
+        job.watcher.layer(stack, layer, layers.states.tokens)
+        layers.attend(layer)
+        if layer not in job.model.sparse_layers(stack):
+            layers.feed_forward(layer)
+            continue
+        expert, probability = layers.route(layer)
+        routed = RoutedTokens.select(expert, probability, keep, job.model.num_experts, job.config.token_cap)
+        for start, stop in job.groups():
+            where = routed.of_experts(start, stop)
+            tokens = Tokens(
+                layers.expert_inputs(layer, where), expert[where] - start, routed.calibrates[where]
+            )
+            if stack in job.config.compressed_stacks:
+                weights = _compressed_weights(job, stack, layer, start, stop, tokens)
+                job.watcher.experts(stop - start)
+            else:
+                weights = job.weights(stack, layer, start, stop)
+            if len(where):
+                layers.states.values[where] += probability[where, None] * run_group(tokens, weights, job.model)
+
+
+def _compressed_weights(
+    job: Job, stack: str, layer: int, start: int, stop: int, tokens: Tokens
+) -> Weights:
+    """The group as it is stored, `[expert, in, out]`; compressed and written first where it is not yet."""
+    if job.writer.has_group(stack, layer, start, stop):
+        packed = job.writer.read_group(stack, layer, start, stop)
+    else:
+        began = time.monotonic()
+        calibration = None if job.config.method == "nearest" else tokens
+        packed, records = compress_group(
+            job.weights(stack, layer, start, stop), calibration, job.model, job.config, job.kind, job.codebooks
+        )
+        job.writer.write_group(stack, layer, start, packed)
+        count = lambda chosen: np.bincount(tokens.expert[chosen], minlength=stop - start).tolist()  # noqa: E731
+        job.records[stack, layer, start] = GroupRecord(
+            stack, layer, start, count(slice(None)), count(tokens.calibrates), records, time.monotonic() - began
+        )
+        write_durably(job.writer.root / REPORT, [json.dumps(_report(job)).encode()])
+    return {matrix: _dequantized([expert[matrix] for expert in packed], job.codebooks) for matrix in job.matrices()}
+
+
+def _dequantized(packed: list[PackedExpertMatrix], codebooks: Mapping[str, Codebook]) -> np.ndarray:
+    return np.stack([dequantize(matrix, codebooks).T for matrix in packed])
+
+
+def _report(job: Job, seconds: float | None = None) -> dict[str, Any]:
+    """What differs from run to run, and the record of every group."""
+    return {
+        "seconds": seconds,
+        "device": jax.devices()[0].device_kind,
+        "groups": [record.to_json() for _, record in sorted(job.records.items())],
+    }
+
+
+def _earlier_records(writer: ArtifactWriter) -> dict[tuple[str, int, int], GroupRecord]:
+    """The records of groups that a stopped run had finished.
+
+    Raises:
+      ArtifactError: the report is there, but is not one.
+    """
+    path = writer.root / REPORT
+    if not path.exists():
+        return {}
+    try:
+        records = [GroupRecord.from_json(fields) for fields in json.loads(path.read_bytes())["groups"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError("is damaged", path=path, found=str(error), remedy="remove it") from error
+    return {(record.stack, record.layer, record.start): record for record in records}

@@ -1,0 +1,46 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: greedily at temperature 0, else from the softmax of logits / temperature.
+
+    `top_k` keeps the k most likely tokens, `top_p` the smallest set whose probability reaches p; None keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, found {self.top_p}")
+
+    def choose(self, logits: Float[Array, "b vocab"], key: Array) -> Int[Array, "b"]:
+        """The next token of every row, int32."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        if self.top_p is not None:
+            descending = -jnp.sort(-logits, axis=-1)
+            before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
+            least = jnp.min(jnp.where(before < self.top_p, descending, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,77 @@
+"""Span corruption against the masks and samples of the original program."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmoe_jax.data.span_corruption import Sentinels, corrupt, noise_mask, span_corruption
+
+T5 = Sentinels(32000, 32099)
+
+
+def test_masks_are_upstreams_bit_for_bit(data):
+    golden = np.load(data / "span_masks.npz")
+    masks = [name for name in golden.files if name.startswith("mask_")]
+    assert len(masks) >= 70
+    for name in masks:
+        length, seed = (int(part[1:]) for part in name.split("_")[1:])
+        np.testing.assert_array_equal(noise_mask(length, np.random.RandomState(seed)), golden[name], name)
+
+
+def test_one_generator_draws_a_sequence_of_masks(data):
+    golden = np.load(data / "span_masks.npz")
+    names = sorted((n for n in golden.files if n.startswith("seq_")), key=lambda name: int(name.split("_")[2]))
+    generator = np.random.RandomState(7)
+    for name in names:
+        length = int(name.split("_L")[1])
+        np.testing.assert_array_equal(noise_mask(length, generator), golden[name], name)
+
+
+def test_density_and_mean_span_are_free(data):
+    golden = np.load(data / "span_masks.npz")["density25_span5_L200_s3"]
+    mask = noise_mask(200, np.random.RandomState(3), density=0.25, mean_span=5.0)
+    np.testing.assert_array_equal(mask, golden)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_samples_are_upstreams(data, split):
+    golden = json.loads((data / "data_mlm.json").read_text())
+    count = golden["trainsamples"]
+    short = [np.array(d) for d in golden[f"{split}_docs_without_eos"] if len(d) + 1 <= golden["inputlen"]]
+    part = slice(0, count) if split == "train" else slice(count, None)
+    examples = span_corruption(short[: len(golden["encoder"][part])], T5)
+    assert [e.encoder.tolist() for e in examples] == golden["encoder"][part]
+    assert [e.decoder.tolist() for e in examples] == golden["decoder"][part]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 300), st.integers(0, 2**31 - 1))
+def test_encoder_and_decoder_hold_every_token_once(length, seed):
+    tokens = np.random.RandomState(seed).randint(2, 100, length)
+    mask = noise_mask(length, np.random.RandomState(seed))
+    example = corrupt(tokens, mask, T5)
+    text: list[int] = []
+    spans = {int(e): int(i) for i, e in enumerate(example.decoder) if e >= T5.start}
+    for token in example.encoder[:-1]:
+        if token < T5.start:
+            text.append(int(token))
+            continue
+        at = spans[int(token)] + 1
+        while example.decoder[at] < T5.start:
+            text.append(int(example.decoder[at]))
+            at += 1
+    assert text == tokens.tolist()
+
+
+def test_a_single_token_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        noise_mask(1, np.random.RandomState(0))
+
+
+def test_more_spans_than_sentinels_are_refused():
+    mask = np.tile([False, True], 10)
+    with pytest.raises(ValueError, match="10 noise spans need 11 sentinels; the vocabulary has 5"):
+        corrupt(np.arange(20), mask, Sentinels(95, 99))
