@@ -97,7 +97,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
     config = SwitchConfig(
         **{  # type: ignore[arg-type]
             "d_model": d_model,
-            "d_ff": _dimensions(shapes, wo, "(experts,) d_ff, d_model", path)[-2],
+            "d_ff": _dimensions(shapes, wo, "(experts,) d_ff, d_model", path, ranks=(2, 3))[-2],
             "d_kv": inner // heads,
             "num_heads": heads,
             "num_encoder_layers": layers["encoder"],
@@ -135,9 +135,11 @@ def _refuse(
     raise CheckpointError(problem, path=path, key=names[0] + more, expected=expected, found=found)
 
 
-def _dimensions(shapes: Shapes, name: str, axes: str, path: object) -> Shape:
+def _dimensions(
+    shapes: Shapes, name: str, axes: str, path: object, *, ranks: tuple[int, ...] = (2,)
+) -> Shape:
     shape = shapes.get(name)
-    if shape is None or len(shape) < 2:
+    if shape is None or len(shape) not in ranks:
         raise CheckpointError(
             "a tensor that tells the model's sizes is missing or of the wrong rank",
             path=path,
@@ -166,7 +168,7 @@ def _sparse_layers(shapes: Shapes, stack: str) -> tuple[int, ...]:
 
 def _experts(shapes: Shapes) -> int:
     kernels = sorted(name for name in shapes if "/mlp/expert/" in name)
-    return shapes[kernels[0]][0] if kernels else 0
+    return next(iter(shapes[kernels[0]]), 0) if kernels else 0
 
 
 def _matches(pattern: str, names: Iterable[str]) -> list[int]:

@@ -38,8 +38,7 @@ def write_huggingface(
     Untied models get the copies of their embedding that `transformers` looks for. config.json comes last.
 
     Memory: the largest tensor that is no expert, or `memory` bytes of experts (at least one), and one tensor
-    more. A T5X source whose chunks span more experts than that is read several times; 13.5e9 reads each of
-    c-2048's once.
+    more. A source whose chunks span more experts than that is read several times, unless it is `staged`.
 
     Raises:
         CheckpointError: the directory is not empty, or the layers' pattern cannot be said in a config.json.

@@ -13,11 +13,11 @@ from qmoe_jax.checkpoints.reader import Reader, Shard, is_expert
 from qmoe_jax.config import PRESETS, SwitchConfig
 
 _BFLOAT16_BYTES = 2
-# Bits that a row (an output feature of one expert) has beside its digits: an int32 offset and two bfloat16
-# levels; without codewords there is no offset.
+# Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are
+# codewords, an int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero, as
-# in the published models; another share of zeros makes another size.
+# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
+# as in the published models; another share of zeros makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
     "ternary, upstream's dictionary": (0.735, _CODED_ROW_BITS),

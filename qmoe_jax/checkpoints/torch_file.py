@@ -113,8 +113,11 @@ class _Archive:
 
     def __init__(self, file: Path):
         self.file = file
-        with open(file, "rb") as stream:
-            start = stream.read(2)
+        try:
+            with open(file, "rb") as stream:
+                start = stream.read(2)
+        except OSError as error:
+            raise CheckpointError("cannot be read", path=file, found=error.strerror) from error
         if start == b"\x80\x02":
             raise CheckpointError(
                 "torch.save's old format, without a zip archive",

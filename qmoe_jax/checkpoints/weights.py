@@ -93,6 +93,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON file with an object. Raises `CheckpointError` if it has none."""
     try:
         value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError("cannot be read", path=file, found=error.strerror) from error
     except ValueError as error:
         raise CheckpointError("no readable JSON", path=file, found=error) from error
     if not isinstance(value, dict):

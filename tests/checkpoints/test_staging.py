@@ -1,0 +1,66 @@
+"""Staging: every chunk is read once, whatever groups the experts are asked for in."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from checkpoint_samples import EXPERTS, TINY, nested, random_parameters
+
+from qmoe_jax.checkpoints import CheckpointError, DenseReader, write_t5x
+from qmoe_jax.checkpoints.staging import staged
+from qmoe_jax.checkpoints.t5x import open_t5x, stored_name
+
+CHUNKS = [2, 3, 5]  # of [5, 8, 12]: no axis divides evenly
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> DenseReader:
+    parameters = random_parameters()
+    checkpoint = write_t5x(tmp_path, 3, nested(parameters))
+    for file in (checkpoint / stored_name(EXPERTS)).iterdir():
+        file.unlink()
+    spec = {
+        "driver": "zarr",
+        "dtype": "bfloat16",
+        "kvstore": {"driver": "file", "path": f"{checkpoint / stored_name(EXPERTS)}/"},
+        "metadata": {"shape": [5, 8, 12], "chunks": CHUNKS},
+    }
+    ts.open(spec, create=True).result().write(parameters[EXPERTS]).result()
+    return open_t5x(checkpoint)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_reads_the_same(reader: DenseReader, size: int, tmp_path: Path) -> None:
+    want = random_parameters()
+    with staged(reader, tmp_path) as experts:
+        assert (experts.config, experts.names()) == (TINY, sorted(want))
+        for start in range(0, 5, size):
+            part = slice(start, start + size)
+            assert experts.read(EXPERTS, part).tobytes() == want[EXPERTS][part].tobytes()
+        scale = "encoder/encoder_norm/scale"
+        assert experts.read(scale).tobytes() == want[scale].tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_3"]
+
+
+def test_reads_a_chunk_once(reader: DenseReader, tmp_path: Path) -> None:
+    """Proven by deleting them: without a fill value, reading a chunk again would be an error."""
+    directory = Path(reader.path) / stored_name(EXPERTS)
+    with staged(reader, tmp_path) as experts:
+        for expert in range(5):
+            assert np.isfinite(experts.read(EXPERTS, slice(expert, expert + 1)).astype(np.float32)).all()
+            for chunk in directory.glob(f"{expert // 2}.*"):
+                chunk.unlink()
+        with pytest.raises(CheckpointError, match="missing"):
+            experts.read(EXPERTS, slice(0, 1))
+
+
+def test_a_block_that_failed_is_staged_again(reader: DenseReader, tmp_path: Path) -> None:
+    chunk = Path(reader.path) / stored_name(EXPERTS) / "0.2.2"
+    data = chunk.read_bytes()
+    chunk.unlink()
+    with staged(reader, tmp_path) as experts:
+        with pytest.raises(CheckpointError, match=r"0\.2\.2"):
+            experts.read(EXPERTS, slice(0, 1))
+        chunk.write_bytes(data)
+        assert experts.read(EXPERTS, slice(0, 2)).tobytes() == random_parameters()[EXPERTS][:2].tobytes()
