@@ -11,6 +11,7 @@ from qmoe_jax.checkpoints.huggingface import open_huggingface
 from qmoe_jax.checkpoints.location import Location
 from qmoe_jax.checkpoints.reader import CheckpointError, DenseReader
 from qmoe_jax.checkpoints.t5x import find_t5x, open_t5x
+from qmoe_jax.checkpoints.upstream import DENSE_FILE, open_upstream
 from qmoe_jax.checkpoints.weights import WEIGHT_FILES, find_weights
 
 
@@ -28,11 +29,16 @@ def _has_huggingface(location: Location) -> bool:
     return isinstance(location.path, Path) and find_weights(location.path) is not None
 
 
+def _has_upstream(location: Location) -> bool:
+    return isinstance(location.path, Path) and (location.path / DENSE_FILE).is_file()
+
+
 def _has_t5x(location: Location) -> bool:
     return find_t5x(location) is not None
 
 
 FORMATS: tuple[Format, ...] = (
+    Format("upstream", DENSE_FILE, _has_upstream, open_upstream),
     Format("huggingface", " or ".join(WEIGHT_FILES), _has_huggingface, open_huggingface),
     Format("t5x", "checkpoint, checkpoint_<step>/checkpoint or _METADATA", _has_t5x, open_t5x),
 )
