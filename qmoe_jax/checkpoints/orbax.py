@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,27 +30,23 @@ def is_orbax(directory: Location, index: Mapping[str, Any] | None) -> bool:
     """Whether Orbax wrote it: told by its own files, or by placeholders in the msgpack of older versions."""
     if index is None or has_metadata(directory):
         return True
-    return any(
-        isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER) for _, leaf in flax_msgpack.leaves(index)
-    )
+    leaves = (leaf for _, leaf in flax_msgpack.leaves(index))
+    return any(isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER) for leaf in leaves)
 
 
 def leaves(directory: Location, index: Mapping[str, Any] | None) -> dict[str, Any]:
     """Every leaf of the tree: the name of its array's directory, or (in a msgpack only) its value."""
     if metadata := directory.read(_METADATA):
-        return {
-            name: name.replace("/", ".") for name in _leaf_names(metadata, f"{directory.path}/{_METADATA}")
-        }
+        names = _leaf_names(metadata, f"{directory.path}/{_METADATA}")
+        return {name: name.replace("/", ".") for name in names}
     if index is not None:
         return {
             name: leaf.removeprefix(_PLACEHOLDER) if isinstance(leaf, str) else leaf
             for name, leaf in flax_msgpack.leaves(index)
         }
-    keys = (_database(directory).store.list().result()) if directory.read(_DATABASE) is not None else []
-    arrays = [
-        key.decode().rsplit("/", maxsplit=1)[0] for key in keys if key.endswith((b"/.zarray", b"/zarr.json"))
-    ]
-    return {name.replace(".", "/"): name for name in arrays}
+    descriptions = re.compile(r"(.+)/(\.zarray|zarr\.json)")
+    keys = (key.decode() for key in _database(directory).store.list().result())
+    return {match[1].replace(".", "/"): match[1] for match in map(descriptions.fullmatch, keys) if match}
 
 
 def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -77,10 +74,9 @@ def _leaf_names(metadata: bytes, path: str) -> list[str]:
 
 def _database(directory: Location) -> Location:
     """The database's keys as if they were files in the directory."""
+    spec = {"driver": "ocdbt", "base": directory.spec}
     try:
-        store = ts.KvStore.open(
-            {"driver": "ocdbt", "base": directory.spec}, context=directory.context
-        ).result()
+        store = ts.KvStore.open(spec, context=directory.context).result()
     except (ValueError, OSError) as error:
         raise CheckpointError(
             "an OCDBT database that cannot be opened", path=directory.path, found=error

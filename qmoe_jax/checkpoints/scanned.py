@@ -49,7 +49,7 @@ def unscan(tensors: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
     they must be equal.
 
     Raises:
-        CheckpointError: the layers of a stack have different position biases.
+        CheckpointError: the layers of a stack have different position biases, or a tensor has no layers.
     """
     stacked = {
         name: match for name in tensors if (match := _STACKED.fullmatch(name)) and "layers_" not in name
@@ -60,6 +60,10 @@ def unscan(tensors: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
         stack, position, rest = match[1], int(match[2] or 0), match[3]
         block = 1 + max(int(other[2] or 0) for other in stacked.values() if other[1] == stack)
         tensor = tensors[name]
+        if len(tensor.shape) <= axis:
+            raise CheckpointError(
+                "a scanned tensor without an axis of layers", path=path, key=name, found=list(tensor.shape)
+            )
         if rest == _BIAS:
             bias = _shared_bias(tensor, axis, f"{path}/{name}")
             known = unscanned.setdefault(f"{stack}/{_BIAS}", bias)

@@ -23,9 +23,8 @@ from qmoe_jax.checkpoints.scanned import unscan
 from qmoe_jax.checkpoints.zarr_tensor import ZarrTensor, open_arrays
 
 _INDEX = "checkpoint"
-_ROOT = (
-    "token_embedder/embedding"  # the one parameter that every model has, and that tells where the tree hangs
-)
+# The one parameter that every model has: where it hangs, the whole tree does.
+_ROOT = "token_embedder/embedding"
 # Optimizers keep trees of the parameters' names too; a tree below one of these is theirs.
 _OPTIMIZER_STATE = {"state", "opt_state", "param_states"}
 # Items that Orbax's managers put a train state in: T5X's, and Orbax's own default.
@@ -45,7 +44,8 @@ def find_t5x(location: Location) -> Found | None:
 
     Raises `CheckpointError` if there is one, but damaged or TensorFlow's.
     """
-    if isinstance(location.path, Path) and location.path.is_file():
+    is_file = location.path.is_file() if isinstance(location.path, Path) else location.name == _INDEX
+    if is_file:
         return _found(location.parent, location.name)
     for directory in (location, *(location / item for item in _ORBAX_ITEMS)):
         if found := _found(directory, _INDEX):
@@ -101,15 +101,11 @@ def parameter_tree(leaves: Mapping[str, Any], path: object) -> dict[str, Any]:
             expected="an embedding shared by encoder and decoder, somewhere in the tree",
             found=", ".join(list(leaves)[:3]) or "an empty tree",
         )
-    prefix = min(
-        prefixes, key=lambda prefix: (not _OPTIMIZER_STATE.isdisjoint(prefix.split("/")), len(prefix))
-    )
-    return {
-        name.removeprefix(prefix): leaf
-        for name, leaf in leaves.items()
-        if name.startswith(prefix)
-        and not re.search(r"__\w+__", name)  # flaxformer's notes on its own version
-    }
+    is_optimizers = {prefix: not _OPTIMIZER_STATE.isdisjoint(prefix.split("/")) for prefix in prefixes}
+    prefix = min(prefixes, key=lambda prefix: (is_optimizers[prefix], len(prefix)))
+    parameters = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    # flaxformer may note versions of its layers beside their parameters, under names with underscores around.
+    return {name: leaf for name, leaf in parameters.items() if not re.search(r"__\w+__", name)}
 
 
 def stored_name(name: str) -> str:

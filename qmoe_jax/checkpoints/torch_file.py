@@ -34,20 +34,23 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LOCAL_HEADER = struct.Struct(
-    "<4s22xHH"
-)  # a member's: signature, then the lengths of its name and extra field
+# Before a member's data: a signature, 22 bytes, the lengths of name and extra field, then these two.
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A member of the archive that holds values of one dtype."""
+    """A member of the archive that holds `size` values of one dtype; its header is at byte `header`."""
 
     file: Path
     member: str
     dtype: np.dtype
-    offset: int  # bytes from the file's start
-    size: int  # values
+    header: int
+    size: int
+
+    def data_offset(self) -> int:
+        """The byte of the file where the values start. Reads the header, since only that tells its length."""
+        return _data_offset(self.file, self.member, self.header)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ class TorchTensor:
             return np.empty(shape, self.dtype)
         start = self.offset + (rows.start * self.strides[0] if self.shape else 0)
         span = np.empty(_span(shape, self.strides), self.dtype)
-        read_into(self.storage.file, self.storage.offset + start * self.dtype.itemsize, span, self.key)
+        offset = self.storage.data_offset() + start * self.dtype.itemsize
+        read_into(self.storage.file, offset, span, self.key)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(span, shape, strides).copy(order="C")
 
@@ -157,22 +161,16 @@ class _Archive:
                 expected=f"{size * dtype.itemsize:,} bytes, uncompressed",
                 found=f"{info.file_size:,} bytes, {info.compress_size:,} in the file",
             )
-        return Storage(self.file, member, dtype, self._data_offset(info), size)
-
-    def _data_offset(self, info: zipfile.ZipInfo) -> int:
-        header = np.empty(_LOCAL_HEADER.size, np.uint8)
-        read_into(self.file, info.header_offset, header, info.filename)
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header.tobytes())
-        if signature != b"PK\x03\x04":
-            raise CheckpointError("a damaged archive", path=self.file, key=info.filename, found=signature)
-        return info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        return Storage(self.file, member, dtype, info.header_offset, size)
 
     def _require_little_endian(self) -> None:
         if info := self.members.get(f"{self.prefix}byteorder"):
             order = np.empty(info.file_size, np.uint8)
-            read_into(self.file, self._data_offset(info), order, info.filename)
+            read_into(
+                self.file, _data_offset(self.file, info.filename, info.header_offset), order, info.filename
+            )
             if order.tobytes() != b"little":
-                raise CheckpointError("not little-endian", path=self.file, found=order.tobytes().decode())
+                raise CheckpointError("not little-endian", path=self.file, found=order.tobytes())
 
 
 class _Unpickler(pickle.Unpickler):
@@ -182,15 +180,15 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(archive.pickle or b""))
         self.archive = archive
         self.storages: dict[str, Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
+        self.allowed = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
             **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
         }
-        if (module, name) not in allowed:
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
             raise CheckpointError(
                 "the pickle asks for something that no weights need",
                 path=self.archive.file,
@@ -198,7 +196,7 @@ class _Unpickler(pickle.Unpickler):
                 expected="tensors alone",
                 remedy="do not load this file with any program, unless you know who wrote it and why",
             )
-        return allowed[module, name]
+        return self.allowed[module, name]
 
     def persistent_load(self, identifier: Any) -> Storage:
         kind, dtype, key, _location, size = identifier
@@ -222,6 +220,15 @@ class _Unpickler(pickle.Unpickler):
                 found=f"offset {offset}, shape {list(shape)}, strides {list(strides)}",
             )
         return tensor
+
+
+def _data_offset(file: Path, member: str, header: int) -> int:
+    data = np.empty(_LOCAL_HEADER.size, np.uint8)
+    read_into(file, header, data, member)
+    signature, name_length, extra_length = _LOCAL_HEADER.unpack(data.tobytes())
+    if signature != b"PK\x03\x04":
+        raise CheckpointError("a damaged archive", path=file, key=member, found=signature)
+    return header + _LOCAL_HEADER.size + name_length + extra_length
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import json
-import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +13,12 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from qmoe_jax.checkpoints.chunk_files import check_chunks
 from qmoe_jax.checkpoints.flax_msgpack import dtype_of
 from qmoe_jax.checkpoints.location import Location, first_line
 from qmoe_jax.checkpoints.reader import CheckpointError, Shard
 
 Metadata = dict[str, Any]
-
-# Checking a chunk is a few microseconds of waiting for the disk; more threads than this no longer help a
-# local one.
-_CHECK_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,32 +80,7 @@ class ZarrTensor:
 
     def shards(self) -> Iterator[Shard]:
         """The chunk files, each with what is wrong with it. Only where `has_chunk_files`."""
-        directory = Path(self.location.path)
-        separator = self.metadata.get("dimension_separator", ".")
-        sizes = _file_sizes(directory)
-        grid = [range(-(-n // chunk)) for n, chunk in zip(self.shape, self.metadata["chunks"], strict=True)]
-        names = [separator.join(map(str, index)) or "0" for index in itertools.product(*grid)]
-        if self.metadata.get("fill_value") is not None:
-            names = [name for name in names if name in sizes]  # a chunk that is missing holds the fill value
-        present = [name for name in names if name in sizes]
-        with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            found = pool.map(lambda name: self._problem(directory / name, sizes[name]), present)
-            problems = dict(zip(present, found, strict=True))
-        for name in names:
-            yield Shard(f"{directory.name}/{name}", sizes.get(name), problems.get(name, "missing"))
-
-    def _problem(self, file: Path, size: int) -> str | None:
-        """What the file's size or last bytes give away, without decompressing it."""
-        compressor = (self.metadata.get("compressor") or {}).get("id")
-        expected = math.prod(self.metadata["chunks"]) * self.store.dtype.numpy_dtype.itemsize
-        if compressor is None and size != expected:
-            return f"{size:,} bytes instead of {expected:,}"
-        # A gzip file ends with the size of what it holds, modulo 2^32; one cut short does not.
-        if compressor == "gzip" and size < 18:
-            return f"cut short: {size} bytes"
-        if compressor == "gzip" and (found := _last_word(file)) != expected % 2**32:
-            return f"cut short or damaged: ends with {found:,} instead of its {expected:,} bytes"
-        return None
+        return check_chunks(Path(self.location.path), self.metadata, self.store.dtype.numpy_dtype.itemsize)
 
 
 def open_arrays(
@@ -186,50 +154,38 @@ def _refusing(location: Location) -> Iterator[None]:
 
 def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> Metadata:
     if not zarray:
-        if declared is None or "chunks" not in declared["metadata"]:
-            raise CheckpointError(
-                "an array without a description", path=location.path, expected="a file .zarray"
-            )
-        return _declared_metadata(declared)
+        return _declared_metadata(location, declared)
     try:
         metadata = json.loads(zarray)
-    except ValueError as error:
-        raise CheckpointError("no readable JSON", path=f"{location.path}/.zarray", found=error) from error
-    if (
-        declared is not None
-        and list(declared["metadata"].get("shape", metadata["shape"])) != metadata["shape"]
-    ):
+        shape = list(metadata["shape"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            "no readable JSON that describes an array", path=f"{location.path}/.zarray", found=repr(error)
+        ) from error
+    stated = None if declared is None else declared["metadata"].get("shape")
+    if stated is not None and list(stated) != shape:
         raise CheckpointError(
             "the array is not of the shape that the checkpoint's index tells",
             path=f"{location.path}/.zarray",
-            expected=declared["metadata"]["shape"],
-            found=metadata["shape"],
+            expected=stated,
+            found=shape,
         )
     return metadata
 
 
-def _declared_metadata(spec: Metadata) -> Metadata:
+def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
     """A .zarray out of a tensorstore spec, its dtype a NumPy name or, in older ones, a zarr string below."""
-    dtype = dtype_of(spec.get("dtype") or spec["metadata"]["dtype"])
+    members = dict(spec["metadata"]) if spec else {}
+    name = spec.get("dtype", members.get("dtype")) if spec else None
+    if name is None or not {"shape", "chunks"} <= members.keys():
+        raise CheckpointError("an array without a description", path=location.path, expected="a file .zarray")
     return {
         "compressor": None,
         "dimension_separator": ".",
         "fill_value": None,
         "filters": None,
         "order": "C",
-        **spec["metadata"],
-        "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
+        **members,
+        "dtype": "bfloat16" if name == "bfloat16" else dtype_of(name).str,
         "zarr_format": 2,
     }
-
-
-def _file_sizes(directory: Path) -> dict[str, int]:
-    """The files below a directory by their paths in it; none if there is no such directory."""
-    files = (Path(root, name) for root, _, names in os.walk(directory) for name in names)
-    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
-
-
-def _last_word(file: Path) -> int:
-    with open(file, "rb") as stream:
-        stream.seek(-4, os.SEEK_END)
-        return int.from_bytes(stream.read(4), "little")

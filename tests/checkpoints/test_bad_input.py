@@ -15,6 +15,7 @@ from checkpoint_samples import BFLOAT16, EXPERTS, LAYOUTS, TINY, nested, random_
 from flax import serialization
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
+from qmoe_jax.checkpoints.flax_msgpack import decode_tree
 from qmoe_jax.checkpoints.t5x import open_t5x
 from qmoe_jax.checkpoints.torch_file import open_torch
 
@@ -106,6 +107,18 @@ def test_damaged_zarray(tmp_path: Path) -> None:
     path = make("t5x", tmp_path)
     truncate((path / CHUNK).with_name(".zarray"))
     refused(path, ".zarray", "no readable JSON")
+
+
+@pytest.mark.parametrize("member", ["dtype", "chunks", "shape"])
+def test_array_that_nothing_describes(member: str, tmp_path: Path) -> None:
+    path = make("t5x", tmp_path)
+    tree = decode_tree((path / "checkpoint").read_bytes(), path)
+    spec = tree["optimizer"]["target"]["encoder"]["encoder_norm"]["scale"]
+    (spec if member == "dtype" else spec["metadata"]).pop(member)
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    open_dense(path)
+    (path / "target.encoder.encoder_norm.scale" / ".zarray").unlink()
+    refused(path, "target.encoder.encoder_norm.scale", "without a description")
 
 
 def test_truncated_index(tmp_path: Path) -> None:

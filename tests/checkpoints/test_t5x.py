@@ -1,5 +1,6 @@
 """T5X's format: golden checkpoints that T5X itself wrote, and the variants its versions left behind."""
 
+import dataclasses
 import functools
 import gzip
 import http.server
@@ -187,6 +188,23 @@ def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pyt
         assert reader.read(name).tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
+    """`encoder/layers/...` without blocks, and one position bias a stack: as other T5X models are scanned."""
+    config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 1, 2, 3))
+    parameters = random_parameters(config)
+    stacked = {name: array for name, array in parameters.items() if "layers_" not in name}
+    for name in (name for name in parameters if "layers_0" in name):
+        layers = [name.replace("layers_0", f"layers_{i}") for i in range(4)]
+        arrays = [parameters[layer] for layer in layers if layer in parameters]
+        stacked[name.replace("layers_0", "layers")] = np.stack(arrays, axis)
+    reader = open_dense(write_t5x(tmp_path, 3, nested(stacked)))
+    assert reader.config == config
+    for name, array in parameters.items():
+        assert reader.read(name).tobytes() == array.tobytes()
+    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+
+
 def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -> None:
     """Proven by deleting all others; T5X stores no fill value, so reading one of them would be an error."""
     parameters = random_parameters(dtype=np.dtype(np.float32))
@@ -232,9 +250,10 @@ def served(tmp_path: Path) -> Iterator[str]:
 def test_reads_from_a_url(tmp_path: Path, served: str) -> None:
     parameters = random_parameters()
     write_t5x(tmp_path, 3, nested(parameters))
-    reader = open_dense(f"{served}/checkpoint_3")
-    assert reader.config == TINY
-    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+    for url in (f"{served}/checkpoint_3", f"{served}/checkpoint_3/checkpoint"):
+        reader = open_dense(url)
+        assert (reader.config, reader.path) == (TINY, url)
+        assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_says_that_a_url_has_nothing(served: str) -> None:
