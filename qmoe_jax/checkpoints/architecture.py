@@ -66,7 +66,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of the wrong shape, or no known architecture has
-        these.
+            these.
     """
     if "token_embedder/embedding" not in shapes:
         raise CheckpointError(

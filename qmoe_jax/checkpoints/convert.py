@@ -57,7 +57,7 @@ def convert(
 
     Raises:
         CheckpointError: there is something at `output` already, or the other format cannot say this
-        architecture.
+            architecture.
     """
     if format == "huggingface":
         return write_huggingface(output, reader, dtype=dtype)

@@ -78,8 +78,7 @@ def open_huggingface(path: str | os.PathLike[str]) -> DenseReader:
 
     Raises:
         CheckpointError: no weights there, one missing, cut short or damaged, a model that is no Switch
-        Transformer,
-            or tensors that do not fit together.
+            Transformer, or tensors that do not fit together.
     """
     directory = Path(path).expanduser()
     file = find_weights(directory)

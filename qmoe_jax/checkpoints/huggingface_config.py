@@ -49,7 +49,7 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
 
     Raises:
         CheckpointError: it states another kind of model, or an activation that Switch Transformers do not
-        have.
+            have.
     """
     model_type = stated.get("model_type", MODEL_TYPE)
     if model_type != MODEL_TYPE:

@@ -51,7 +51,7 @@ class Location:
                 ) from error
             return cls(Path(text[7:]) if match[1] == "file" else url.rstrip("/"), store, context)
         local = Path(text).expanduser()
-        spec = {"driver": "file", "path": f"{local.absolute()}/"}
+        spec = {"driver": "file", "path": f"{os.path.abspath(local)}/"}
         return cls(local, ts.KvStore.open(spec, context=context).result(), context)
 
     def __truediv__(self, name: str) -> Location:

@@ -53,8 +53,7 @@ def open_dense(path: str | os.PathLike[str], *, check: bool = True) -> DenseRead
 
     Raises:
         CheckpointError: nothing is there, or nothing of a known format (the error says what was looked for),
-        or
-            what is there is damaged or no Switch Transformer.
+            or what is there is damaged or no Switch Transformer.
     """
     location = Location.of(path)
     for form in FORMATS:

@@ -89,7 +89,7 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
     Raises:
         CheckpointError: no safetensors file, a damaged header, an unknown dtype, or a file that was cut
-        short.
+            short.
     """
     size = file.stat().st_size
     header, start = _read_header(file, size)

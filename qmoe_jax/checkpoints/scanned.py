@@ -51,27 +51,26 @@ def unscan(tensors: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the layers of a stack have different position biases, or a tensor has no layers.
     """
-    stacked = {
-        name: match for name in tensors if (match := _STACKED.fullmatch(name)) and "layers_" not in name
-    }
+    stacked = {name: match for name in tensors if (match := _STACKED.fullmatch(name))}
     unscanned = {name: tensor for name, tensor in tensors.items() if name not in stacked}
     axis = _layer_axis(tensors, stacked)
     for name, match in stacked.items():
         stack, position, rest = match[1], int(match[2] or 0), match[3]
         block = 1 + max(int(other[2] or 0) for other in stacked.values() if other[1] == stack)
-        tensor = tensors[name]
-        if len(tensor.shape) <= axis:
-            raise CheckpointError(
-                "a scanned tensor without an axis of layers", path=path, key=name, found=list(tensor.shape)
-            )
+        layers = _layers(tensors[name], axis, f"{path}/{name}")
         if rest == _BIAS:
-            bias = _shared_bias(tensor, axis, f"{path}/{name}")
-            known = unscanned.setdefault(f"{stack}/{_BIAS}", bias)
-            _require_equal(known, bias, f"{path}/{name}")
-            continue
-        for i in range(tensor.shape[axis]):
-            unscanned[f"{stack}/layers_{i * block + position}/{rest}"] = LayerTensor(tensor, axis, i)
+            known = unscanned.setdefault(f"{stack}/{_BIAS}", layers[0])
+            _require_equal([known, *layers], f"{path}/{name}")
+        else:
+            for i, layer in enumerate(layers):
+                unscanned[f"{stack}/layers_{i * block + position}/{rest}"] = layer
     return unscanned
+
+
+def _layers(tensor: Tensor, axis: int, path: str) -> list[Tensor]:
+    if len(tensor.shape) <= axis or not tensor.shape[axis]:
+        raise CheckpointError("a scanned tensor without layers", path=path, found=list(tensor.shape))
+    return [LayerTensor(tensor, axis, i) for i in range(tensor.shape[axis])]
 
 
 def _layer_axis(tensors: Mapping[str, Tensor], stacked: Mapping[str, re.Match[str]]) -> int:
@@ -80,16 +79,9 @@ def _layer_axis(tensors: Mapping[str, Tensor], stacked: Mapping[str, re.Match[st
     return 0 if scales and scales[0][0] != d_model else 1
 
 
-def _shared_bias(tensor: Tensor, axis: int, path: str) -> Tensor:
-    layers = [LayerTensor(tensor, axis, i) for i in range(tensor.shape[axis])]
-    for layer in layers[1:]:
-        _require_equal(layers[0], layer, path)
-    return layers[0]
-
-
-def _require_equal(a: Tensor, b: Tensor, path: str) -> None:
-    rows = slice(0, a.shape[0])
-    if a is not b and not np.array_equal(a.read(rows), b.read(rows)):
+def _require_equal(biases: list[Tensor], path: str) -> None:
+    values = [bias.read(slice(0, bias.shape[0])) for bias in biases]
+    if not all(np.array_equal(values[0], other) for other in values[1:]):
         raise CheckpointError(
             "each layer has a position bias of its own",
             path=path,

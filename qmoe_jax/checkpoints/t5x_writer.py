@@ -114,7 +114,7 @@ def _kvstore(prefix: str, name: str) -> dict[str, str]:
 def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, ts.TensorStore]:
     """Empty arrays for all parameters; at once, since each waits for its description to be synced."""
     context = ts.Context()
-    prefix = f"{directory.absolute()}/"
+    prefix = f"{os.path.abspath(directory)}/"
     opening = {
         name: ts.open({**spec, "kvstore": _kvstore(prefix, name)}, create=True, context=context)
         for name, spec in specs.items()

@@ -90,8 +90,7 @@ def open_torch(file: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: no such archive, one cut short or compressed, a pickle that names a global that is
-        not
-            allowed (the error names it), or a tensor that reaches beyond its storage.
+            not allowed (the error names it), or a tensor that reaches beyond its storage.
     """
     archive = _Archive(file)
     try:

@@ -46,8 +46,7 @@ def open_weights(file: Path) -> Weights:
 
     Raises:
         CheckpointError: a file that the index lists is missing, cut short or damaged, or lacks a tensor that
-        it
-            should hold; no file has a tensor twice.
+            it should hold; no file has a tensor twice.
     """
     if file.suffix != ".json":
         return Weights(_opener(file)(file), (file,))

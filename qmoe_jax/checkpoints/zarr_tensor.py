@@ -93,7 +93,7 @@ def open_arrays(
 
     Raises:
         CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
-        each other.
+            each other.
     """
     files = {name: directory.store.read(f"{name}/.zarray") for name in declared}
     metadata = {}

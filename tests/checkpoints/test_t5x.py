@@ -97,6 +97,14 @@ def test_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
     assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
 
 
+def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_t5x("../there/./models", 3, nested(random_parameters()))
+    for path in ("../there/models", "../here/../there/models/checkpoint_3/checkpoint"):
+        assert open_dense(path).read(EXPERTS).shape == (5, 8, 12)
+
+
 def test_never_overwrites_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     write_t5x(tmp_path, 3, nested(random_parameters()))
     with pytest.raises(CheckpointError, match="checkpoint_3"):
