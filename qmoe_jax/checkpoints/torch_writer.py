@@ -43,18 +43,11 @@ def _value(value: np.ndarray | int, storages: dict[int, tuple[str, np.ndarray]])
     root = _root(value)
     key, _ = storages.setdefault(id(root), (str(len(storages)), root))
     offset = (_address(value) - _address(root)) // value.itemsize if value.size else 0
+    kind = _global("torch", _STORAGE_NAMES[value.dtype])
+    reference = [_string("storage"), kind, _string(key), _string("cpu"), _integer(root.size)]
     hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     arguments = [
-        _tuple(
-            [
-                _string("storage"),
-                _global("torch", _STORAGE_NAMES[value.dtype]),
-                _string(key),
-                _string("cpu"),
-                _integer(root.size),
-            ]
-        )
-        + pickle.BINPERSID,
+        _tuple(reference) + pickle.BINPERSID,
         _integer(offset),
         _tuple(map(_integer, value.shape)),
         _tuple(_integer(stride // value.itemsize) for stride in value.strides),

@@ -60,8 +60,7 @@ class UpstreamReader(DenseReader):
     """An upstream directory: a `Reader` whose expert kernels come back dequantized, or packed as they are."""
 
     def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
-        """An expert kernel's range as the kernels of `pallas_kernels` take it, in host memory, under its own
-        codebook.
+        """A range of an expert kernel's matrices as `pallas_kernels` takes them, in host memory.
 
         Raises `ValueError` if `name` is no expert kernel.
         """
@@ -84,6 +83,8 @@ def open_upstream(path: str | os.PathLike[str]) -> UpstreamReader:
     stated = read_json(directory / "config.json")
     stored = _dense(directory / DENSE_FILE)
     tensors = assemble(stored, directory)
+    if EMBEDDING not in tensors:
+        raise CheckpointError("no embedding", path=directory / DENSE_FILE, key=names.EMBEDDING)
     notes = []
     if is_tied(stored, stated) and LOGITS in tensors:
         if tensors[LOGITS].dtype == tensors[EMBEDDING].dtype:
