@@ -14,7 +14,7 @@ from qmoe_jax.checkpoints.reader import Reader
 
 
 def parameter_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """A parameter's dtype in a model that computes in `dtype`: the router stays float32, as it was trained."""
+    """A parameter's dtype where a model computes in `dtype`: the router stays float32, as it was trained."""
     return jnp.dtype(jnp.float32 if "/router/" in name else dtype)
 
 
