@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
     host_tree = jax.tree.map(np.asarray, dict(tree))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), host_tree)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(host_tree, save_args), force=True)
+        checkpointer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(host_tree, save_args), force=True)
     for folder in (path, *(found for found in path.rglob("*") if found.is_dir())):
         sync_folder(folder)
     sync_folder(root)
@@ -86,7 +87,7 @@ class DenseTensor:
         return _record_of(self.read(slice(None)))
 
     def _read(self, rows: slice, dtype: np.dtype) -> np.ndarray:
-        base = {"driver": "file", "path": str((self.root / DENSE).absolute()) + "/"}
+        base = {"driver": "file", "path": os.path.abspath(self.root / DENSE) + "/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": self.name.replace("/", ".") + "/"}
         try:
             store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from pallas_kernels.host.compiled import parallel
+
 # What `decode_rows` reports of a row: fine, a code beyond the codebook, too few digits, a codeword past the end.
 FINE, UNKNOWN_CODE, TOO_SHORT, TOO_LONG = 0, 1, 2, 3
 
 
-@numba.njit(cache=True, parallel=True, nogil=True)
-def encode_rows(digits, child, code, last_code, symbol_digits, scratch, counts):  # noqa: ANN001, ANN201
+@parallel
+def encode_rows(digits, child, code, last_code, symbol_digits, scratch, counts):
     """Greedy longest match of each row of `digits`; codes go to `scratch` [row, symbols], their number to `counts`."""
     rows, width = digits.shape
     symbols = (width + symbol_digits - 1) // symbol_digits
@@ -35,8 +37,8 @@ def encode_rows(digits, child, code, last_code, symbol_digits, scratch, counts):
         counts[row] = count + 1
 
 
-@numba.njit(cache=True, parallel=True, nogil=True)
-def gather_rows(scratch, offsets, codes):  # noqa: ANN001, ANN201
+@parallel
+def gather_rows(scratch, offsets, codes):
     """The rows of `scratch` one after another."""
     for row in numba.prange(len(offsets) - 1):
         start, stop = offsets[row], offsets[row + 1]
@@ -44,8 +46,8 @@ def gather_rows(scratch, offsets, codes):  # noqa: ANN001, ANN201
             codes[start + i] = scratch[row, i]
 
 
-@numba.njit(cache=True, parallel=True, nogil=True)
-def decode_rows(codes, offsets, lengths, words, digits, status, position):  # noqa: ANN001, ANN201
+@parallel
+def decode_rows(codes, offsets, lengths, words, digits, status, position):
     """Fill the rows of `digits`; a row that cannot be is told in `status` and the `position` of its codeword.
 
     Only the last codeword of a row may run past it.

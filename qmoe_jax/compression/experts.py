@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from qmoe_jax.artifact.kinds import Kind, Ternary, Uniform, pack_matrix
-from qmoe_jax.artifact.matrices import PackedExpertMatrix
+from qmoe_jax.artifact.kinds import Kind, Ternary, Uniform
+from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_quantized
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.config import SwitchConfig
@@ -66,6 +66,16 @@ class MatrixRecord:
     zeros: list[float]
     bytes: list[int]
     fallback: list[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedGroup:
+    """What `compress_group` makes: `experts` as they are stored, `values` with unrounded levels, those `levels`."""
+
+    experts: list[dict[str, PackedExpertMatrix]]
+    values: Weights
+    levels: dict[str, np.ndarray]
+    records: dict[str, MatrixRecord]
 
 
 def wide_names(model: SwitchConfig) -> tuple[str, ...]:
@@ -146,18 +156,6 @@ def quantize_matrix(
     )
 
 
-def pack_quantized(
-    quantized: Quantized, kind: Kind, config: CompressionConfig, codebooks: Mapping[str, Codebook]
-) -> list[PackedExpertMatrix]:
-    """Pack every expert of a quantized matrix."""
-    digits, levels = np.asarray(quantized.digits), np.asarray(quantized.levels)
-    permuted = config.group_size is not None and config.activation_order and config.method == "gptq"
-    column_group = np.asarray(quantized.column_group) if permuted else [None] * len(digits)
-    return [
-        pack_matrix(kind, digits[e], levels[e], codebooks, group_index=column_group[e]) for e in range(len(digits))
-    ]
-
-
 def compress_group(
     weights: Weights,
     tokens: Tokens | None,
@@ -165,7 +163,7 @@ def compress_group(
     config: CompressionConfig,
     kind: Kind,
     codebooks: Mapping[str, Codebook],
-) -> tuple[list[dict[str, PackedExpertMatrix]], dict[str, MatrixRecord]]:
+) -> CompressedGroup:
     """Quantize and pack an expert group; `tokens` None rounds to nearest.
 
     Memory beside the weights: one Hessian an expert, `[d_ff, d_ff]` float32 at the largest, twice in GPTQ.
@@ -173,6 +171,8 @@ def compress_group(
     num_experts = len(weights["wo"])
     packed: dict[str, list[PackedExpertMatrix]] = {}
     records: dict[str, MatrixRecord] = {}
+    values: Weights = {}
+    levels: dict[str, np.ndarray] = {}
     wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
     first = None if tokens is None else _hessian(tokens, num_experts, None, model.activation)
     for name in (*wide_names(model), "wo"):
@@ -181,7 +181,7 @@ def compress_group(
             hessian = first = None  # the first Hessian is dropped before the larger one is made
             hessian = _hessian(tokens, num_experts, wide, model.activation)
         quantized, weight_error, output_error = quantize_matrix(weights[name], hessian, config)
-        packed[name] = pack_quantized(quantized, kind, config, codebooks)
+        packed[name] = pack_quantized(kind, quantized, codebooks)
         records[name] = MatrixRecord(
             weight_error=np.asarray(weight_error).tolist(),
             output_error=np.asarray(output_error).tolist(),
@@ -189,9 +189,12 @@ def compress_group(
             bytes=[matrix.nbytes for matrix in packed[name]],
             fallback=(np.asarray(quantized.fallback) & (config.method == "gptq")).tolist(),
         )
+        values[name] = np.asarray(quantized.values.swapaxes(1, 2))
+        levels[name] = np.asarray(quantized.levels)
         if config.true_sequential and name != "wo":
             wide[wide_names(model).index(name)] = quantized.values.swapaxes(1, 2)
-    return [{name: packed[name][e] for name in packed} for e in range(num_experts)], records
+    experts = [{name: packed[name][e] for name in packed} for e in range(num_experts)]
+    return CompressedGroup(experts, values, levels, records)
 
 
 def run_group(tokens: Tokens, weights: Weights, model: SwitchConfig) -> np.ndarray:

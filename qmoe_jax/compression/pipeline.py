@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from qmoe_jax.artifact.files import ArtifactError, write_durably
+from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind
-from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.sizes import measure
 from qmoe_jax.artifact.store import REPORT, ArtifactWriter
@@ -31,6 +31,7 @@ from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.activations import HiddenStates, plan_batches
 from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
+from qmoe_jax.compression.exact import ExactLevels, exact_values
 from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kind, run_group, wide_names
 from qmoe_jax.compression.layers import DecoderLayers, EncoderLayers
 from qmoe_jax.compression.options import CompressionConfig
@@ -85,6 +86,8 @@ def compress(
 ) -> CompressionReport:
     """Compress a checkpoint's experts into an artifact; the same call again goes on where it was stopped.
 
+    An artifact that is already whole is left as it is (`verify` checks its bytes).
+
     Args:
       path: a checkpoint of any dense format, local or a URL.
       output: the artifact's directory: missing, empty, or this very compression's.
@@ -117,7 +120,8 @@ def compress(
     ) as writer:
         codebooks = {codebook.name: codebook} if codebook else {}
         job = Job(reader, writer, config, kind, codebooks, progress or Silent(), _earlier_records(writer))
-        _run(job, examples, attachments or {}, began)
+        if not writer.finished:
+            _run(job, examples, attachments or {}, began)
     groups = tuple(record for _, record in sorted(job.records.items()))
     return CompressionReport(Path(output), measure(output), groups, time.monotonic() - began)
 
@@ -162,6 +166,7 @@ def _run(job: Job, examples: Sequence[Example], attachments: Mapping[str, bytes]
                 node[leaf] = job.reader.read(name)
         job.writer.write_dense(dense)
         job.writer.finish(report=_report(job, time.monotonic() - began))
+        ExactLevels(job.writer.root).remove()
     finally:
         job.watcher.end()
 
@@ -211,26 +216,24 @@ def _walk_stack(job: Job, stack: str, layers: EncoderLayers, examples: Sequence[
 def _compressed_weights(
     job: Job, stack: str, layer: int, start: int, stop: int, tokens: Tokens
 ) -> Weights:
-    """The group as it is stored, `[expert, in, out]`; compressed and written first where it is not yet."""
-    if job.writer.has_group(stack, layer, start, stop):
-        packed = job.writer.read_group(stack, layer, start, stop)
-    else:
-        began = time.monotonic()
-        calibration = None if job.config.method == "nearest" else tokens
-        packed, records = compress_group(
-            job.weights(stack, layer, start, stop), calibration, job.model, job.config, job.kind, job.codebooks
-        )
-        job.writer.write_group(stack, layer, start, packed)
-        count = lambda chosen: np.bincount(tokens.expert[chosen], minlength=stop - start).tolist()  # noqa: E731
-        job.records[stack, layer, start] = GroupRecord(
-            stack, layer, start, count(slice(None)), count(tokens.calibrates), records, time.monotonic() - began
-        )
-        write_durably(job.writer.root / REPORT, [json.dumps(_report(job)).encode()])
-    return {matrix: _dequantized([expert[matrix] for expert in packed], job.codebooks) for matrix in job.matrices()}
-
-
-def _dequantized(packed: list[PackedExpertMatrix], codebooks: Mapping[str, Codebook]) -> np.ndarray:
-    return np.stack([dequantize(matrix, codebooks).T for matrix in packed])
+    """The group's quantized matrices, `[expert, in, out]`; compressed and written first where it is not yet."""
+    key, exact = GroupKey(stack, layer, start, stop), ExactLevels(job.writer.root)
+    levels = exact.read(key)
+    if levels is not None and job.writer.has_group(stack, layer, start, stop):
+        return exact_values(job.writer.read_group(stack, layer, start, stop), levels, job.codebooks)
+    began = time.monotonic()
+    calibration = None if job.config.method == "nearest" else tokens
+    group = compress_group(
+        job.weights(stack, layer, start, stop), calibration, job.model, job.config, job.kind, job.codebooks
+    )
+    exact.write(key, group.levels)
+    job.writer.write_group(stack, layer, start, group.experts)
+    count = lambda chosen: np.bincount(tokens.expert[chosen], minlength=stop - start).tolist()  # noqa: E731
+    job.records[stack, layer, start] = GroupRecord(
+        stack, layer, start, count(slice(None)), count(tokens.calibrates), group.records, time.monotonic() - began
+    )
+    write_durably(job.writer.root / REPORT, [json.dumps(_report(job)).encode()])
+    return group.values
 
 
 def _report(job: Job, seconds: float | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Models from checkpoints and artifacts, and generation with them."""
 
+from qmoe_jax.inference.decompress import decompress as decompress
 from qmoe_jax.inference.generate import generate as generate
 from qmoe_jax.inference.load import load_compressed as load_compressed
 from qmoe_jax.inference.load import load_model as load_model

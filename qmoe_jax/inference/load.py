@@ -8,11 +8,13 @@ from typing import Any, Literal
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels import PackedMatrix
 from qmoe_jax.artifact.files import ArtifactError
+from qmoe_jax.artifact.kinds import Ternary
 from qmoe_jax.artifact.open import open_checkpoint
-from qmoe_jax.checkpoints.params import nest, read_params
+from qmoe_jax.artifact.reader import ArtifactReader
+from qmoe_jax.checkpoints.params import read_params
 from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.upstream import UpstreamReader
 from qmoe_jax.models import CapacityRule, SwitchTransformer
 
 Placement = Literal["device"]
@@ -39,9 +41,12 @@ def load_model(
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
 
 
-def _packed(reader: Reader, name: str) -> PackedMatrix | None:
-    """An expert kernel as it is stored, where that is ternary with levels a row; None for other kernels."""
-    return reader.packed(name) if is_expert(name) and hasattr(reader, "packed") else None
+def _is_packed(reader: Reader, name: str) -> bool:
+    """Whether a kernel is stored as the packed kernels take it: ternary, with levels a row."""
+    if isinstance(reader, ArtifactReader):
+        kind = reader.kind(name)
+        return isinstance(kind, Ternary) and kind.group_size is None and not kind.input_scaled
+    return isinstance(reader, UpstreamReader) and is_expert(name)
 
 
 def load_compressed(
@@ -62,16 +67,16 @@ def load_compressed(
     if experts != "device":
         raise ValueError(f"experts: expected 'device', found {experts!r}")
     reader = open_checkpoint(path)
-    if not hasattr(reader, "packed"):
+    if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise ArtifactError(
             "is not compressed", path=path, found=f"a {reader.format} checkpoint", remedy="open it with load_model"
         )
-    packed = {name: matrix for name in reader.names() if (matrix := _packed(reader, name)) is not None}
+    packed = [name for name in reader.names() if _is_packed(reader, name)]
     params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)
-    for name, matrix in packed.items():
+    for name in packed:
         *folders, leaf = name.split("/")
         node = params
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = jax.device_put(matrix)
+        node[leaf] = jax.device_put(reader.packed(name))
     return SwitchTransformer(reader.config, capacity, dtype), params
