@@ -31,7 +31,7 @@ class DecodeTable:
     Attributes:
       entries: the words, in the order of the codes.
       field_bits: bits of a length and of a position: `max_length.bit_length()`.
-      slots: nonzero digits a word can hold: `(32 - field_bits) // (field_bits + 2)`.
+      slots: nonzero digits a word holds: as many as needed, at most `(32 - field_bits) // (field_bits + 2)`.
       max_length: digits of the longest codeword.
     """
 
@@ -60,14 +60,16 @@ class DecodeTable:
         """
         max_length = digits.shape[1]
         field_bits = max_length.bit_length()
-        slots = (WORD_BITS - field_bits) // (field_bits + DIGIT_BITS)
-        if slots < 1:
+        room = (WORD_BITS - field_bits) // (field_bits + DIGIT_BITS)
+        if room < 1:
             raise ValueError(
                 f"codewords of {max_length} digits do not fit a 32-bit entry: at most {2**15 - 1}"
             )
         codeword, position = np.nonzero(digits)
         rank = (np.cumsum(digits != 0, axis=1) - 1)[codeword, position]  # which nonzero of its codeword
-        words = max(1, -(-int((digits != 0).sum(1).max(initial=0)) // slots))
+        nonzeros = max(1, int((digits != 0).sum(1).max()))
+        words = -(-nonzeros // room)
+        slots = -(-nonzeros // words)
         entries = np.repeat(lengths.astype(np.uint32)[:, None], words, axis=1)
         field = position.astype(np.uint32) | digits[codeword, position].astype(np.uint32) << np.uint32(
             field_bits
@@ -81,10 +83,6 @@ class DecodeTable:
         """Words of an entry."""
         return self.entries.shape[-1]
 
-    def field_shift(self, slot: int) -> int:
-        """Where the field of `slot` begins: its position first, its digit `field_bits` above."""
-        return self.field_bits + slot * (self.field_bits + DIGIT_BITS)
-
 
 @pytree.register(leaves=("codes", "row_offsets", "levels", "table"), static=("width",))
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +95,14 @@ class PackedMatrix:
 
     Attributes:
       codes: codewords, row after row, each expert padded with zeros to the longest one.
-      row_offsets: where rows begin, in codewords of the expert; the last entry is their number.
+      row_offsets: where rows begin, in codewords of the expert, and at last their number (out + 1 bounds).
       levels: (minimum, maximum) of each row, bfloat16 or float32.
       table: what the codes mean.
       width: columns of the matrices ("in").
     """
 
     codes: UInt8[AnyArray, "expert capacity"] | UInt16[AnyArray, "expert capacity"]
-    row_offsets: Int32[AnyArray, "expert out+1"]
+    row_offsets: Int32[AnyArray, "expert bound"]
     levels: Float[AnyArray, "expert out 2"]
     table: DecodeTable
     width: int

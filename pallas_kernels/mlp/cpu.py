@@ -1,0 +1,56 @@
+"""The numba kernel on a CPU: both products in one call, the activations never leave the token blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.host.blocks import grouped
+from pallas_kernels.host.call import HostFunction
+from pallas_kernels.host.packed import NUM_ARRAYS, arrays_of, integers_of, rebuilt
+from pallas_kernels.host.rows import compile_for, product
+from pallas_kernels.operands import PackedMatrix
+
+_NAMES = ("wi", "gate")
+
+
+def mlp(
+    wi: tuple[PackedMatrix, ...],
+    wo: PackedMatrix,
+    x: Float[Array, "t d_model"],
+    expert_index: Int32[Array, "t"],
+    scale: Float[Array, "t"],
+    *,
+    activation: str,
+) -> Float[Array, "t d_model"]:
+    """See `packed_mlp`."""
+    arrays, integers = list(arrays_of(wo)), integers_of(wo, "wo")
+    for name, matrix in zip(_NAMES, wi, strict=False):
+        arrays += arrays_of(matrix)
+        integers |= integers_of(matrix, name)
+    for matrix in (*wi, wo):
+        compile_for(matrix)
+    expert = jnp.clip(expert_index, 0, wo.num_experts - 1)
+    result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    operands = (*arrays, x.astype(jnp.float32), expert, scale)
+    return _mlp_on_host(result, *operands, activation=activation, **integers).astype(x.dtype)
+
+
+@HostFunction
+def _mlp_on_host(*operands: np.ndarray, activation: str, **integers: Any) -> None:
+    *arrays, x, expert, scale, y = operands
+    matrices = [
+        rebuilt(arrays[i * NUM_ARRAYS :][:NUM_ARRAYS], integers, name)
+        for i, name in enumerate(("wo", *_NAMES)[: len(arrays) // NUM_ARRAYS])
+    ]
+    wo, wi, *gates = matrices
+    blocks = grouped(expert)
+    data = blocks.spread(x)
+    hidden = product(wi, blocks, data, activation)
+    for gate in gates:
+        hidden *= product(gate, blocks, data)
+    blocks.collect(product(wo, blocks, hidden), scale, y)

@@ -1,0 +1,53 @@
+"""Random packed experts beside the dense weights that they stand for."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import PackedMatrix
+from qmoe_jax.coding import Codebook, encode, pack, tunstall_codebook, upstream_codebook
+
+# One row for each shape of a table: (words, slots) = (1, 3), (1, 2), (1, 2) with 16-bit codes, (2, 4).
+CODEBOOKS = {
+    "upstream": upstream_codebook,
+    "tunstall-8": tunstall_codebook,
+    "tunstall-10": functools.partial(tunstall_codebook, code_bits=10),
+    "tunstall-12-dense": functools.partial(tunstall_codebook, p_zero=0.34, code_bits=12),
+}
+
+
+class Sample(NamedTuple):
+    packed: PackedMatrix
+    weights: np.ndarray  # float64 [expert, out, in]
+
+
+def sample(
+    codebook: Codebook, shape: tuple[int, int, int], *, p_zero=0.885, levels="bfloat16", seed=0
+) -> Sample:
+    """Experts of `shape` [expert, out, in] with digits of the given density."""
+    experts, rows, width = shape
+    rng = np.random.default_rng(seed)
+    digits = rng.choice(3, shape, p=[p_zero, (1 - p_zero) / 2, (1 - p_zero) / 2]).astype(np.uint8)
+    extremes = np.stack([-rng.random((experts, rows)) - 0.1, rng.random((experts, rows)) + 0.1], -1)
+    extremes = extremes.astype(jnp.dtype(levels))
+    packed = pack([encode(d, codebook) for d in digits], extremes, codebook, width)
+    packed.validate()
+    table = np.concatenate([np.zeros((experts, rows, 1)), extremes.astype(np.float64)], -1)
+    return Sample(packed, np.take_along_axis(table, digits.astype(np.int64), -1))
+
+
+def tokens(sample_: Sample, count: int, dtype="float32", seed=1) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """(x, expert index): every expert may get many tokens, or none."""
+    rng = np.random.default_rng(seed)
+    experts, _, width = sample_.weights.shape
+    x = jnp.asarray(rng.standard_normal((count, width)), jnp.float32).astype(dtype)
+    return x, jnp.asarray(rng.integers(0, experts, count) ** 2 // max(experts - 1, 1), jnp.int32)
+
+
+def products(sample_: Sample, x, expert_index) -> tuple[np.ndarray, np.ndarray]:
+    """(the exact product, the sum of the magnitudes of its terms), float64."""
+    weights = sample_.weights[np.asarray(expert_index)]
+    x = np.asarray(x, np.float64)
+    return np.einsum("toi,ti->to", weights, x), np.einsum("toi,ti->to", np.abs(weights), np.abs(x))
