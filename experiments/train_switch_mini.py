@@ -83,7 +83,7 @@ class Document(NamedTuple):
 
 def split_of(uid: str) -> str:
     """The split of a document: by a hash of its id, so that all parts `uid#1`, `uid#2`, ... stay together."""
-    bucket = int(hashlib.sha256(f"10:{uid.split('#')[0]}".encode()).hexdigest(), 16) % 100
+    bucket = int(hashlib.sha256(f"10:{uid.split('#', maxsplit=1)[0]}".encode()).hexdigest(), 16) % 100
     return "validation" if bucket < 2 else "calibration" if bucket < 6 else "training"
 
 
@@ -116,7 +116,9 @@ def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
 
 def write_split(documents: list[Document], split: str, path: pathlib.Path) -> None:
     """Write one split's documents as JSON lines, deterministically compressed."""
-    rows = [json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) for d in documents if d.split == split]
+    rows = [
+        json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) for d in documents if d.split == split
+    ]
     path.write_bytes(lzma.compress(("\n".join(rows) + "\n").encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
@@ -134,7 +136,9 @@ class TrainingBatches:
 
     def __init__(self, texts: list[np.ndarray], sentinels: Sentinels, recipe: Recipe):
         self.texts, self.sentinels, self.recipe = texts, sentinels, recipe
-        self.per_epoch = len(cut(texts)) * 9 // 10 // recipe.batch_size  # random offsets lose a segment here and there
+        self.per_epoch = (
+            len(cut(texts)) * 9 // 10 // recipe.batch_size
+        )  # random offsets lose a segment here and there
         self.epoch, self.pieces = -1, []
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +164,9 @@ def token_losses(logits: jax.Array, decoder: jax.Array) -> tuple[jax.Array, jax.
     return losses, (targets != 0).astype(jnp.float32)
 
 
-def loss_function(params: dict, model: SwitchTransformer, recipe: Recipe, encoder: jax.Array, decoder: jax.Array):
+def loss_function(
+    params: dict, model: SwitchTransformer, recipe: Recipe, encoder: jax.Array, decoder: jax.Array
+):
     """Training loss, and the cross-entropy alone."""
     logits, state = model.apply({"params": params}, encoder, decoder, mutable=["intermediates"])
     losses, weights = token_losses(logits, decoder)
@@ -168,7 +174,9 @@ def loss_function(params: dict, model: SwitchTransformer, recipe: Recipe, encode
     routers = jax.tree.leaves(state["intermediates"])
     grouped = [r.reshape(CONFIG.num_experts, -1, CONFIG.num_experts) for r in routers]
     auxiliary = recipe.load_balancing * sum(map(load_balancing_loss, grouped)) / len(routers)
-    return cross_entropy + auxiliary + recipe.router_z * sum(map(router_z_loss, routers)) / len(routers), cross_entropy
+    return cross_entropy + auxiliary + recipe.router_z * sum(map(router_z_loss, routers)) / len(
+        routers
+    ), cross_entropy
 
 
 def muon_matrices(params: dict) -> dict:
@@ -193,7 +201,7 @@ def initialize(model: SwitchTransformer, recipe: Recipe) -> dict:
     tokens = jnp.ones((8, 8), jnp.int32)
     params = nn.meta.unbox(model.init(jax.random.key(recipe.seed), tokens, tokens)["params"])
     scale = {"out": 0.0, "wo": 0.0, "logits_dense": 0.0, "token_embedder": 0.1}
-    rescale = lambda path, leaf: leaf * next((scale[k.key] for k in path if k.key in scale), 1.0)  # noqa: E731
+    rescale = lambda path, leaf: leaf * next((scale[k.key] for k in path if k.key in scale), 1.0)
     return jax.tree.map_with_path(rescale, params)
 
 
@@ -221,7 +229,9 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnames=("model", "recipe"), donate_argnames=("params", "state"))
-def train_step(params: dict, state, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer, recipe: Recipe):
+def train_step(
+    params: dict, state, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer, recipe: Recipe
+):
     """One update; returns the cross-entropy before it."""
     gradient, cross_entropy = jax.grad(loss_function, has_aux=True)(params, model, recipe, encoder, decoder)
     updates, state = make_optimizer(recipe).update(gradient, state, params)
@@ -229,7 +239,9 @@ def train_step(params: dict, state, encoder: jax.Array, decoder: jax.Array, mode
 
 
 @partial(jax.jit, static_argnames="model")
-def evaluation_step(params: dict, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer) -> jax.Array:
+def evaluation_step(
+    params: dict, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer
+) -> jax.Array:
     """Summed cross-entropy and number of tokens."""
     losses, weights = token_losses(model.apply({"params": params}, encoder, decoder), decoder)
     return jnp.stack([jnp.sum(losses * weights), jnp.sum(weights)])
@@ -267,12 +279,16 @@ def baselines(training: list[Example], validation: list[Example]) -> dict[str, f
     }
 
 
-def train(recipe: Recipe, data: TrainingBatches, validation: list[Example], states: pathlib.Path, every: int) -> dict:
+def train(
+    recipe: Recipe, data: TrainingBatches, validation: list[Example], states: pathlib.Path, every: int
+) -> dict:
     """Train from the last saved state, or from the start; returns the parameters."""
     model = SwitchTransformer(CONFIG, TRAIN_CAPACITY)
     params = initialize(model, recipe)
     state, first = make_optimizer(recipe).init(params), 0
-    with ocp.CheckpointManager(states.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+    with ocp.CheckpointManager(
+        states.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    ) as manager:
         if manager.latest_step() is not None:
             first = int(manager.latest_step())
             params, state = manager.restore(first, args=ocp.args.StandardRestore((params, state)))
@@ -293,17 +309,21 @@ def train(recipe: Recipe, data: TrainingBatches, validation: list[Example], stat
 
 def main() -> None:
     """Read the command line, train, write the release."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=pathlib.Path, required=True, help="folder of text")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the released model")
-    parser.add_argument("--states", type=pathlib.Path, default=pathlib.Path("runs/switch_mini"), help="saved states")
+    parser.add_argument(
+        "--states", type=pathlib.Path, default=pathlib.Path("runs/switch_mini"), help="saved states"
+    )
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     arguments = parser.parse_args()
     recipe = Recipe(arguments.steps)
 
     documents = read_corpus(arguments.corpus)
-    of_split = lambda split: [d.text for d in documents if d.split == split]  # noqa: E731
+    of_split = lambda split: [d.text for d in documents if d.split == split]
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer_path = arguments.output / "tokenizer.model"
     if not tokenizer_path.exists():
@@ -315,7 +335,13 @@ def main() -> None:
     texts = [tokenizer.encode(text) for text in of_split("training")]
     held_out = [tokenizer.encode(text) for text in of_split("validation")]
     validation = span_corruption(cut(held_out), tokenizer.sentinels)
-    params = train(recipe, TrainingBatches(texts, tokenizer.sentinels, recipe), validation, arguments.states, arguments.save_every)
+    params = train(
+        recipe,
+        TrainingBatches(texts, tokenizer.sentinels, recipe),
+        validation,
+        arguments.states,
+        arguments.save_every,
+    )
 
     params = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16), params)
     write_t5x(arguments.output, recipe.steps, params)

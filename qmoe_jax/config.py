@@ -75,8 +75,16 @@ PRESETS: dict[str, SwitchConfig] = {
     },
     "switch-large-128": _published(24, 2, d_model=1024, d_ff=4096, d_kv=64, num_heads=16, num_experts=128),
     "switch-xxl-128": _published(
-        24, 2, d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_experts=128,
-        activation="gelu", gated=True, tied=False,
+        24,
+        2,
+        d_model=4096,
+        d_ff=10240,
+        d_kv=64,
+        num_heads=64,
+        num_experts=128,
+        activation="gelu",
+        gated=True,
+        tied=False,
     ),
     "switch-c-2048": _published(
         15, 1, d_model=2080, d_ff=6144, d_kv=64, num_heads=30, num_experts=2048, tied=False

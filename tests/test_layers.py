@@ -41,7 +41,9 @@ def imported_modules(path: pathlib.Path) -> set[str]:
     return {module for module in found if module.split(".")[0] in ("qmoe_jax", "pallas_kernels")}
 
 
-MODULES = sorted(path for package in ("qmoe_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py"))
+MODULES = sorted(
+    path for package in ("qmoe_jax", "pallas_kernels") for path in (ROOT / package).rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -84,9 +84,20 @@ class Shard:
 class Reader(Protocol):
     """A checkpoint of any format: tensors under T5X's paths, `encoder/layers_0/attention/query/kernel`."""
 
-    path: Path | str
-    format: str
-    config: SwitchConfig
+    @property
+    def path(self) -> Path | str:
+        """Where it lies: a directory or a URL."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """The name of its format."""
+        ...
+
+    @property
+    def config(self) -> SwitchConfig:
+        """The architecture."""
+        ...
 
     def names(self) -> list[str]:
         """Every parameter, sorted."""

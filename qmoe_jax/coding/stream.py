@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8, UInt16
+from jaxtyping import Float, Int32, UInt8, UInt16
 
 from pallas_kernels import PackedMatrix
 from qmoe_jax.coding import walk
 from qmoe_jax.coding.codebook import Codebook
 
 
-class CorruptStream(ValueError):  # noqa: N818
+class CorruptStream(ValueError):
     """A stream that no matrix was encoded to; the message names row and position (in codewords of the row)."""
 
 
@@ -38,7 +38,9 @@ def encode(digits: UInt8[np.ndarray, "row width"], codebook: Codebook) -> Encode
         raise ValueError(f"expected at least one row and column of digits, found {digits.shape}")
     if digits.max() > 2:
         row, column = np.argwhere(digits > 2)[0]
-        raise ValueError(f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}")
+        raise ValueError(
+            f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
+        )
     trie, step = codebook.trie, codebook.symbol_digits
     scratch = np.empty((rows, -(-width // step)), codebook.code_dtype)
     counts = np.empty(rows, np.int64)
@@ -46,7 +48,9 @@ def encode(digits: UInt8[np.ndarray, "row width"], codebook: Codebook) -> Encode
     offsets = np.zeros(rows + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{rows} rows of {width} digits take {offsets[-1]} codewords: more than an int32 counts")
+        raise ValueError(
+            f"{rows} rows of {width} digits take {offsets[-1]} codewords: more than an int32 counts"
+        )
     codes = np.empty(offsets[-1], codebook.code_dtype)
     row_offsets = offsets.astype(np.int32)
     walk.gather_rows(scratch, row_offsets, codes)
@@ -68,7 +72,9 @@ def decode(encoded: Encoded, codebook: Codebook, width: int) -> UInt8[np.ndarray
     walk.decode_rows(codes, offsets, codebook.lengths, codebook.digits, digits, status, position)
     if (bad := np.flatnonzero(status)).size:
         row = int(bad[0])
-        raise CorruptStream(_explain(int(status[row]), row, int(position[row]), codes[offsets[row] :], codebook, width))
+        raise CorruptStream(
+            _explain(int(status[row]), row, int(position[row]), codes[offsets[row] :], codebook, width)
+        )
     return digits
 
 
@@ -84,13 +90,15 @@ def pack(
     return PackedMatrix(codes, offsets, np.asarray(levels), codebook.decode_table, width)
 
 
-def _checked_offsets(offsets: Int[np.ndarray, "row+1"], codes: int) -> Int32[np.ndarray, "row+1"]:
+def _checked_offsets(offsets: np.ndarray, codes: int) -> Int32[np.ndarray, "offset"]:
     if offsets.ndim != 1 or len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != codes:
         ends = (int(offsets[0]), int(offsets[-1])) if offsets.ndim == 1 and len(offsets) else offsets.shape
         raise CorruptStream(f"row offsets: expected from 0 to the {codes} codewords, found {ends}")
     if (bad := np.flatnonzero(np.diff(offsets) < 0)).size:
         row = int(bad[0])
-        raise CorruptStream(f"row {row}: ends at codeword {offsets[row + 1]}, before its beginning {offsets[row]}")
+        raise CorruptStream(
+            f"row {row}: ends at codeword {offsets[row + 1]}, before its beginning {offsets[row]}"
+        )
     return offsets.astype(np.int32)
 
 

@@ -46,5 +46,7 @@ def tunstall_codebook(p_zero: float = 0.885, code_bits: int = 8, max_length: int
     words = [word for _, word in sorted(growing + full)]
     lengths = np.array([len(word) for word in words], np.int32)
     longest = int(lengths.max())
-    digits = np.frombuffer(b"".join(word.ljust(longest, b"\0") for word in words), np.uint8).reshape(-1, longest)
+    digits = np.frombuffer(b"".join(word.ljust(longest, b"\0") for word in words), np.uint8).reshape(
+        -1, longest
+    )
     return Codebook(f"tunstall-{code_bits}-{p_zero:g}", lengths, digits)

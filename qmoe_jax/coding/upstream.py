@@ -41,6 +41,6 @@ def upstream_codebook() -> Codebook:
                 push(frontier, (negative * probability, sequence + symbol))
     lengths = np.array([2 * len(sequence) for sequence in sequences], np.int32)
     padded = b"".join(sequence.ljust(MAX_PAIRS, b"\0") for sequence in sequences)
-    symbol = np.frombuffer(padded, np.uint8).reshape(CODEWORDS, MAX_PAIRS)
-    digits = np.stack([symbol % 3, symbol // 3], axis=-1).reshape(CODEWORDS, 2 * MAX_PAIRS)
+    coded = np.frombuffer(padded, np.uint8).reshape(CODEWORDS, MAX_PAIRS)
+    digits = np.stack([coded % 3, coded // 3], axis=-1).reshape(CODEWORDS, 2 * MAX_PAIRS)
     return Codebook("upstream", lengths, digits, symbol_digits=2)

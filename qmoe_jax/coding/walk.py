@@ -54,7 +54,7 @@ def decode_rows(codes, offsets, lengths, words, digits, status, position):
     """
     width = digits.shape[1]
     for row in numba.prange(len(offsets) - 1):
-        at, i, found = 0, offsets[row], FINE
+        at, i, found = np.int64(0), offsets[row], FINE
         while i < offsets[row + 1] and found == FINE:
             value = codes[i]
             if value >= len(lengths):

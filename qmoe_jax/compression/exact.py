@@ -11,6 +11,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -34,7 +35,9 @@ class ExactLevels:
 
     def write(self, key: GroupKey, levels: Levels) -> None:
         """Keep a group's levels; to be called before the group is written."""
-        write_durably(self._path(key), [save({name: np.ascontiguousarray(part) for name, part in levels.items()})])
+        write_durably(
+            self._path(key), [save({name: np.ascontiguousarray(part) for name, part in levels.items()})]
+        )
 
     def read(self, key: GroupKey) -> Levels | None:
         """A group's levels, None where there are none."""
@@ -54,7 +57,9 @@ def exact_values(
 ) -> dict[str, np.ndarray]:
     """The matrices of a group with exact levels for the stored ones, float32 `[expert, in, out]`."""
     return {
-        name: np.stack([dequantize(_exact(expert[name], part[e]), codebooks).T for e, expert in enumerate(experts)])
+        name: np.stack(
+            [dequantize(_exact(expert[name], part[e]), codebooks).T for e, expert in enumerate(experts)]
+        )
         for name, part in levels.items()
     }
 
@@ -64,4 +69,6 @@ def _exact(matrix: PackedExpertMatrix, levels: np.ndarray) -> PackedExpertMatrix
     part = "levels" if isinstance(matrix.kind, Ternary) else "scales"
     values = levels if part == "levels" else levels[..., 0]
     parts = {**matrix.parts, part: values.reshape(matrix.parts[part].shape)}
-    return dataclasses.replace(matrix, kind=dataclasses.replace(matrix.kind, level_dtype="float32"), parts=parts)
+    return dataclasses.replace(
+        matrix, kind=dataclasses.replace(matrix.kind, level_dtype="float32"), parts=parts
+    )

@@ -44,10 +44,13 @@ class Tokens:
         for start in range(0, len(self.expert), size):
             part = slice(start, min(start + size, len(self.expert)))
             pad = size - (part.stop - start)
-            yield part, Tokens(
-                np.pad(self.x[part], ((0, pad), (0, 0))),
-                np.pad(self.expert[part], (0, pad), constant_values=-1),
-                np.pad(self.calibrates[part], (0, pad)),
+            yield (
+                part,
+                Tokens(
+                    np.pad(self.x[part], ((0, pad), (0, 0))),
+                    np.pad(self.expert[part], (0, pad), constant_values=-1),
+                    np.pad(self.calibrates[part], (0, pad)),
+                ),
             )
 
 
@@ -119,7 +122,7 @@ def _ratio(a: Array, b: Array) -> Array:
 @jax.jit
 def _weight_error(w: Array, q: Array) -> Array:
     """‖q - w‖² / ‖w‖² `[expert]`."""
-    square = lambda d: jnp.sum(d * d, axis=(1, 2))  # noqa: E731
+    square = lambda d: jnp.sum(d * d, axis=(1, 2))
     return _ratio(square(q - w), square(w))
 
 
@@ -128,7 +131,7 @@ def _output_error(w: Array, q: Array, hessian: Array, damping: float) -> Array:
     """tr(d H dᵀ) / tr(w H wᵀ) `[expert]`, with d = q - w and H damped as GPTQ damps it."""
     diagonal = jnp.diagonal(hessian, axis1=1, axis2=2).mean(-1)
     floor = jnp.where(diagonal > 0, damping * diagonal, 1.0)  # without tokens, the identity
-    energy = lambda d: jnp.sum((d @ hessian + floor[:, None, None] * d) * d, axis=(1, 2))  # noqa: E731
+    energy = lambda d: jnp.sum((d @ hessian + floor[:, None, None] * d) * d, axis=(1, 2))
     return _ratio(energy(q - w), energy(w))
 
 

@@ -54,7 +54,9 @@ def _decoder_bias(config: SwitchConfig, params: Params, length: int) -> Array:
 class EncoderLayers:
     """Steps of the encoder's layers over `states`."""
 
-    def __init__(self, config: SwitchConfig, stack_params: Params, states: HiddenStates, batches: list[Batch]):
+    def __init__(
+        self, config: SwitchConfig, stack_params: Params, states: HiddenStates, batches: list[Batch]
+    ):
         self.config, self.params, self.states, self.batches = config, stack_params, states, batches
 
     def block(self, layer: int) -> Block:

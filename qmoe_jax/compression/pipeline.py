@@ -71,7 +71,7 @@ class Job:
 
     def weights(self, stack: str, layer: int, start: int, stop: int) -> Weights:
         """The original matrices of a group, float32 `[expert, in, out]`."""
-        read = lambda matrix: self.reader.read(expert_kernel(stack, layer, matrix), slice(start, stop))  # noqa: E731
+        read = lambda matrix: self.reader.read(expert_kernel(stack, layer, matrix), slice(start, stop))
         return {matrix: read(matrix).astype(np.float32) for matrix in self.matrices()}
 
 
@@ -108,7 +108,7 @@ def compress(
     _check(examples, reader.config, config)
     codebook = fitted_codebook(reader, config)
     kind = packing_kind(config, codebook)
-    source = {"checkpoint": checkpoint_digest(reader), "examples": examples_digest(examples)}
+    source: dict[str, Any] = {"checkpoint": checkpoint_digest(reader), "examples": examples_digest(examples)}
     if attachments:
         source["attachments"] = {n: hashlib.sha256(b).hexdigest() for n, b in sorted(attachments.items())}
     with ArtifactWriter(
@@ -210,12 +210,12 @@ def _walk_stack(job: Job, stack: str, layers: EncoderLayers, examples: Sequence[
             else:
                 weights = job.weights(stack, layer, start, stop)
             if len(where):
-                layers.states.values[where] += probability[where, None] * run_group(tokens, weights, job.model)
+                layers.states.values[where] += probability[where, None] * run_group(
+                    tokens, weights, job.model
+                )
 
 
-def _compressed_weights(
-    job: Job, stack: str, layer: int, start: int, stop: int, tokens: Tokens
-) -> Weights:
+def _compressed_weights(job: Job, stack: str, layer: int, start: int, stop: int, tokens: Tokens) -> Weights:
     """The group's quantized matrices, `[expert, in, out]`; compressed and written first where it is not yet."""
     key, exact = GroupKey(stack, layer, start, stop), ExactLevels(job.writer.root)
     levels = exact.read(key)
@@ -228,9 +228,15 @@ def _compressed_weights(
     )
     exact.write(key, group.levels)
     job.writer.write_group(stack, layer, start, group.experts)
-    count = lambda chosen: np.bincount(tokens.expert[chosen], minlength=stop - start).tolist()  # noqa: E731
+    count = lambda chosen: np.bincount(tokens.expert[chosen], minlength=stop - start).tolist()
     job.records[stack, layer, start] = GroupRecord(
-        stack, layer, start, count(slice(None)), count(tokens.calibrates), group.records, time.monotonic() - began
+        stack,
+        layer,
+        start,
+        count(slice(None)),
+        count(tokens.calibrates),
+        group.records,
+        time.monotonic() - began,
     )
     write_durably(job.writer.root / REPORT, [json.dumps(_report(job)).encode()])
     return group.values

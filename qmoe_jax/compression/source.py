@@ -58,9 +58,9 @@ def fitted_codebook(reader: Reader, config: CompressionConfig) -> Codebook | Non
         for layer in reader.config.sparse_layers(stack):
             for matrix in (*wide_names(reader.config), "wo"):
                 kernel = reader.read(expert_kernel(stack, layer, matrix), slice(0, 1)).astype(np.float32)
-                digits = round_to_nearest(kernel.swapaxes(1, 2), config.grid, group_size=config.group_size).digits
+                digits = round_to_nearest(
+                    kernel.swapaxes(1, 2), config.grid, group_size=config.group_size
+                ).digits
                 zeros, total = zeros + int((np.asarray(digits) == 0).sum()), total + digits.size
     p_zero = min(max(round(zeros / max(total, 1), 2), 0.34), 0.99)
     return tunstall_codebook(p_zero=p_zero, code_bits=int(config.codebook.removeprefix("tunstall-")))
-
-

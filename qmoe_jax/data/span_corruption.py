@@ -74,7 +74,9 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Examp
     first = mask & ~np.concatenate([[False], mask[:-1]])
     spans = int(first.sum())
     if spans + 1 > sentinels.count:
-        raise ValueError(f"{spans} noise spans need {spans + 1} sentinels; the vocabulary has {sentinels.count}")
+        raise ValueError(
+            f"{spans} noise spans need {spans + 1} sentinels; the vocabulary has {sentinels.count}"
+        )
     marked = np.where(first, sentinels.id(np.cumsum(first) - 1), tokens)
     encoder = np.append(marked[~mask | first], EOS)
     # Shape: each span's start yields two decoder tokens, its sentinel and the token itself.
@@ -85,7 +87,11 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Examp
 
 
 def span_corruption(
-    texts: list[np.ndarray], sentinels: Sentinels, seed: int = 0, density: float = 0.15, mean_span: float = 3.0
+    texts: list[np.ndarray],
+    sentinels: Sentinels,
+    seed: int = 0,
+    density: float = 0.15,
+    mean_span: float = 3.0,
 ) -> list[Example]:
     """Corrupt tokenized `texts` (int `[token]`, without the end token) in order, from one generator.
 

@@ -119,7 +119,9 @@ def segments(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> lis
     return pieces
 
 
-def short_texts(documents: Iterable[str], tokenizer: Tokenizer, limit: int, count: int | None = None) -> list[np.ndarray]:
+def short_texts(
+    documents: Iterable[str], tokenizer: Tokenizer, limit: int, count: int | None = None
+) -> list[np.ndarray]:
     """The first `count` documents of at most `limit` tokens, end token included; longer ones are skipped.
 
     Upstream's rule for C4, with `limit` 568: 512 encoder tokens once spans are replaced by sentinels.

@@ -58,7 +58,7 @@ def _generate(
         {},
         key,
     )
-    going = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.ended)  # noqa: E731
+    going = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.ended)
     return lax.while_loop(going, advance, advance(start)).tokens
 
 

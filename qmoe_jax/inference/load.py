@@ -69,7 +69,10 @@ def load_compressed(
     reader = open_checkpoint(path)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise ArtifactError(
-            "is not compressed", path=path, found=f"a {reader.format} checkpoint", remedy="open it with load_model"
+            "is not compressed",
+            path=path,
+            found=f"a {reader.format} checkpoint",
+            remedy="open it with load_model",
         )
     packed = [name for name in reader.names() if _is_packed(reader, name)]
     params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)

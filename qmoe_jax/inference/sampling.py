@@ -40,7 +40,9 @@ class Sampling:
             logits = jnp.where(logits < least, -jnp.inf, logits)
         if self.top_p is not None:
             descending = -jnp.sort(-logits, axis=-1)
-            before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(descending, axis=-1)
+            before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1) - jax.nn.softmax(
+                descending, axis=-1
+            )
             least = jnp.min(jnp.where(before < self.top_p, descending, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < least, -jnp.inf, logits)
         return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

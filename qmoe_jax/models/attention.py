@@ -48,7 +48,9 @@ class RelativePositionBias(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, queries: Int[Array, "query"], keys: Int[Array, "key"]) -> Float[Array, "1 heads query key"]:
+    def __call__(
+        self, queries: Int[Array, "query"], keys: Int[Array, "key"]
+    ) -> Float[Array, "1 heads query key"]:
         """The bias between positions `queries` and positions `keys`."""
         init = nn.with_logical_partitioning(
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("heads", "relpos_buckets")
@@ -92,13 +94,22 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def __call__(
-        self, x: Float[Array, "b m embed"], memory: Float[Array, "b n embed"], bias: Float[Array, "#b #heads #m #n"]
+        self,
+        x: Float[Array, "b m embed"],
+        memory: Float[Array, "b n embed"],
+        bias: Float[Array, "#b #heads #m #n"],
     ) -> Float[Array, "b m embed"]:
         """Attend from `x` to `memory`; masks are part of `bias`."""
-        return self._attend(self._split(self.query(x)), self._split(self.key(memory)), self._split(self.value(memory)), bias)
+        return self._attend(
+            self._split(self.query(x)), self._split(self.key(memory)), self._split(self.value(memory)), bias
+        )
 
     def step(
-        self, x: Float[Array, "b 1 embed"], position: Int[Array, ""], length: int, bias: Float[Array, "#b #heads 1 n"]
+        self,
+        x: Float[Array, "b 1 embed"],
+        position: Int[Array, ""],
+        length: int,
+        bias: Float[Array, "#b #heads 1 n"],
     ) -> Float[Array, "b 1 embed"]:
         """Attend from the token at `position` to itself and those before it, kept in the collection "cache"."""
         empty = jnp.zeros((x.shape[0], length, self.num_heads, self.d_kv), self.dtype)
@@ -110,7 +121,10 @@ class Attention(nn.Module):
         return self._attend(self._split(self.query(x)), keys, values, bias)
 
     def cross_step(
-        self, x: Float[Array, "b 1 embed"], memory: Float[Array, "b n embed"], bias: Float[Array, "#b #heads 1 n"]
+        self,
+        x: Float[Array, "b 1 embed"],
+        memory: Float[Array, "b n embed"],
+        bias: Float[Array, "#b #heads 1 n"],
     ) -> Float[Array, "b 1 embed"]:
         """Attend from one token to `memory`, whose keys and values are computed at the first step alone."""
         if not self.has_variable("cache", "key"):

@@ -20,7 +20,10 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.layers import Kernel
 from qmoe_jax.models.router import GroupCapacity, Router, Routing, SequenceCapacity
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}  # gelu: tanh form
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+}  # gelu: tanh form
 
 
 class DenseMLP(nn.Module):
@@ -33,7 +36,7 @@ class DenseMLP(nn.Module):
     def __call__(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
         """`activation(x wi) wo`, gated where the model is."""
         activation = ACTIVATIONS[self.config.activation]
-        wide = lambda name: Kernel(self.config.d_ff, ("embed", "mlp"), self.dtype, name=name)  # noqa: E731
+        wide = lambda name: Kernel(self.config.d_ff, ("embed", "mlp"), self.dtype, name=name)
         hidden = (
             activation(wide("wi_0")(x)) * wide("wi_1")(x) if self.config.gated else activation(wide("wi")(x))
         )
@@ -57,7 +60,9 @@ class ExpertKernel(nn.Module):
 
 
 def expert_hidden(
-    x: Float[Array, "*row embed"], wide: Sequence[Float[Array, "embed mlp"]], activation: Callable[[Array], Array]
+    x: Float[Array, "*row embed"],
+    wide: Sequence[Float[Array, "embed mlp"]],
+    activation: Callable[[Array], Array],
 ) -> Float[Array, "*row mlp"]:
     """What an expert's second matrix reads: `activation(x wi)`, or `activation(x wi_0) * (x wi_1)`."""
     hidden = activation(x @ wide[0])
@@ -118,7 +123,7 @@ def grouped_mlp(
     activation: Callable[[Array], Array],
 ) -> Float[Array, "token embed"]:
     """Each token through its own expert."""
-    function = lambda rows, *mine: expert_hidden(rows, mine[:-1], activation) @ mine[-1]  # noqa: E731
+    function = lambda rows, *mine: expert_hidden(rows, mine[:-1], activation) @ mine[-1]
     return grouped_apply(function, x, expert, (*wide, narrow))
 
 
@@ -154,7 +159,7 @@ class Experts(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        wide = lambda: ExpertKernel((c.num_experts, c.d_model, c.d_ff), ("expert", "embed", "expert_mlp"))  # noqa: E731
+        wide = lambda: ExpertKernel((c.num_experts, c.d_model, c.d_ff), ("expert", "embed", "expert_mlp"))
         if c.gated:
             self.wi_0, self.wi_1 = wide(), wide()
         else:

@@ -59,12 +59,16 @@ class EncoderBlock(Block):
         self.pre_attention_layer_norm = self._norm()
         self.attention = self._attention()
 
-    def attend(self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]) -> Float[Array, "b n embed"]:
+    def attend(
+        self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]
+    ) -> Float[Array, "b n embed"]:
         """Add self-attention."""
         normed = self.pre_attention_layer_norm(x)
         return x + self.attention(normed, normed, bias)
 
-    def __call__(self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]) -> Float[Array, "b n embed"]:
+    def __call__(
+        self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]
+    ) -> Float[Array, "b n embed"]:
         """The whole block."""
         return self.feed_forward(self.attend(x, bias))
 
@@ -118,7 +122,9 @@ class DecoderBlock(Block):
         return self.feed_forward(x)
 
 
-def _relative_position_bias(config: SwitchConfig, bidirectional: bool, dtype: DTypeLike) -> RelativePositionBias:
+def _relative_position_bias(
+    config: SwitchConfig, bidirectional: bool, dtype: DTypeLike
+) -> RelativePositionBias:
     return RelativePositionBias(
         config.num_heads,
         bidirectional,
@@ -138,7 +144,10 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = _relative_position_bias(c, True, self.dtype)
-        self.layers = [EncoderBlock(c, i in c.encoder_sparse_layers, self.capacity, self.dtype) for i in range(c.num_encoder_layers)]
+        self.layers = [
+            EncoderBlock(c, i in c.encoder_sparse_layers, self.capacity, self.dtype)
+            for i in range(c.num_encoder_layers)
+        ]
         self.encoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
 
     def bias(self, mask: Bool[Array, "b n"]) -> Float[Array, "b heads n n"]:
@@ -164,7 +173,10 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.relpos_bias = _relative_position_bias(c, False, self.dtype)
-        self.layers = [DecoderBlock(c, i in c.decoder_sparse_layers, self.capacity, self.dtype) for i in range(c.num_decoder_layers)]
+        self.layers = [
+            DecoderBlock(c, i in c.decoder_sparse_layers, self.capacity, self.dtype)
+            for i in range(c.num_decoder_layers)
+        ]
         self.decoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
         if not c.tied:
             self.logits_dense = Kernel(c.vocab_size, ("embed", "vocab"), self.dtype)

@@ -22,7 +22,7 @@ TINY = SwitchConfig(
 
 def random_experts(tokens: int, num_experts: int = 5, matrices: int = 1):
     generator = np.random.default_rng(tokens)
-    draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jnp.asarray(generator.standard_normal(shape), jnp.float32)
     wide = tuple(draw(num_experts, 6, 10) for _ in range(matrices))
     expert = jnp.asarray(generator.integers(0, num_experts, tokens) ** 2 // num_experts)  # uneven loads
     return draw(tokens, 6), expert, wide, draw(num_experts, 10, 6)
@@ -64,7 +64,9 @@ def test_capacity_buffers_leave_out_what_is_not_kept():
 
 def parameter_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    variables = jax.eval_shape(lambda e, d: SwitchTransformer(config).init(jax.random.key(0), e, d), tokens, tokens)
+    variables = jax.eval_shape(
+        lambda e, d: SwitchTransformer(config).init(jax.random.key(0), e, d), tokens, tokens
+    )
     params = nn.meta.unbox(variables["params"])
     return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
@@ -97,7 +99,11 @@ def test_position_buckets_begin_where_t5s_do(bidirectional):
 
 def test_an_id_beyond_the_vocabulary_is_not_another_token():
     params = nn.meta.unbox(
-        SwitchTransformer(TINY).init(jax.random.key(0), jnp.ones((1, 3), int), jnp.ones((1, 3), int))["params"]
+        SwitchTransformer(TINY).init(jax.random.key(0), jnp.ones((1, 3), int), jnp.ones((1, 3), int))[
+            "params"
+        ]
     )
-    logits = SwitchTransformer(TINY).apply({"params": params}, jnp.array([[3, 40, 5]]), jnp.zeros((1, 1), int))
+    logits = SwitchTransformer(TINY).apply(
+        {"params": params}, jnp.array([[3, 40, 5]]), jnp.zeros((1, 1), int)
+    )
     assert np.isnan(logits).all()

@@ -75,9 +75,14 @@ def test_flaxformer_logits(data, relative, name):
     config, params = load(data / "t5x" / name / "checkpoint_1000")
     model = SwitchTransformer(config)
     logits, state = model.apply(
-        {"params": params}, golden["encoder_input_tokens"], golden["decoder_input_tokens"], mutable=["intermediates"]
+        {"params": params},
+        golden["encoder_input_tokens"],
+        golden["decoder_input_tokens"],
+        mutable=["intermediates"],
     )
-    real = golden["decoder_target_tokens"] > 0  # flaxformer masks by targets: elsewhere its logits have no meaning
+    real = (
+        golden["decoder_target_tokens"] > 0
+    )  # flaxformer masks by targets: elsewhere its logits have no meaning
     assert relative(logits[real], golden["logits"][real]) <= TOLERANCE
     layer = config.encoder_sparse_layers[0]
     routed = state["intermediates"]["encoder"][f"layers_{layer}"]["mlp"]["router"]["router_logits"][0]

@@ -23,7 +23,9 @@ def test_masks_are_upstreams_bit_for_bit(data):
 
 def test_one_generator_draws_a_sequence_of_masks(data):
     golden = np.load(data / "span_masks.npz")
-    names = sorted((n for n in golden.files if n.startswith("seq_")), key=lambda name: int(name.split("_")[2]))
+    names = sorted(
+        (n for n in golden.files if n.startswith("seq_")), key=lambda name: int(name.split("_")[2])
+    )
     generator = np.random.RandomState(7)
     for name in names:
         length = int(name.split("_L")[1])

@@ -26,7 +26,9 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 def test_documents_of_json_lines(tmp_path, suffix, opener):
     path = tmp_path / f"texts.jsonl{suffix}"
     with opener(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text, "split": s}) + "\n" for text, s in [("one", "a"), ("two", "b")])
+        file.writelines(
+            json.dumps({"text": text, "split": s}) + "\n" for text, s in [("one", "a"), ("two", "b")]
+        )
     assert list(read_documents(path)) == ["one", "two"]
     assert list(read_documents(tmp_path, split="b")) == ["two"]
 

@@ -1,0 +1,82 @@
+"""Plots of a comparison, with matplotlib, into files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qmoe_jax.evaluation.variants import Variant
+
+INK, GRID = "#222222", "#dddddd"
+COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93", "#00798c")
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure that belongs to no window and no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color=GRID, linewidth=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(colors=INK)
+    return figure, axes
+
+
+def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
+    """Loss of each artifact against its bits per expert parameter; the original as a line."""
+    figure, (ax,) = _figure(6.4, 4.0)
+    shown = 0
+    for variant in variants:
+        if variant.sizes is None:
+            ax.axhline(variant.evaluation.loss, color=INK, linewidth=1, linestyle="--")
+            label = f"{variant.name} (16 bits): {variant.evaluation.loss:.3f}"
+            ax.annotate(label, (1.0, variant.evaluation.loss), xycoords=("axes fraction", "data"), ha="right",
+                        textcoords="offset points", xytext=(0, 4), color=INK, fontsize=9)  # fmt: skip
+            continue
+        point = (variant.bits_per_expert_parameter, variant.evaluation.loss)
+        ax.scatter(*point, s=60, color=COLORS[shown % len(COLORS)], zorder=3)
+        ax.annotate(variant.name, point, textcoords="offset points", xytext=(8, 4), color=INK, fontsize=9)
+        shown += 1
+    ax.set_xlabel("bits per expert parameter, on the disk, everything counted")
+    ax.set_ylabel("held-out loss (nats a token)")
+    ax.margins(x=0.25, y=0.15)
+    figure.savefig(path, dpi=150)
+
+
+def plot_layers(variants: Sequence[Variant], path: Path) -> None:
+    """Sparsity, bits and relative output error, layer by layer, a line a variant."""
+    figure, axes = _figure(12.0, 3.6, columns=3)
+    fields = (
+        ("zeros", "share of zeros"),
+        ("bits", "bits per expert parameter"),
+        ("output_error", "relative output error"),
+    )
+    for ax, (field, title) in zip(axes, fields, strict=True):
+        for color, variant in zip(COLORS, variants, strict=False):
+            values = [getattr(layer, field) for layer in variant.layers]
+            ax.plot(values, "o-", markersize=4, color=color, label=variant.name)
+        names = [layer.name for layer in variants[0].layers]
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        ax.set_title(title, fontsize=10, color=INK)
+        ax.set_ylim(bottom=0)
+    axes[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def plot_tokens(variants: Sequence[Variant], path: Path) -> None:
+    """Calibration tokens of each expert, a panel a layer (of the first variant), the even share as a line."""
+    layers = variants[0].layers
+    figure, axes = _figure(min(3.0 * len(layers), 24.0), 3.0, columns=len(layers))
+    for ax, layer in zip(axes, layers, strict=True):
+        counts = np.sort(layer.tokens)[::-1]
+        ax.bar(range(len(counts)), counts, color=COLORS[0], width=0.9)
+        ax.axhline(counts.mean(), color=INK, linewidth=1, linestyle="--")
+        ax.set_title(layer.name, fontsize=10, color=INK)
+        ax.set_xlabel("experts, busiest first", fontsize=8)
+    axes[0].set_ylabel("tokens in the Hessian")
+    figure.savefig(path, dpi=150)
