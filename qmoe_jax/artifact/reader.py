@@ -81,7 +81,11 @@ class PackedKernel:
     matrix: str
     shape: tuple[int, ...]
     codebooks: Codebooks
-    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32: what dequantizing gives."""
+        return np.dtype(np.float32)
 
     def read(self, rows: slice) -> Float32[np.ndarray, "expert in out"]:
         """The experts of a range. Raises `ArtifactError` naming the expert whose codes are damaged."""
