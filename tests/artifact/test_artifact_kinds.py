@@ -1,13 +1,23 @@
 """Every kind of packing: what goes in comes out, to the bit."""
 
 import artifact_samples as samples
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qmoe_jax.artifact import ArtifactError, Kind, Ternary, Uniform, dequantize, num_groups, pack_matrix
+from qmoe_jax.artifact import (
+    ArtifactError,
+    Kind,
+    Ternary,
+    Uniform,
+    dequantize,
+    num_groups,
+    pack_matrix,
+    pack_quantized,
+)
 from qmoe_jax.artifact.bits import pack_bits, packed_bytes, smallest_dtype, unpack_bits
 from qmoe_jax.artifact.kinds import (
     LEVEL_DTYPES,
@@ -16,6 +26,7 @@ from qmoe_jax.artifact.kinds import (
 )
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.coding import CorruptStream
+from qmoe_jax.quantization.quantized import Quantized
 
 SHAPES = [(1, 1), (3, 17), (36, 20)]
 every_kind = pytest.mark.parametrize("kind", samples.KINDS.values(), ids=samples.KINDS)
@@ -78,6 +89,21 @@ def test_an_unknown_kind_is_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(ArtifactError, match=named) as caught:
         kind_from_json(fields, "manifest.json")
     assert "newer version" in str(caught.value)
+
+
+def test_quantized_experts_are_packed_as_the_solver_leaves_them() -> None:
+    """Each expert keeps its own order of the columns; one whose groups follow the columns stores none."""
+    kind, rng, shape = samples.KINDS["ternary, groups"], np.random.default_rng(5), (6, 20)
+    digits = np.stack([samples.random_digits(kind, shape, rng) for _ in range(2)])
+    levels = np.stack([samples.random_levels(kind, shape, rng) for _ in range(2)])
+    groups = np.stack([np.arange(20) // 8, rng.permutation(np.arange(20) // 8)]).astype(np.int32)
+    values = np.stack([weights_of(kind, *each) for each in zip(digits, levels, groups, strict=True)])
+    error, fallback = jnp.zeros(2), jnp.zeros(2, bool)
+    quantized = Quantized(*map(jnp.asarray, (values, digits, levels)), error, fallback, jnp.asarray(groups))
+    packed = pack_quantized(kind, quantized, samples.CODEBOOKS)
+    assert ["column_group" in matrix.parts for matrix in packed] == [False, True]
+    for matrix, expected in zip(packed, values, strict=True):
+        np.testing.assert_array_equal(dequantize(matrix, samples.CODEBOOKS), expected)
 
 
 def test_levels_of_another_shape_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Reading an artifact: as a checkpoint, as packed matrices, expert by expert."""
 
 import pathlib
+from collections.abc import Callable
 
 import artifact_samples as samples
 import jax
@@ -14,14 +15,8 @@ from qmoe_jax.checkpoints.reader import CheckpointError, Reader
 from qmoe_jax.coding import Encoded, decode
 
 WI, WO = (f"encoder/layers_1/mlp/expert/{matrix}/kernel" for matrix in ("wi", "wo"))
+ArtifactOf = Callable[[Kind], pathlib.Path]
 every_kind = pytest.mark.parametrize("kind", samples.KINDS.values(), ids=samples.KINDS)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("artifact") / "whole"
-    samples.write_artifact(root)
-    return root
 
 
 def experts_of(kind: Kind) -> list:
@@ -33,9 +28,8 @@ def experts_of(kind: Kind) -> list:
 
 
 @every_kind
-def test_expert_kernels_come_back_dequantized(tmp_path: pathlib.Path, kind: Kind) -> None:
-    samples.write_artifact(tmp_path / "a", kind)
-    reader = ArtifactReader.open(tmp_path / "a")
+def test_expert_kernels_come_back_dequantized(artifact_of: ArtifactOf, kind: Kind) -> None:
+    reader = ArtifactReader.open(artifact_of(kind))
     for name, matrix in ((WI, "wi"), (WO, "wo")):
         expected = np.stack([dequantize(expert[matrix], samples.CODEBOOKS).T for expert in experts_of(kind)])
         assert reader.kind(name) == kind
@@ -45,8 +39,8 @@ def test_expert_kernels_come_back_dequantized(tmp_path: pathlib.Path, kind: Kind
         assert reader.read(name, slice(4, 4)).shape == (0, *expected.shape[1:])
 
 
-def test_it_reads_like_any_checkpoint(path: pathlib.Path) -> None:
-    reader = ArtifactReader.open(path)
+def test_it_reads_like_any_checkpoint(whole: pathlib.Path) -> None:
+    reader = ArtifactReader.open(whole)
     assert isinstance(reader, Reader)
     assert reader.format == "qmoe"
     assert reader.config == samples.CONFIG
@@ -62,15 +56,18 @@ def test_it_reads_like_any_checkpoint(path: pathlib.Path) -> None:
     assert reader.dtype("token_embedder/embedding") == embedding.dtype
     np.testing.assert_array_equal(reader.read("token_embedder/embedding"), embedding)
     assert all(shard.problem is None for shard in reader.shards())
+    for name in (WI, "token_embedder/embedding"):  # what is read belongs to the caller
+        before = reader.read(name)
+        reader.read(name)[:] = 0
+        np.testing.assert_array_equal(reader.read(name), before)
     with pytest.raises(CheckpointError, match="no such parameter"):
         reader.read("encoder/layers_7/mlp/wi/kernel")
 
 
 @pytest.mark.parametrize("name", ["ternary", "ternary, 16-bit codes", "ternary, input scale"])
-def test_packed_matrices_decode_to_the_same(tmp_path: pathlib.Path, name: str) -> None:
+def test_packed_matrices_decode_to_the_same(artifact_of: ArtifactOf, name: str) -> None:
     kind = samples.KINDS[name]
-    samples.write_artifact(tmp_path / "a", kind)
-    reader = ArtifactReader.open(tmp_path / "a")
+    reader = ArtifactReader.open(artifact_of(kind))
     packed, codebook = reader.packed(WI, slice(1, 5)), reader.codebooks[kind.codebook]
     packed.validate()
     assert (packed.num_experts, packed.rows, packed.width) == (4, samples.CONFIG.d_ff, samples.CONFIG.d_model)
@@ -88,14 +85,13 @@ def test_packed_matrices_decode_to_the_same(tmp_path: pathlib.Path, name: str) -
 
 
 @pytest.mark.parametrize("name", ["ternary, groups", "2 bits"])
-def test_what_the_kernels_do_not_take_is_refused(tmp_path: pathlib.Path, name: str) -> None:
-    samples.write_artifact(tmp_path / "a", samples.KINDS[name])
+def test_what_the_kernels_do_not_take_is_refused(artifact_of: ArtifactOf, name: str) -> None:
     with pytest.raises(ValueError, match="no ternary kernel with levels a row"):
-        ArtifactReader.open(tmp_path / "a").packed(WI)
+        ArtifactReader.open(artifact_of(samples.KINDS[name])).packed(WI)
 
 
-def test_one_expert_is_one_read(path: pathlib.Path) -> None:
-    reader = ArtifactReader.open(path)
+def test_one_expert_is_one_read(whole: pathlib.Path) -> None:
+    reader = ArtifactReader.open(whole)
     for expert in range(samples.CONFIG.num_experts):
         extent = reader.expert_extent("encoder", 1, expert)
         data = extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes]
@@ -109,8 +105,8 @@ def test_one_expert_is_one_read(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_dense_parameters_are_read_into_the_dtype_asked_for(path: pathlib.Path, dtype: str | None) -> None:
-    found, stored = ArtifactReader.open(path).dense_params(dtype), samples.dense_tree()
+def test_dense_parameters_are_read_into_the_dtype_asked_for(whole: pathlib.Path, dtype: str | None) -> None:
+    found, stored = ArtifactReader.open(whole).dense_params(dtype), samples.dense_tree()
     assert jax.tree.structure(found) == jax.tree.structure(stored)
     for array, expected in zip(jax.tree.leaves(found), jax.tree.leaves(stored), strict=True):
         assert isinstance(array, jax.Array)
@@ -118,10 +114,10 @@ def test_dense_parameters_are_read_into_the_dtype_asked_for(path: pathlib.Path, 
         np.testing.assert_array_equal(np.asarray(array), expected.astype(array.dtype))
 
 
-def test_orbax_reads_the_dense_parameters(path: pathlib.Path) -> None:
+def test_orbax_reads_the_dense_parameters(whole: pathlib.Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), samples.dense_tree())
-        found = checkpointer.restore((path / "dense").absolute(), target)
+        found = checkpointer.restore((whole / "dense").absolute(), target)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), y), found, samples.dense_tree())
 
 
@@ -166,10 +162,10 @@ def test_damaged_codes_are_an_error_that_names_the_expert(tmp_path: pathlib.Path
         ArtifactReader.open(tmp_path).read(WO)
 
 
-def test_every_byte_is_counted(path: pathlib.Path) -> None:
-    sizes = measure(path)
+def test_every_byte_is_counted(whole: pathlib.Path) -> None:
+    sizes = measure(whole)
     files = {
-        file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()
+        file.relative_to(whole).as_posix(): file.stat().st_size for file in whole.rglob("*") if file.is_file()
     }
     assert sizes.total_bytes == sum(files.values()) - files["report.json"]
     experts = sum(size for name, size in files.items() if name.startswith("experts/"))

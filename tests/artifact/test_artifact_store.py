@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import artifact_samples as samples
 import numpy as np
@@ -34,15 +35,15 @@ def start(root: pathlib.Path, wait: float) -> subprocess.Popen:
 
 
 @every_kind
-def test_two_runs_write_the_same_bytes(tmp_path: pathlib.Path, kind: Kind) -> None:
-    samples.write_artifact(tmp_path / "a", kind)
-    samples.write_artifact(tmp_path / "b", kind)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+def test_two_runs_write_the_same_bytes(
+    artifact_of: Callable[[Kind], pathlib.Path], tmp_path: pathlib.Path, kind: Kind
+) -> None:
+    samples.write_artifact(tmp_path, kind)
+    assert digests(tmp_path) == digests(artifact_of(kind))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: pathlib.Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    samples.write_artifact(whole)
+def test_a_killed_run_goes_on_to_the_same_bytes(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    killed = tmp_path / "killed"
     kept: dict[pathlib.Path, int] = {}
     for enough in (2, 5):  # groups written when the process is killed
         process = start(killed, wait=0.3)
@@ -80,9 +81,10 @@ def test_a_resumed_run_reads_its_groups(tmp_path: pathlib.Path) -> None:
             )
 
 
-def test_hosts_write_into_one_directory(tmp_path: pathlib.Path) -> None:
+def test_hosts_write_into_one_directory(
+    artifact_of: Callable[[Kind], pathlib.Path], tmp_path: pathlib.Path
+) -> None:
     kind = samples.KINDS["2 bits"]
-    samples.write_artifact(tmp_path / "alone", kind)
     root = tmp_path / "together"
     with samples.writer(root, kind, host=0) as first, samples.writer(root, kind, host=1) as second:
         for artifact, (stack, layer) in zip((first, second), samples.LAYERS, strict=True):
@@ -92,7 +94,7 @@ def test_hosts_write_into_one_directory(tmp_path: pathlib.Path) -> None:
         first.attach("tokenizer.model", b"pieces")
         first.write_dense(samples.dense_tree())
         first.finish({"loss": 4.25})
-    assert digests(root) == digests(tmp_path / "alone")
+    assert digests(root) == digests(artifact_of(kind))
     assert verify(root).ok
 
 

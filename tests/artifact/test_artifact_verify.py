@@ -4,25 +4,12 @@ import pathlib
 import random
 import shutil
 
-import artifact_samples as samples
 import pytest
 
 from qmoe_jax.artifact import ArtifactError, ArtifactReader, Manifest, verify
 from qmoe_jax.artifact.manifest import canonical, digest
 
 GROUP = "experts/encoder.layers_01/experts-00002-00003.safetensors"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    root = tmp_path_factory.mktemp("artifact") / "whole"
-    samples.write_artifact(root)
-    return root
-
-
-@pytest.fixture
-def artifact(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
 def test_an_intact_artifact_is(whole: pathlib.Path) -> None:
