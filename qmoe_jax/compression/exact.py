@@ -69,6 +69,5 @@ def _exact(matrix: PackedExpertMatrix, levels: np.ndarray) -> PackedExpertMatrix
     part = "levels" if isinstance(matrix.kind, Ternary) else "scales"
     values = levels if part == "levels" else levels[..., 0]
     parts = {**matrix.parts, part: values.reshape(matrix.parts[part].shape)}
-    return dataclasses.replace(
-        matrix, kind=dataclasses.replace(matrix.kind, level_dtype="float32"), parts=parts
-    )
+    kind = dataclasses.replace(cast(Any, matrix.kind), level_dtype="float32")  # a dataclass, whichever it is
+    return dataclasses.replace(matrix, kind=kind, parts=parts)

@@ -86,12 +86,14 @@ def wide_names(model: SwitchConfig) -> tuple[str, ...]:
     return ("wi_0", "wi_1") if model.gated else ("wi",)
 
 
-def packing_kind(config: CompressionConfig, codebook: Codebook | None) -> Kind:
-    """How `config` packs a matrix."""
+def packing_kinds(
+    config: CompressionConfig, model: SwitchConfig, codebooks: Mapping[str, Codebook]
+) -> dict[str, Kind]:
+    """How `config` packs each matrix of an expert; `codebooks` by matrix, for ternary."""
+    size, dtype = config.group_size, config.level_dtype
     if config.bits == "ternary":
-        assert codebook is not None
-        return Ternary(codebook.name, config.group_size, config.level_dtype)
-    return Uniform(config.bits, config.group_size, config.level_dtype)
+        return {matrix: Ternary(codebook.name, size, dtype) for matrix, codebook in codebooks.items()}
+    return dict.fromkeys((*wide_names(model), "wo"), Uniform(config.bits, size, dtype))
 
 
 @partial(jax.jit, static_argnames="activation")
@@ -164,7 +166,7 @@ def compress_group(
     tokens: Tokens | None,
     model: SwitchConfig,
     config: CompressionConfig,
-    kind: Kind,
+    kinds: Mapping[str, Kind],
     codebooks: Mapping[str, Codebook],
 ) -> CompressedGroup:
     """Quantize and pack an expert group; `tokens` None rounds to nearest.
@@ -184,7 +186,7 @@ def compress_group(
             hessian = first = None  # the first Hessian is dropped before the larger one is made
             hessian = _hessian(tokens, num_experts, wide, model.activation)
         quantized, weight_error, output_error = quantize_matrix(weights[name], hessian, config)
-        packed[name] = pack_quantized(kind, quantized, codebooks)
+        packed[name] = pack_quantized(kinds[name], quantized, codebooks)
         records[name] = MatrixRecord(
             weight_error=np.asarray(weight_error).tolist(),
             output_error=np.asarray(output_error).tolist(),

@@ -32,12 +32,12 @@ from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.activations import HiddenStates, plan_batches
 from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
 from qmoe_jax.compression.exact import ExactLevels, exact_values
-from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kind, run_group, wide_names
+from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kinds, run_group, wide_names
 from qmoe_jax.compression.layers import DecoderLayers, EncoderLayers
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.progress import Silent, Watcher
 from qmoe_jax.compression.report import CompressionReport, GroupRecord
-from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebook
+from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebooks
 from qmoe_jax.config import SwitchConfig
 
 STACKS = ("encoder", "decoder")
@@ -50,7 +50,7 @@ class Job:
     reader: Reader
     writer: ArtifactWriter
     config: CompressionConfig
-    kind: Kind
+    kinds: Mapping[str, Kind]
     codebooks: Mapping[str, Codebook]
     watcher: Watcher
     records: dict[tuple[str, int, int], GroupRecord]
@@ -106,8 +106,9 @@ def compress(
     began = time.monotonic()
     reader = open_checkpoint(path)
     _check(examples, reader.config, config)
-    codebook = fitted_codebook(reader, config)
-    kind = packing_kind(config, codebook)
+    by_matrix = fitted_codebooks(reader, config)
+    kinds = packing_kinds(config, reader.config, by_matrix)
+    codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
     source: dict[str, Any] = {"checkpoint": checkpoint_digest(reader), "examples": examples_digest(examples)}
     if attachments:
         source["attachments"] = {n: hashlib.sha256(b).hexdigest() for n, b in sorted(attachments.items())}
@@ -116,10 +117,9 @@ def compress(
         config=reader.config,
         options=dataclasses.asdict(config),
         source=source,
-        codebooks=[codebook] if codebook else [],
+        codebooks=codebooks.values(),
     ) as writer:
-        codebooks = {codebook.name: codebook} if codebook else {}
-        job = Job(reader, writer, config, kind, codebooks, progress or Silent(), _earlier_records(writer))
+        job = Job(reader, writer, config, kinds, codebooks, progress or Silent(), _earlier_records(writer))
         if not writer.finished:
             _run(job, examples, attachments or {}, began)
     groups = tuple(record for _, record in sorted(job.records.items()))
@@ -224,7 +224,7 @@ def _compressed_weights(job: Job, stack: str, layer: int, start: int, stop: int,
     began = time.monotonic()
     calibration = None if job.config.method == "nearest" else tokens
     group = compress_group(
-        job.weights(stack, layer, start, stop), calibration, job.model, job.config, job.kind, job.codebooks
+        job.weights(stack, layer, start, stop), calibration, job.model, job.config, job.kinds, job.codebooks
     )
     exact.write(key, group.levels)
     job.writer.write_group(stack, layer, start, group.experts)

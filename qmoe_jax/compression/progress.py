@@ -51,7 +51,7 @@ class ProgressBar:
     """A bar on the terminal: layer, experts done, tokens a second, time left. Draws nothing where output is piped."""
 
     def __init__(self, title: str = "compressing", console: Console | None = None):
-        self.title = title
+        self.title, console = title, console or Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,7 +60,8 @@ class ProgressBar:
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self.layers = self.layers_begun = self.tokens = 0
 

@@ -30,17 +30,20 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
     """Loss of each artifact against its bits per expert parameter; the original as a line."""
     figure, (ax,) = _figure(6.4, 4.0)
+    below = (8, -14)
+    above = (8, 6)
     shown = 0
     for variant in variants:
         if variant.sizes is None:
             ax.axhline(variant.evaluation.loss, color=INK, linewidth=1, linestyle="--")
             label = f"{variant.name} (16 bits): {variant.evaluation.loss:.3f}"
-            ax.annotate(label, (1.0, variant.evaluation.loss), xycoords=("axes fraction", "data"), ha="right",
+            ax.annotate(label, (0.5, variant.evaluation.loss), xycoords=("axes fraction", "data"), ha="center",
                         textcoords="offset points", xytext=(0, 4), color=INK, fontsize=9)  # fmt: skip
             continue
         point = (variant.bits_per_expert_parameter, variant.evaluation.loss)
         ax.scatter(*point, s=60, color=COLORS[shown % len(COLORS)], zorder=3)
-        ax.annotate(variant.name, point, textcoords="offset points", xytext=(8, 4), color=INK, fontsize=9)
+        ax.annotate(variant.name, point, textcoords="offset points", color=INK,
+                    xytext=below if variant.name.endswith("gptq") else above, fontsize=9)  # fmt: skip
         shown += 1
     ax.set_xlabel("bits per expert parameter, on the disk, everything counted")
     ax.set_ylabel("held-out loss (nats a token)")

@@ -14,12 +14,16 @@ COLUMNS = (
     "",
     "loss",
     "perplexity",
-    "bits / expert param",
-    "bits / param",
-    "× smaller (experts)",
+    "bits/expert param",
+    "bits/param",
+    "ratio",
     "zeros",
-    "entropy bound",
+    "entropy",
     "seconds",
+)
+LEGEND = (
+    "bits: measured on the disk, headers, codebooks and padding counted; ratio: bfloat16 experts to these; "
+    "entropy: bits a digit that a code of independent digits needs at least"
 )
 
 
@@ -80,7 +84,7 @@ def write_report(folder: str | Path, variants: Sequence[Variant], facts: Mapping
         "tokens.png": ("Calibration tokens of each expert", plot_tokens, compressed[-1:]),
     }
     lines = ["# Compression report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    lines += [markdown_table(variants), ""]
+    lines += [markdown_table(variants), "", LEGEND, ""]
     for variant in compressed:
         if notes := calibration_notes(variant):
             lines += [f"**{variant.name}**", "", *(f"- {note}" for note in notes), ""]
