@@ -36,7 +36,7 @@ PARTS = ("levels", "scales", "zeros", "input_scale", "column_group", "counts", "
 
 
 class Kind(Protocol):
-    """How a matrix [out, in] is packed. Levels belong to a row, or to a group of a row's columns.
+    """How a matrix [out, in] is packed: a frozen dataclass. Levels belong to a row, or to a group of its columns.
 
     Attributes:
       name: what the manifest calls it.
@@ -46,6 +46,7 @@ class Kind(Protocol):
     """
 
     name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def group_size(self) -> int | None: ...  # noqa: D102
@@ -174,7 +175,9 @@ class Uniform:
         """(digit - zero) * scale, in float32."""
         scales = parts["scales"].astype(np.float32).reshape(len(digits), -1)
         zeros = parts["zeros"].astype(np.float32).reshape(len(digits), -1)
-        return (digits - zeros[:, group]) * scales[:, group]
+        if scales.shape[1] > 1:
+            scales, zeros = scales[:, group], zeros[:, group]
+        return (digits - zeros) * scales
 
 
 KINDS: Mapping[str, type[Ternary] | type[Uniform]] = {kind.name: kind for kind in (Ternary, Uniform)}
@@ -182,7 +185,7 @@ KINDS: Mapping[str, type[Ternary] | type[Uniform]] = {kind.name: kind for kind i
 
 def kind_to_json(kind: Kind) -> dict[str, Any]:
     """A kind as the manifest has it."""
-    return {"name": kind.name, **dataclasses.asdict(kind)}  # type: ignore[call-overload]
+    return {"name": kind.name, **dataclasses.asdict(kind)}
 
 
 def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
