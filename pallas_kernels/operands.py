@@ -56,9 +56,13 @@ class DecodeTable:
         """The table of codewords given as the rows of `digits`, each zero beyond its length.
 
         Raises:
-          ValueError: a word cannot hold the position of a nonzero (codewords of 2**15 digits or more).
+          ValueError: a length is none of 1 to max_length, or a word cannot hold a position (2**15 digits or more).
         """
         max_length = digits.shape[1]
+        if len(lengths) == 0 or lengths.min() < 1 or lengths.max() > max_length:
+            raise ValueError(
+                f"expected lengths from 1 to {max_length}, found {sorted(set(lengths.tolist()))}"
+            )
         field_bits = max_length.bit_length()
         room = (WORD_BITS - field_bits) // (field_bits + DIGIT_BITS)
         if room < 1:
@@ -136,10 +140,8 @@ class PackedMatrix:
     def _validate_expert(self, expert: int, codes: np.ndarray, offsets: np.ndarray) -> None:
         size = self.table.entries.shape[0]
         if offsets[0] != 0 or offsets[-1] > codes.size:
-            found = (int(offsets[0]), int(offsets[-1]))
-            raise ValueError(
-                f"expert {expert}: offsets expected from 0 to at most {codes.size}, found {found}"
-            )
+            expected = f"offsets from 0 to at most {codes.size}"
+            raise ValueError(f"expert {expert}: expected {expected}, found {offsets[0]} to {offsets[-1]}")
         if (bad := np.flatnonzero(np.diff(offsets) < 1)).size:
             count = np.diff(offsets)[bad[0]]
             raise ValueError(f"expert {expert}, row {bad[0]}: expected one codeword or more, found {count}")

@@ -21,7 +21,7 @@ def unpack(
     backend: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "expert out in"]:
-    """The matrices, dense. Corrupt streams are read as `packed_matvec` reads them.
+    """The matrices, dense. As with `packed_matvec`, no stream reads or writes out of bounds.
 
     Args:
       packed: the experts.

@@ -16,7 +16,7 @@ from pallas_kernels.operands import PackedMatrix
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "backend", "interpret"))
-def packed_mlp(  # noqa: PLR0917
+def packed_mlp(
     wi: PackedMatrix | tuple[PackedMatrix, PackedMatrix],
     wo: PackedMatrix,
     x: Float[Array, "t d_model"],

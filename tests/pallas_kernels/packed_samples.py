@@ -26,10 +26,11 @@ class Sample(NamedTuple):
 def sample(
     codebook: Codebook, shape: tuple[int, int, int], *, p_zero=0.885, levels="bfloat16", seed=0
 ) -> Sample:
-    """Experts of `shape` [expert, out, in] with digits of the given density."""
+    """Experts of `shape` [expert, out, in]; `p_zero` is one density, or one for each expert."""
     experts, rows, width = shape
     rng = np.random.default_rng(seed)
-    digits = rng.choice(3, shape, p=[p_zero, (1 - p_zero) / 2, (1 - p_zero) / 2]).astype(np.uint8)
+    nonzero = rng.random(shape) >= np.broadcast_to(p_zero, experts)[:, None, None]
+    digits = (nonzero * rng.integers(1, 3, shape)).astype(np.uint8)
     extremes = np.stack([-rng.random((experts, rows)) - 0.1, rng.random((experts, rows)) + 0.1], -1)
     extremes = extremes.astype(jnp.dtype(levels))
     packed = pack([encode(d, codebook) for d in digits], extremes, codebook, width)

@@ -1,0 +1,85 @@
+"""No stream reads or writes out of bounds, however corrupt: random codes, offsets and experts run to the end.
+
+Interpret mode fills what a kernel does not write with NaN, and the compiled kernel runs here on arrays that end where
+an unmapped page begins: a finite result that the backends agree on is evidence, not only the absence of a crash.
+"""
+
+import ctypes
+import dataclasses
+import mmap
+
+import jax.numpy as jnp
+import numpy as np
+import packed_samples as samples
+import pytest
+from test_contract import BACKENDS, OPS
+
+import pallas_kernels as pk
+from pallas_kernels.host.blocks import grouped
+from pallas_kernels.host.rows import product
+
+
+def corrupted(packed: pk.PackedMatrix, seed: int) -> pk.PackedMatrix:
+    """Random codes, many beyond the table where their type can hold such; random offsets, negative and beyond."""
+    rng = np.random.default_rng(seed)
+    top = np.iinfo(packed.codes.dtype).max
+    codes = rng.integers(0, top, packed.codes.shape, endpoint=True).astype(packed.codes.dtype)
+    offsets = packed.row_offsets
+    if seed % 2:
+        capacity = packed.codes.shape[1]
+        offsets = rng.integers(-capacity, 2 * capacity, offsets.shape).astype(np.int32)
+    return dataclasses.replace(packed, codes=codes, row_offsets=offsets)
+
+
+def runs(book: str):
+    """The four kinds of corruption on one shape, so that each backend compiles once."""
+    sample = samples.sample(samples.CODEBOOKS[book](), (3, 5, 70))
+    x, _ = samples.tokens(sample, 20)
+    for seed in range(4):
+        yield corrupted(sample.packed, seed), x, jnp.asarray(np.arange(20) % 5 - 1, jnp.int32)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("book", ["tunstall-8", "tunstall-10"])
+def test_products_of_corrupt_streams_agree(op, book):
+    for packed, x, expert_index in runs(book):
+        found = [np.asarray(op(packed, x, expert_index, **chosen)) for chosen in BACKENDS.values()]
+        assert np.isfinite(found).all()
+        if (np.diff(packed.row_offsets) >= 0).all():  # where rows overlap, what they hold is not defined
+            for other in found[1:]:
+                np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("book", ["tunstall-8", "tunstall-10"])
+def test_corrupt_streams_unpack_to_levels(book):
+    for packed, _, _ in runs(book):
+        for name, chosen in BACKENDS.items():
+            dense = np.asarray(pk.unpack(packed, **chosen))
+            levels = np.concatenate([np.zeros((3, 5, 1)), np.asarray(packed.levels, np.float32)], -1)
+            assert (dense[..., None] == levels[:, :, None, :]).any(-1).all(), name
+
+
+def at_the_end_of_a_page(array: np.ndarray) -> np.ndarray:
+    """A copy right before a page that must not be touched."""
+    pages = mmap.mmap(-1, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE)
+    end = len(pages) - mmap.PAGESIZE
+    last_page = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + end
+    no_access = 0
+    assert (
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(last_page), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+    )
+    view = np.frombuffer(pages, np.uint8)[end - array.nbytes : end].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def test_the_cpu_kernel_reads_nothing_behind_its_arrays():
+    packed, _ = samples.sample(samples.CODEBOOKS["tunstall-8"](), (2, 4, 70))
+    for seed in range(4):
+        damaged = corrupted(packed, seed)
+        table = dataclasses.replace(packed.table, entries=at_the_end_of_a_page(packed.table.entries))
+        damaged = dataclasses.replace(damaged, codes=at_the_end_of_a_page(damaged.codes), table=table)
+        for tokens in (1, 5, 20, 50):
+            blocks = grouped(np.ones(tokens, np.int32))
+            x = at_the_end_of_a_page(blocks.spread(np.ones((tokens, 70), np.float32)))
+            assert np.isfinite(product(damaged, blocks, x)).all()
