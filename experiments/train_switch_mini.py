@@ -1,6 +1,6 @@
 """Train switch-mini, the small Switch Transformer of c-2048's topology that travels with this repository.
 
-    python experiments/train_switch_mini.py --corpus CORPUS --output experiments/switch_mini --steps 2000
+    python experiments/train_switch_mini.py --corpus CORPUS --output experiments/switch_mini --steps 2100
 
 CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, also compressed (.xz, .gz). The published
 checkpoint was trained on 23.8 million characters of public-domain English, all of it to be had again: Moby-Dick and
@@ -66,7 +66,7 @@ class Recipe:
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
     warm_up: int = 100
-    decay: int = 500  # last steps, over which the learning rate falls to zero
+    decay: int = 700  # last steps, over which the learning rate falls to zero
     dense_noise: int = 1000  # first steps, whose noise density is .5
     load_balancing: float = 0.01
     router_z: float = 1e-3
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument(
         "--states", type=pathlib.Path, default=pathlib.Path("runs/switch_mini"), help="saved states"
     )
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     arguments = parser.parse_args()
     recipe = Recipe(arguments.steps)
