@@ -2,5 +2,5 @@
 
 from qmoe_jax.compression.options import CompressionConfig as CompressionConfig
 from qmoe_jax.compression.pipeline import compress as compress
-from qmoe_jax.compression.progress import ProgressBar as ProgressBar
 from qmoe_jax.compression.report import CompressionReport as CompressionReport
+from qmoe_jax.inference.blockwise.progress import ProgressBar as ProgressBar

@@ -1,11 +1,10 @@
-"""One expert group: Hessians from its tokens, GPTQ, packing, and its tokens through what was packed."""
+"""One expert group: Hessians from its tokens, GPTQ, packing."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +16,9 @@ from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_quantized
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.models.experts import ACTIVATIONS, grouped_hidden, grouped_mlp
+from qmoe_jax.inference.blockwise.experts import token_chunks, wide_names
+from qmoe_jax.models.experts import ACTIVATIONS, grouped_hidden
 from qmoe_jax.quantization import Quantized, add_tokens, empty_hessians, gptq, round_to_nearest
-
-CHUNK = 8192
-"""Tokens that go through an expert group at a time."""
 
 Weights = dict[str, np.ndarray]
 """Matrices of an expert group by name, float32 `[expert, in, out]` as T5X has them."""
@@ -40,10 +37,7 @@ class Tokens:
 
     def chunks(self) -> Iterator[tuple[slice, Tokens]]:
         """Parts of one shape, so that a step compiles once: the last is padded with tokens of no expert (-1)."""
-        size = min(CHUNK, max(16, 1 << (len(self.expert) - 1).bit_length()))
-        for start in range(0, len(self.expert), size):
-            part = slice(start, min(start + size, len(self.expert)))
-            pad = size - (part.stop - start)
+        for part, pad in token_chunks(len(self.expert)):
             yield (
                 part,
                 Tokens(
@@ -81,11 +75,6 @@ class CompressedGroup:
     records: dict[str, MatrixRecord]
 
 
-def wide_names(model: SwitchConfig) -> tuple[str, ...]:
-    """The first matrices of an expert."""
-    return ("wi_0", "wi_1") if model.gated else ("wi",)
-
-
 def packing_kinds(
     config: CompressionConfig, model: SwitchConfig, codebooks: Mapping[str, Codebook]
 ) -> dict[str, Kind]:
@@ -99,11 +88,6 @@ def packing_kinds(
 @partial(jax.jit, static_argnames="activation")
 def _hidden(x: Array, expert: Array, wide: Sequence[Array], activation: str) -> Array:
     return grouped_hidden(x, jnp.maximum(expert, 0), wide, ACTIVATIONS[activation])
-
-
-@partial(jax.jit, static_argnames="activation")
-def _outputs(x: Array, expert: Array, wide: Sequence[Array], narrow: Array, activation: str) -> Array:
-    return grouped_mlp(x, jnp.maximum(expert, 0), wide, narrow, ACTIVATIONS[activation])
 
 
 def _hessian(tokens: Tokens, num_experts: int, wide: Sequence[Array] | None, activation: str) -> Array:
@@ -200,14 +184,3 @@ def compress_group(
             wide[wide_names(model).index(name)] = quantized.values.swapaxes(1, 2)
     experts = [{name: packed[name][e] for name in packed} for e in range(num_experts)]
     return CompressedGroup(experts, values, levels, records)
-
-
-def run_group(tokens: Tokens, weights: Weights, model: SwitchConfig) -> np.ndarray:
-    """The group's tokens through its experts, float32 `[token, d_model]`."""
-    out = np.empty_like(tokens.x)
-    wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
-    narrow = jnp.asarray(weights["wo"])
-    for part, chunk in tokens.chunks():
-        result: Any = _outputs(chunk.x, chunk.expert, wide, narrow, model.activation)
-        out[part] = np.asarray(result)[: part.stop - part.start]
-    return out

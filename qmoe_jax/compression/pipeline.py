@@ -29,16 +29,17 @@ from qmoe_jax.artifact.store import REPORT, ArtifactWriter
 from qmoe_jax.checkpoints.params import read_params
 from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.coding import Codebook
-from qmoe_jax.compression.activations import HiddenStates, plan_batches
 from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
 from qmoe_jax.compression.exact import ExactLevels, exact_values
-from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kinds, run_group, wide_names
-from qmoe_jax.compression.layers import DecoderLayers, EncoderLayers
+from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kinds
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.progress import Silent, Watcher
 from qmoe_jax.compression.report import CompressionReport, GroupRecord
 from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebooks
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.inference.blockwise.experts import run_experts, wide_names
+from qmoe_jax.inference.blockwise.layers import DecoderLayers, EncoderLayers
+from qmoe_jax.inference.blockwise.progress import Silent, Watcher
+from qmoe_jax.inference.blockwise.states import HiddenStates, plan_batches
 
 STACKS = ("encoder", "decoder")
 
@@ -94,7 +95,7 @@ def compress(
       examples: calibration samples, (encoder ids, decoder ids beginning with the start token 0).
       config: how.
       attachments: files to carry in the artifact, such as the tokenizer's model.
-      progress: told how far it has come; `compression.progress.ProgressBar` draws it.
+      progress: told how far it has come; `ProgressBar` draws it.
 
     Memory: the parameters outside the experts in float32; the hidden states (in a file beyond a quarter of the
     machine's memory); one expert group with its Hessians, `experts_per_group * d_ff**2` floats, about three times.
@@ -210,9 +211,8 @@ def _walk_stack(job: Job, stack: str, layers: EncoderLayers, examples: Sequence[
             else:
                 weights = job.weights(stack, layer, start, stop)
             if len(where):
-                layers.states.values[where] += probability[where, None] * run_group(
-                    tokens, weights, job.model
-                )
+                outputs = run_experts(tokens.x, tokens.expert, weights, job.model)
+                layers.add_experts(where, probability[where], outputs)
 
 
 def _compressed_weights(job: Job, stack: str, layer: int, start: int, stop: int, tokens: Tokens) -> Weights:

@@ -10,8 +10,8 @@ import numpy as np
 from qmoe_jax.checkpoints.reader import Reader, is_expert
 from qmoe_jax.coding import Codebook, tunstall_codebook, upstream_codebook
 from qmoe_jax.compression.calibration import Example
-from qmoe_jax.compression.experts import wide_names
 from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.inference.blockwise.experts import wide_names
 from qmoe_jax.quantization import round_to_nearest
 
 GPTQ_FEWER_ZEROS = 0.045

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
-from qmoe_jax.compression.activations import LENGTH_MULTIPLE, Batch, HiddenStates, mask_of
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data.batching import round_up
+from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, Batch, HiddenStates, mask_of
 from qmoe_jax.models.attention import padding_bias
 from qmoe_jax.models.layers import RMSNorm
 from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, EncoderBlock
@@ -36,42 +37,58 @@ def _feed_forward(block: Block, params: Params, x: Array) -> Array:
     return block.apply({"params": params}, x, method="feed_forward")
 
 
-@partial(jax.jit, static_argnames="epsilon")
-def _normed(scale: Array, x: Array, epsilon: float) -> Array:
-    return RMSNorm(epsilon).apply({"params": {"scale": scale}}, x)
+@partial(jax.jit, static_argnames=("epsilon", "dtype"))
+def _normed(scale: Array, x: Array, epsilon: float, dtype: DTypeLike) -> Array:
+    return RMSNorm(epsilon, dtype).apply({"params": {"scale": scale}}, x)
 
 
-@partial(jax.jit, static_argnames="config")
-def _encoder_bias(config: SwitchConfig, params: Params, mask: Array) -> Array:
-    return Encoder(config).apply({"params": params}, mask, method="bias")
+@partial(jax.jit, static_argnames="encoder")
+def _encoder_bias(encoder: Encoder, relpos: Params, mask: Array) -> Array:
+    return encoder.apply({"params": {"relpos_bias": relpos}}, mask, method="bias")
 
 
-@partial(jax.jit, static_argnames=("config", "length"))
-def _decoder_bias(config: SwitchConfig, params: Params, length: int) -> Array:
-    return Decoder(config).apply({"params": params}, length, method="bias")
+@partial(jax.jit, static_argnames=("decoder", "length"))
+def _decoder_bias(decoder: Decoder, relpos: Params, length: int) -> Array:
+    return decoder.apply({"params": {"relpos_bias": relpos}}, length, method="bias")
 
 
 class EncoderLayers:
-    """Steps of the encoder's layers over `states`."""
+    """Steps of the encoder's layers over `states`, computed in `dtype`.
+
+    `stack_params` are the stack's parameters; of the layers, each step looks only at its own, without experts.
+    """
 
     def __init__(
-        self, config: SwitchConfig, stack_params: Params, states: HiddenStates, batches: list[Batch]
+        self,
+        config: SwitchConfig,
+        stack_params: Params,
+        states: HiddenStates,
+        batches: list[Batch],
+        dtype: DTypeLike = jnp.float32,
     ):
         self.config, self.params, self.states, self.batches = config, stack_params, states, batches
+        self.dtype = np.dtype(dtype)
 
     def block(self, layer: int) -> Block:
         """The module of a layer."""
-        return EncoderBlock(self.config, layer in self.config.encoder_sparse_layers)
+        return EncoderBlock(self.config, layer in self.config.encoder_sparse_layers, dtype=self.dtype)
 
     def context(self, batch: Batch) -> tuple[Array, ...]:
         """What attention needs beside the states."""
-        return (_encoder_bias(self.config, self.params, jnp.asarray(mask_of(batch, self.states.lengths))),)
+        encoder = Encoder(self.config, dtype=self.dtype)
+        return (
+            _encoder_bias(encoder, self.params["relpos_bias"], jnp.asarray(self.states.visible_mask(batch))),
+        )
+
+    def gather(self, batch: Batch) -> np.ndarray:
+        """The states of a batch in the dtype of the computation."""
+        return self.states.gather(batch).astype(self.dtype, copy=False)
 
     def attend(self, layer: int) -> None:
         """Add a layer's attention to all states."""
         block, params = self.block(layer), self.params[f"layers_{layer}"]
         for batch in self.batches:
-            x = _attend(block, params, self.states.gather(batch), *self.context(batch))
+            x = _attend(block, params, self.gather(batch), *self.context(batch))
             self.states.scatter(batch, np.asarray(x))
 
     def route(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +97,7 @@ class EncoderLayers:
         expert = np.empty(self.states.tokens, np.int32)
         probability = np.empty(self.states.tokens, np.float32)
         for batch in self.batches:
-            chosen, certainty = _route(block, params, self.states.gather(batch))
+            chosen, certainty = _route(block, params, self.gather(batch))
             real, where = mask_of(batch, self.states.lengths), self.states.flat(batch)
             expert[where], probability[where] = np.asarray(chosen)[real], np.asarray(certainty)[real]
         return expert, probability
@@ -89,21 +106,28 @@ class EncoderLayers:
         """Add a layer's feed-forward part as it stands; `params` replace the layer's."""
         block, params = self.block(layer), params or self.params[f"layers_{layer}"]
         for batch in self.batches:
-            self.states.scatter(batch, np.asarray(_feed_forward(block, params, self.states.gather(batch))))
+            self.states.scatter(batch, np.asarray(_feed_forward(block, params, self.gather(batch))))
 
     def expert_inputs(self, layer: int, tokens: np.ndarray) -> np.ndarray:
-        """The normed states of some tokens, float32 `[token, d_model]`: what their experts read."""
+        """The normed states of some tokens, `[token, d_model]`: what their experts read."""
         scale = self.params[f"layers_{layer}"]["pre_mlp_layer_norm"]["scale"]
         size = 1 << max(len(tokens) - 1, 15).bit_length()
         rows = np.zeros((size, self.states.values.shape[1]), np.float32)
         rows[: len(tokens)] = self.states.values[tokens]
-        return np.asarray(_normed(scale, rows, self.config.layer_norm_epsilon))[: len(tokens)]
+        return np.asarray(_normed(scale, rows, self.config.layer_norm_epsilon, self.dtype))[: len(tokens)]
+
+    def add_experts(self, tokens: np.ndarray, probability: np.ndarray, outputs: np.ndarray) -> None:
+        """Add to some tokens' states what their experts gave, times the router's probability."""
+        added = probability[:, None].astype(self.dtype) * outputs
+        self.states.values[tokens] = self.states.values[tokens].astype(self.dtype, copy=False) + added
 
     def final_norm(self, name: str = "encoder_norm") -> None:
         """Apply the stack's last norm to all states."""
+        scale, epsilon = self.params[name]["scale"], self.config.layer_norm_epsilon
         for batch in self.batches:
-            x = _normed(self.params[name]["scale"], self.states.gather(batch), self.config.layer_norm_epsilon)
-            self.states.scatter(batch, np.asarray(x))
+            self.states.scatter(
+                batch, np.asarray(_normed(scale, self.states.gather(batch), epsilon, self.dtype))
+            )
 
 
 class DecoderLayers(EncoderLayers):
@@ -116,18 +140,20 @@ class DecoderLayers(EncoderLayers):
         states: HiddenStates,
         batches: list[Batch],
         encoded: HiddenStates,
+        dtype: DTypeLike = jnp.float32,
     ):
-        super().__init__(config, stack_params, states, batches)
+        super().__init__(config, stack_params, states, batches, dtype)
         self.encoded = encoded
 
     def block(self, layer: int) -> Block:
         """The module of a layer."""
-        return DecoderBlock(self.config, layer in self.config.decoder_sparse_layers)
+        return DecoderBlock(self.config, layer in self.config.decoder_sparse_layers, dtype=self.dtype)
 
     def context(self, batch: Batch) -> tuple[Array, ...]:
         """Encoder states padded as the batch's examples need, both biases."""
         longest = round_up(int(self.encoded.lengths[batch.examples].max()), LENGTH_MULTIPLE)
         padded = Batch(batch.examples, batch.rows, longest)
-        mask = jnp.asarray(mask_of(padded, self.encoded.lengths))
-        bias = _decoder_bias(self.config, self.params, batch.length)
-        return jnp.asarray(self.encoded.gather(padded)), bias, padding_bias(mask)
+        mask = jnp.asarray(self.encoded.visible_mask(padded))
+        encoded = self.encoded.gather(padded).astype(self.dtype, copy=False)
+        bias = _decoder_bias(Decoder(self.config, dtype=self.dtype), self.params["relpos_bias"], batch.length)
+        return jnp.asarray(encoded), bias, padding_bias(mask)

@@ -1,4 +1,4 @@
-"""Hidden states of every calibration token between layers: flat, in order, on disk where memory is short."""
+"""Hidden states of every token between layers: flat, in order, on disk where memory is short."""
 
 from __future__ import annotations
 
@@ -51,14 +51,18 @@ def mask_of(batch: Batch, lengths: np.ndarray) -> np.ndarray:
 class HiddenStates:
     """The states of all tokens, float32 `[token, feature]`: examples one after another.
 
-    Beyond `MEMORY_SHARE` of the machine's memory they lie in an unlinked temporary file in `folder`, mapped: it
-    vanishes with the process, however that ends.
+    Attention sees only those that are `visible`, bool `[token]`, by default all. Beyond `MEMORY_SHARE` of the
+    machine's memory the values lie in an unlinked temporary file in `folder`, mapped: it vanishes with the
+    process, however that ends.
     """
 
-    def __init__(self, lengths: Sequence[int], features: int, folder: Path):
+    def __init__(
+        self, lengths: Sequence[int], features: int, folder: Path, visible: np.ndarray | None = None
+    ):
         self.lengths = np.asarray(lengths, np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         shape = (int(self.offsets[-1]), features)
+        self.visible = np.ones(shape[0], bool) if visible is None else visible
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if 4 * shape[0] * shape[1] < MEMORY_SHARE * memory:
             self.values = np.zeros(shape, np.float32)
@@ -83,6 +87,13 @@ class HiddenStates:
         """Put the states of a batch back."""
         for row, start, stop in self._places(batch):
             self.values[start:stop] = padded[row, : stop - start]
+
+    def visible_mask(self, batch: Batch) -> np.ndarray:
+        """Bool `[row, length]`: True on visible tokens."""
+        mask = np.zeros((batch.rows, batch.length), bool)
+        for row, start, stop in self._places(batch):
+            mask[row, : stop - start] = self.visible[start:stop]
+        return mask
 
     def flat(self, batch: Batch) -> np.ndarray:
         """The token numbers of a batch's real tokens, in the order of its rows."""

@@ -1,4 +1,4 @@
-"""How far a compression has come: events from the pipeline, shown as a bar or not at all."""
+"""How far a walk over a model has come: events of layers and experts, shown as a bar or not at all."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from rich.progress import (
 
 
 class Watcher(Protocol):
-    """What the pipeline tells about itself."""
+    """What a walk (a compression, a comparison) tells about itself."""
 
     def begin(self, layers: int, experts: int) -> None:
-        """The work: layers in both stacks, experts to compress in all of them."""
+        """The work: layers in both stacks, experts to go through in all of them."""
 
     def layer(self, stack: str, layer: int, tokens: int) -> None:
         """A layer begins; `tokens` will be run through it."""
 
     def experts(self, count: int) -> None:
-        """Experts are finished: written, and their tokens run."""
+        """Experts are finished, and their tokens run."""
 
     def end(self) -> None:
-        """All is written."""
+        """The end, or an error."""
 
 
 class Silent:
