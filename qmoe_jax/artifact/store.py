@@ -16,7 +16,7 @@ from typing import Any
 
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
-from qmoe_jax.artifact.dense import remove_leftovers, save_dense
+from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
 from qmoe_jax.artifact.files import (
     ArtifactError,
     FileRecord,
@@ -176,7 +176,8 @@ class ArtifactWriter:
           report: what differs from run to run, such as times; goes into `report.json`.
 
         Raises:
-          ArtifactError: experts or dense parameters are missing, or a group is damaged or another run's.
+          ArtifactError: experts or dense parameters are missing, a group is damaged or another run's, or there
+            is a file that does not belong here.
         """
         for key in find_groups(self.root):
             self.has_group(key.stack, key.layer, key.start, key.stop)
@@ -185,11 +186,18 @@ class ArtifactWriter:
             raise ArtifactError("has no dense parameters", path=self.root, remedy="call write_dense first")
         kinds = check_complete(self.root, self.run, self._groups, self._dense)
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
+        self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
         write_durably(self.root / REPORT, [canonical(report or {})])
         write_durably(self.root / SUMS, [self._render_sums(manifest)])
         write_durably(self.root / MANIFEST, [manifest.render()])
         return manifest
+
+    def _require_no_other_file(self, known: set[str]) -> None:
+        """Raises `ArtifactError` where a file lies here that `verify` would complain of."""
+        for path in listed_files(self.root):
+            if path not in known | {REPORT, MANIFEST} and not path.startswith(f"{DENSE}/"):
+                raise ArtifactError("is no part of the artifact", path=self.root / path, remedy="remove it")
 
     def _render_sums(self, manifest: Manifest) -> bytes:
         """The checksum of every file; those that this process has written or checked are not read again."""

@@ -200,6 +200,12 @@ def test_experts_that_do_not_fit_the_run_are_refused(tmp_path: pathlib.Path) -> 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_file_that_does_not_belong_here_is_refused(artifact: pathlib.Path) -> None:
+    (artifact / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"notes\.txt: is no part of the artifact"):
+        samples.write_artifact(artifact)
+
+
 def test_layers_are_packed_in_one_way(tmp_path: pathlib.Path) -> None:
     with samples.writer(tmp_path) as artifact:
         artifact.write_dense(samples.dense_tree())
