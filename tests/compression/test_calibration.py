@@ -1,0 +1,51 @@
+"""Which tokens calibrate, how states are batched."""
+
+import numpy as np
+import pytest
+
+import qmoe_jax as qj
+from qmoe_jax.compression.calibration import RoutedTokens, keep_decoder, keep_encoder
+from qmoe_jax.inference.blockwise.states import HiddenStates, mask_of, plan_batches
+
+
+def test_masks_are_upstreams(data):
+    import json
+
+    golden = json.loads((data / "data_mlm.json").read_text())
+    for name, keep in (("encoder", keep_encoder), ("decoder", keep_decoder)):
+        for tokens, expected in zip(golden[name], golden[f"keep_mask_{name}"], strict=True):
+            np.testing.assert_array_equal(keep(np.array(tokens), 32000), np.array(expected, bool))
+
+
+def test_an_expert_is_calibrated_by_its_first_tokens_only():
+    expert = np.array([0, 1, 0, 0, 1, 0, 0, 0])
+    keep = np.array([1, 1, 0, 1, 1, 1, 1, 1], bool)
+    routed = RoutedTokens.select(expert, np.ones(8, np.float32), keep, num_experts=2, token_cap=0.75)
+    # 0.75 even shares of 4 are 3 tokens: of expert 0 the first three, of which one is not kept
+    np.testing.assert_array_equal(np.flatnonzero(routed.calibrates), [0, 1, 3, 4])
+    np.testing.assert_array_equal(routed.of_experts(1, 2), [1, 4])
+
+
+@pytest.mark.parametrize("memory_share", [0.25, 0.0], ids=["in memory", "in a file"])
+def test_states_come_back_from_batches(tmp_path, monkeypatch, memory_share):
+    monkeypatch.setattr("qmoe_jax.inference.blockwise.states.MEMORY_SHARE", memory_share)
+    lengths = [3, 70, 64, 1, 130, 65]
+    states = HiddenStates(lengths, 5, tmp_path)
+    states.values[:] = np.random.default_rng(0).standard_normal(states.values.shape)
+    expected = states.values.copy()
+    seen = []
+    for batch in plan_batches(states.lengths):
+        padded = states.gather(batch)
+        assert padded.shape[1] % 64 == 0
+        mask = mask_of(batch, states.lengths)
+        np.testing.assert_array_equal(padded[mask], expected[states.flat(batch)])
+        assert (padded[~mask] == 0).all()
+        states.scatter(batch, 2 * padded)
+        seen += batch.examples.tolist()
+    assert sorted(seen) == list(range(len(lengths)))
+    np.testing.assert_array_equal(states.values, 2 * expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_sentinel_of_the_published_vocabulary_is_known():
+    assert qj.CompressionConfig().first_sentinel(qj.PRESETS["switch-c-2048"]) == 32000
