@@ -1,0 +1,88 @@
+"""What GPTQ needs of a Hessian: one triangular factor, found once and used for any grid.
+
+The textbook way is Cholesky, inverse, Cholesky again, to get U with H⁻¹ = UᵀU. One factorization is enough: with
+J the reversal of the order and J H J = C Cᵀ, the lower triangular J Cᵀ J is the inverse of Uᵀ. `gptq.py` works on
+that as it is, which spares the inversion too, and wants it split into a unit diagonal and a scale of each row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels import pytree
+
+AnyArray = jax.Array | np.ndarray
+
+# Upstream's, and meant for its scale of a Hessian (`upstream_hessian`): felt only where inputs are all but zero.
+DAMPING_FLOOR = 1e-6
+
+
+@pytree.register(leaves=("lower", "curvature", "order", "fallback"), static=())
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Damped Hessians of several experts as H = Lᵀ diag(curvature) L, columns in the order of quantization.
+
+    Attributes:
+      lower: L, lower triangular with a unit diagonal; the identity where `fallback`. GPTQ's U is
+        diag(curvature)^-½ L⁻ᵀ.
+      curvature: what a squared deviation costs in each column once those before it are rounded: 1 / U_ii²;
+        1 where `fallback`.
+      order: the columns in the order of quantization; None: as they stand.
+      fallback: where the Hessian was zero, or had no factor (indefinite, infinite or NaN entries).
+    """
+
+    lower: Float[Array, "expert in in"]
+    curvature: Float[Array, "expert in"]
+    order: Int32[Array, "expert in"] | None
+    fallback: Bool[Array, "expert"]
+
+
+def damping_term(
+    hessian: Float[AnyArray, "expert in in"], damping: float | Float[Array, ""]
+) -> Float[Array, "expert"]:
+    """What is added to each diagonal: `damping` times its mean, at least `DAMPING_FLOOR`."""
+    return jnp.maximum(damping * _diagonal(hessian).mean(axis=-1), DAMPING_FLOOR)
+
+
+@functools.partial(jax.jit, static_argnames="activation_order")
+def factorize(
+    hessian: Float[AnyArray, "expert in in"],
+    damping: float | Float[Array, ""] = 0.1,
+    *,
+    activation_order: bool = False,
+) -> Factor:
+    """Damps and factors the Hessians of several experts; takes two more arrays of the Hessians' size.
+
+    Args:
+      hessian: XᵀX, symmetric, at any positive scale, not damped.
+      damping: share of the mean of the diagonal that is added to it.
+      activation_order: quantize the columns of the largest diagonal first (ties: as they stand).
+
+    Returns:
+      The factors. An expert whose Hessian is zero or has no factor gets the identity, and `fallback`.
+    """
+    width = hessian.shape[-1]
+    damped = jnp.asarray(hessian, jnp.float32)
+    damped += damping_term(hessian, damping)[:, None, None] * jnp.eye(width)[None]
+    order = None
+    if activation_order:
+        order = jnp.argsort(_diagonal(hessian), axis=-1, descending=True).astype(jnp.int32)
+        damped = jax.vmap(lambda h, p: h[p][:, p])(damped, order)
+    cholesky = lax.linalg.cholesky(damped[:, ::-1, ::-1], symmetrize_input=False)
+    lower = cholesky[:, ::-1, ::-1].swapaxes(1, 2)
+    # A failed factorization is all NaN.
+    fallback = (_diagonal(hessian) == 0).all(axis=-1) | ~jnp.isfinite(lower).all(axis=(1, 2))
+    lower = jnp.where(fallback[:, None, None], jnp.eye(width)[None], lower)
+    scale = _diagonal(lower)
+    return Factor(lower / scale[:, :, None], scale**2, order, fallback)
+
+
+def _diagonal(x: Float[AnyArray, "expert in in"]) -> Float[Array, "expert in"]:
+    return jnp.diagonal(x, axis1=1, axis2=2)

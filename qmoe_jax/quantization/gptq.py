@@ -1,0 +1,208 @@
+"""GPTQ over the experts of a layer: columns rounded in turn, each making up for the errors before it.
+
+With H = Lᵀ C L (`factorization.py`: L unit lower triangular, C diagonal) and the deviation D = W - Q, the error
+tr(D H Dᵀ) is the sum of squares of L Dᵀ, weighted by C. Row i of L Dᵀ depends on the columns up to i alone:
+
+    (L Dᵀ)_i = pull_i + w_i - q_i,    pull_i = Σ_{j<i} L_ij (w_j - q_j)
+
+so the best q_i is the grid's value for the target w_i + pull_i. That is GPTQ: this target is the weight that it
+has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like this nothing is inverted, and the
+weights of later columns are not rewritten after every block.
+
+Here weights lie transposed, [in, out], so that a column is contiguous, and columns are taken in blocks
+(`block.py` rounds one): the pull of all earlier columns on a block is a few matrix products.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float, Int, Int32, UInt8
+
+from qmoe_jax.quantization.block import dot, quantize_block
+from qmoe_jax.quantization.factorization import Factor, factorize
+from qmoe_jax.quantization.grids import Grid
+from qmoe_jax.quantization.groups import GroupSchedule, join_groups, split_groups
+from qmoe_jax.quantization.quantized import Quantized
+
+AnyArray = jax.Array | np.ndarray
+Index = Int[Array, ""]
+Levels = Float[Array, "group out 2"]
+
+
+def gptq(
+    w: Float[AnyArray, "expert out in"],
+    hessian: Float[AnyArray, "expert in in"],
+    grid: Grid,
+    *,
+    damping: float = 0.1,
+    block_size: int = 128,
+    group_size: int | None = None,
+    activation_order: bool = False,
+) -> Quantized:
+    """Quantizes the weights of several experts so that their outputs change least; float32 at full precision.
+
+    An expert whose Hessian is zero (no tokens) or cannot be factored is rounded to nearest and flagged in
+    `fallback`; the others are not affected. Beside its arguments and results this takes three arrays of the
+    Hessians' size and two of the weights'.
+
+    Args:
+      w: the weights, any float type, finite.
+      hessian: XᵀX of each expert's inputs, symmetric, at any positive scale, not damped.
+      grid: the levels and digits.
+      damping: share of the mean of the Hessian's diagonal that is added to it.
+      block_size: columns between two looks back at all earlier ones. It changes the result only with groups.
+      group_size: columns that share levels, found when their first column is reached; None: the whole row.
+      activation_order: round the columns of the largest diagonal first. Groups then follow this order.
+
+    Raises:
+      ValueError: shapes that do not fit each other, or an option out of its range.
+    """
+    experts, _, width = w.shape
+    if hessian.shape != (experts, width, width):
+        raise ValueError(
+            f"gptq: weights [expert, out, in] = {w.shape} need a hessian of shape {(experts, width, width)}, "
+            f"found {hessian.shape}."
+        )
+    if not damping >= 0:
+        raise ValueError(f"gptq: damping must be >= 0, found {damping}.")
+    factor = factorize(hessian, damping, activation_order=activation_order)
+    return gptq_with_factor(w, factor, grid, block_size=block_size, group_size=group_size)
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "group_size"))
+def gptq_with_factor(
+    w: Float[AnyArray, "expert out in"],
+    factor: Factor,
+    grid: Grid,
+    *,
+    block_size: int = 128,
+    group_size: int | None = None,
+) -> Quantized:
+    """`gptq` on Hessians factored before: for several grids, or rates, over the same ones.
+
+    Raises:
+      ValueError: a block or group size below 1.
+    """
+    if block_size < 1 or (group_size is not None and group_size < 1):
+        raise ValueError(
+            f"gptq: block_size and group_size must be >= 1, found {block_size} and {group_size}."
+        )
+    width = w.shape[2]
+    schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
+    quantize_expert = functools.partial(_quantize_expert, grid=grid, schedule=schedule)
+    values, digits, levels, error, column_group = jax.vmap(quantize_expert)(
+        jnp.asarray(w, jnp.float32), factor.lower, factor.curvature, factor.order
+    )
+    return Quantized(values, digits, levels, error, factor.fallback, column_group)
+
+
+def _quantize_expert(
+    w: Float[Array, "out in"],
+    lower: Float[Array, "in in"],
+    curvature: Float[Array, "in"],
+    order: Int32[Array, "in"] | None,
+    *,
+    grid: Grid,
+    schedule: GroupSchedule,
+) -> tuple[
+    Float[Array, "out in"],
+    UInt8[Array, "out in"],
+    Float[Array, "out group 2"],
+    Float[Array, ""],
+    Int32[Array, "in"],
+]:
+    """Values, digits, levels, error and the columns' groups."""
+    width, size = schedule.width, schedule.group_size
+    ordered = w if order is None else w[:, order]
+    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule)
+    values = join_groups(grid.dequantize(split_groups(digits, size), levels[:, :, None]), width)
+    column_group = jnp.arange(width, dtype=jnp.int32) // size
+    if order is not None:
+        position = jnp.argsort(order)
+        values, digits, column_group = values[:, position], digits[:, position], column_group[position]
+    return values, digits, levels, error, column_group
+
+
+def _quantize_columns(
+    w: Float[Array, "out in"],
+    lower: Float[Array, "in in"],
+    curvature: Float[Array, "in"],
+    grid: Grid,
+    schedule: GroupSchedule,
+) -> tuple[UInt8[Array, "out in"], Float[Array, "out group 2"], Float[Array, ""]]:
+    """Digits, levels and error, the columns taken as they stand."""
+    out, width = w.shape
+    size, padding = schedule.block_size, schedule.padded_width - schedule.width
+    lower = jnp.eye(schedule.padded_width).at[:width, :width].set(lower)
+    curvature = jnp.pad(curvature, (0, padding))
+    group = jnp.arange(schedule.padded_width) // schedule.group_size
+    # The deviations of the columns that are done, and the weights of the others.
+    state = jnp.pad(w.T, [(0, padding), (0, 0)])
+    levels = grid.find_levels(w)[None] if schedule.whole_row else jnp.zeros((schedule.padded_groups, out, 2))
+
+    def step(
+        carry: tuple[Float[Array, "in out"], Levels], block: Index
+    ) -> tuple[tuple[Float[Array, "in out"], Levels], tuple[UInt8[Array, "column out"], Float[Array, ""]]]:
+        state, levels = carry
+        if not schedule.whole_row:
+            find = functools.partial(_find_levels, block, state, lower, levels, grid=grid, schedule=schedule)
+            levels = lax.cond(schedule.finds_levels(block), find, lambda: levels)
+        take = functools.partial(lax.dynamic_slice_in_dim, start_index=block * size, slice_size=size)
+        digits, deviation, error = quantize_block(
+            take(state),
+            _pull(block, state, lower, size, size),
+            take(take(lower), axis=1),
+            take(curvature),
+            levels=levels,
+            group=take(group),
+            grid=grid,
+        )
+        state = lax.dynamic_update_slice_in_dim(state, deviation, block * size, axis=0)
+        return (state, levels), (digits, error.sum())
+
+    (_, levels), (digits, errors) = lax.scan(step, (state, levels), jnp.arange(schedule.num_blocks))
+    # Shape: digits [block, column, out], levels [group, out, 2]
+    digits = digits.reshape(-1, out)[:width].T
+    return digits, levels[: schedule.num_groups].swapaxes(0, 1), 0.5 * errors.sum()
+
+
+def _pull(
+    block: Index, state: Float[Array, "in out"], lower: Float[Array, "in in"], block_size: int, length: int
+) -> Float[Array, "{length} out"]:
+    """What the deviations of all columns before a block ask of the `length` columns from its start on."""
+
+    def add(earlier: Index, pull: Float[Array, "length out"]) -> Float[Array, "length out"]:
+        factor = lax.dynamic_slice(lower, (block * block_size, earlier * block_size), (length, block_size))
+        return pull + dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
+
+    return lax.fori_loop(0, block, add, jnp.zeros((length, state.shape[1])))
+
+
+def _find_levels(
+    block: Index,
+    state: Float[Array, "in out"],
+    lower: Float[Array, "in in"],
+    levels: Levels,
+    *,
+    grid: Grid,
+    schedule: GroupSchedule,
+) -> Levels:
+    """Finds the levels of the groups that begin in a block, from the weights as they stand at its start.
+
+    As they stand: moved to where, not yet rounded, they make up in full for the columns before the block, so that
+    L Dᵀ = 0 from there on. These are the weights that GPTQ holds when it has updated all later columns.
+    """
+    span, size, count = schedule.span, schedule.group_size, schedule.groups_a_block
+    start, first = block * schedule.block_size, schedule.first_group(block)
+    pull = _pull(block, state, lower, schedule.block_size, span)
+    factor = lax.dynamic_slice(lower, (start, start), (span, span))
+    moved = lax.dynamic_slice_in_dim(state, start, span)
+    moved += solve_triangular(factor, pull, lower=True, unit_diagonal=True)
+    members = lax.dynamic_slice_in_dim(moved, first * size - start, count * size).reshape(count, size, -1)
+    return lax.dynamic_update_slice_in_dim(levels, grid.find_levels(members.swapaxes(1, 2)), first, axis=0)
