@@ -1,0 +1,52 @@
+"""The commands of `qmoe`, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qmoe_jax.cli.command import command
+from qmoe_jax.cli.compress import compress
+from qmoe_jax.cli.convert import convert
+from qmoe_jax.cli.evaluate import evaluate
+from qmoe_jax.cli.generate import generate
+from qmoe_jax.cli.inspect import inspect
+from qmoe_jax.cli.verify import verify
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+for function in (inspect, compress, verify, evaluate, generate, convert):
+    app.command()(command(function))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        import importlib.metadata
+
+        print(f"qmoe {importlib.metadata.version('qmoe-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def qmoe(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Switch Transformers below one bit a parameter.
+
+    Examples:
+      $ qmoe inspect switch-base-128
+      $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
+      $ qmoe generate base-ternary "The ___ sat on the mat."
+
+    Every command takes --json for machines and --help with examples.
+
+    Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 `qmoe verify`
+    found problems, 130 stopped by Ctrl-C.
+    """
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="qmoe")

@@ -1,0 +1,124 @@
+"""Texts with blanks: encoder ids with a sentinel for each, and what a model writes for them back into the text.
+
+A blank is written `<extra_id_7>`, with the number of its sentinel, or `___` (three underscores or more), which takes
+the next number that the text does not name itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from qmoe_jax.data.span_corruption import EOS, Sentinels
+from qmoe_jax.data.text import Tokenizer
+
+BLANK = re.compile(r"<extra_id_(\d+)>|_{3,}")
+WORD_START = "▁"
+"""What sentencepiece writes for the space before a word."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Infill:
+    """A text cut at its blanks: `texts[i]` stands before blank i, the last one behind them all.
+
+    Attributes:
+      texts: one more than there are blanks; any may be empty.
+      marks: each blank as it was written.
+      numbers: the number of each blank's sentinel; the same number twice asks for the same words twice.
+    """
+
+    texts: tuple[str, ...]
+    marks: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Infill:
+        """Find the blanks of a text.
+
+        Raises:
+          ValueError: there is none.
+        """
+        blanks = list(BLANK.finditer(text))
+        if not blanks:
+            raise ValueError(f"no blank in {text[:60]!r}: write ___ or <extra_id_0> where words are missing")
+        named = {int(blank[1]) for blank in blanks if blank[1]}
+        free = (number for number in itertools.count() if number not in named)
+        numbers = tuple(int(blank[1]) if blank[1] else next(free) for blank in blanks)
+        starts, ends = (
+            [0, *(blank.end() for blank in blanks)],
+            [*(blank.start() for blank in blanks), len(text)],
+        )
+        texts = tuple(text[start:end] for start, end in zip(starts, ends, strict=True))
+        return cls(texts, tuple(blank[0] for blank in blanks), numbers)
+
+    def encode(self, tokenizer: Tokenizer) -> np.ndarray:
+        """Encoder ids, int32 `[token]`, end token included.
+
+        Raises:
+          ValueError: a blank's number has no sentinel.
+        """
+        sentinels = tokenizer.sentinels
+        if (largest := max(self.numbers)) >= sentinels.count:
+            raise ValueError(f"<extra_id_{largest}>: the tokenizer has sentinels 0 to {sentinels.count - 1}")
+        ids = tokenizer.encode(self.texts[0]).tolist()
+        for number, text in zip(self.numbers, self.texts[1:], strict=True):
+            ids += [int(sentinels.id(number)), *_encode_behind(text, tokenizer)]
+        return np.array([*ids, EOS], np.int32)
+
+    def fill(self, spans: Mapping[int, list[int]], tokenizer: Tokenizer) -> str:
+        """The text with the ids of `spans` (by sentinel number) as words; a blank without a span stays as it is."""
+        filled = self.texts[0]
+        for number, mark, text in zip(self.numbers, self.marks, self.texts[1:], strict=True):
+            span = spans.get(number)
+            filled = _join(filled, span, tokenizer) if span else filled + mark
+            filled += text
+        return filled
+
+
+def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]:
+    """Cut what a model wrote at its sentinels: the ids after each, by its number.
+
+    Everything before the first sentinel and from the end token on is left out, and so are ids that stand for nothing:
+    padding, and those beyond the tokenizer's, which models have to make their vocabulary a round number. Where a
+    model repeats a sentinel, what it wrote first counts.
+    """
+    spans: dict[int, list[int]] = {}
+    current: list[int] = []
+    for token in map(int, ids):
+        if token == EOS:
+            break
+        if sentinels.start <= token <= sentinels.last:
+            current = []
+            spans.setdefault(sentinels.last - token, current)
+        elif 0 < token < sentinels.start:
+            current.append(token)
+    return spans
+
+
+def _encode_behind(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text behind a blank.
+
+    Sentencepiece puts a space before every text; where the text begins without one ("___ing", "___, then"), the
+    first piece is replaced by the same piece without its space, if the vocabulary has that.
+    """
+    ids = tokenizer.encode(text).tolist()
+    if not ids or text[0].isspace():
+        return ids
+    pieces = tokenizer.pieces
+    first = pieces.id_to_piece(ids[0])
+    if first == WORD_START:
+        return ids[1:]
+    bare = pieces.piece_to_id(first.removeprefix(WORD_START))
+    return [ids[0] if bare == pieces.unk_id() else bare, *ids[1:]]
+
+
+def _join(before: str, span: list[int], tokenizer: Tokenizer) -> str:
+    """A text and the words that follow: a space between them where the span's first piece asks for one."""
+    words = tokenizer.pieces.decode(span)
+    if not tokenizer.pieces.id_to_piece(span[0]).startswith(WORD_START):
+        return before.rstrip(" ") + words
+    return before + words if not before or before[-1].isspace() else f"{before} {words}"

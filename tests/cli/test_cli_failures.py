@@ -1,0 +1,96 @@
+"""A command that fails says so in plain words, with its exit code; --debug shows where."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qmoe_jax import CheckpointError
+from qmoe_jax.cli.command import Answer, command
+from qmoe_jax.cli.console import to_json
+from qmoe_jax.cli.failures import Interrupted
+
+
+def run(error: BaseException, *arguments: str, **environment: str):
+    app = typer.Typer()
+
+    @app.command()
+    @command
+    def fail() -> Answer:
+        raise error
+
+    return CliRunner(env=environment).invoke(app, list(arguments))
+
+
+DAMAGED = CheckpointError(
+    "is damaged", path="a [b]/c.bin", key="wi", expected="8 bytes", found="7 bytes", remedy="copy it again"
+)
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            DAMAGED,
+            "error: a [b]/c.bin: is damaged\n  key: wi\n  expected: 8 bytes\n  found: 7 bytes\n"
+            "  remedy: copy it again\n",
+        ),
+        (
+            FULL,
+            "error: out/dense: No space left on device\n"
+            "  remedy: free some space on that disk, then run the same command again\n",
+        ),
+        (ValueError("damping: expected at least 0"), "error: damping: expected at least 0\n"),
+        (MemoryError(), "error: out of memory\n"),
+        (
+            KeyError("wi"),
+            "error: KeyError: 'wi'\n  remedy: this may be a mistake in qmoe itself: --debug shows where it happened\n",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_is_told_without_a_traceback(error, told):
+    result = run(error)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", told)
+
+
+def test_an_error_is_data_for_machines():
+    result = run(DAMAGED, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"] == {
+        "type": "CheckpointError", "problem": "is damaged", "path": "a [b]/c.bin", "key": "wi", "expected": "8 bytes",
+        "found": "7 bytes", "remedy": "copy it again",
+    }  # fmt: skip
+
+
+def test_debug_shows_the_traceback():
+    assert run(DAMAGED, "--debug").exception is DAMAGED
+    assert run(DAMAGED, QMOE_DEBUG="1").exception is DAMAGED
+    assert run(DAMAGED, QMOE_DEBUG="0").exception is not DAMAGED
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "told"),
+    [
+        (KeyboardInterrupt(), "stopped.\n"),
+        (Interrupted("Go on by:\n  qmoe x"), "stopped. Go on by:\n  qmoe x\n"),
+    ],
+)
+def test_control_c_exits_with_130(interrupt, told):
+    result = run(interrupt)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", told)
+
+
+def test_values_become_json():
+    value = {
+        1: np.float32(0.5),
+        "a": np.array([1.0, np.nan]),
+        "b": (float("inf"), None, True),
+        "c": np.dtype("int8"),
+    }
+    assert to_json(value) == {"1": 0.5, "a": [1.0, None], "b": [None, None, True], "c": "int8"}
