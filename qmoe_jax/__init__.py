@@ -12,7 +12,9 @@ from qmoe_jax.compression import ProgressBar as ProgressBar
 from qmoe_jax.compression import compress as compress
 from qmoe_jax.config import PRESETS as PRESETS
 from qmoe_jax.config import SwitchConfig as SwitchConfig
+from qmoe_jax.evaluation import Comparison as Comparison
 from qmoe_jax.evaluation import Evaluation as Evaluation
+from qmoe_jax.evaluation import compare as compare
 from qmoe_jax.evaluation import evaluate as evaluate
 from qmoe_jax.inference import Sampling as Sampling
 from qmoe_jax.inference import decompress as decompress

@@ -97,7 +97,7 @@ def compress(
       attachments: files to carry in the artifact, such as the tokenizer's model.
       progress: told how far it has come; `ProgressBar` draws it.
 
-    Memory: the parameters outside the experts in float32; the hidden states (in a file beyond a quarter of the
+    Memory: the parameters outside the experts in float32; the hidden states (in a file beyond an eighth of the
     machine's memory); one expert group with its Hessians, `experts_per_group * d_ff**2` floats, about three times.
 
     Raises:

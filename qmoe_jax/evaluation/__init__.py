@@ -1,4 +1,6 @@
 """How good a model is, and how far a compressed one is from its original."""
 
+from qmoe_jax.evaluation.compare import Comparison as Comparison
+from qmoe_jax.evaluation.compare import compare as compare
 from qmoe_jax.evaluation.loss import Evaluation as Evaluation
 from qmoe_jax.evaluation.loss import evaluate as evaluate

@@ -71,7 +71,7 @@ def evaluate(
     Raises:
       ValueError: there is no example, one without a token to predict, or an id beyond the vocabulary.
     """
-    _check(examples, model.config.vocab_size)
+    check_examples(examples, model.config.vocab_size)
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     for batch in batches(examples, min(batch_size, len(examples))):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
@@ -85,7 +85,12 @@ def evaluate(
     return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, int(tokens.sum()), sums / tokens)
 
 
-def _check(examples: Sequence[Example], vocab_size: int) -> None:
+def check_examples(examples: Sequence[Example], vocab_size: int) -> None:
+    """Refuse what cannot be evaluated.
+
+    Raises:
+      ValueError: there is no example, one without a token to predict, or an id beyond the vocabulary.
+    """
     if not examples:
         raise ValueError("no examples to evaluate")
     for number, (encoder, decoder) in enumerate(examples):

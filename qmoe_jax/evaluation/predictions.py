@@ -1,0 +1,96 @@
+"""What two models predict for the same tokens: their losses, how often they agree, the divergence of their logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from qmoe_jax.checkpoints.huggingface import EMBEDDING, LOGITS
+from qmoe_jax.evaluation.tensors import Pair
+from qmoe_jax.inference.blockwise.states import HiddenStates
+from qmoe_jax.models.layers import Embedding, Kernel
+
+TOKENS = 512
+"""Tokens whose logits are computed at a time: 66 MB of each model at T5's vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Means over the decoder tokens after each example's first.
+
+    Attributes:
+      tokens: how many these are.
+      losses: cross-entropy in nats, of the original and of the compressed.
+      agreement: share of tokens where both find the same next token most likely.
+      divergence: KL(original || compressed) of the next token's distributions, in nats.
+    """
+
+    tokens: int
+    losses: tuple[float, float]
+    agreement: float
+    divergence: float
+
+
+def compare_predictions(
+    pair: Pair, states: Sequence[HiddenStates], tokens: Sequence[np.ndarray], dtype: DTypeLike
+) -> Predictions:
+    """Compare what follows each decoder token.
+
+    Args:
+      pair: the models; an untied head is measured on the way.
+      states: each decoder's, after its final norm.
+      tokens: each example's decoder ids, at least 2.
+      dtype: of the computation.
+    """
+    heads = _heads(pair, dtype)
+    ends = np.cumsum([len(ids) for ids in tokens])
+    where = np.delete(np.arange(ends[-1]), ends - 1)
+    targets = np.concatenate([ids[1:] for ids in tokens])
+    sums = np.zeros(4)
+    for start in range(0, len(where), TOKENS):
+        part = where[start : start + TOKENS]
+        pad = TOKENS - len(part)
+        x = [np.pad(mine.values[part], ((0, pad), (0, 0))).astype(np.dtype(dtype)) for mine in states]
+        scores = _score(heads, x, np.pad(targets[start : start + TOKENS], (0, pad)), pair.config.tied)
+        sums += [np.sum(np.asarray(score)[: len(part)], dtype=np.float64) for score in scores]
+    original, compressed, agreement, divergence = (sums / len(where)).tolist()
+    return Predictions(len(where), (original, compressed), agreement, divergence)
+
+
+def _heads(pair: Pair, dtype: DTypeLike) -> tuple[Array, Array]:
+    """The matrices that logits are read off: the embeddings of tied models."""
+    if pair.config.tied:
+        return pair.read(EMBEDDING, dtype)
+    original, compressed = pair.params([LOGITS], dtype)
+    return original["decoder"]["logits_dense"]["kernel"], compressed["decoder"]["logits_dense"]["kernel"]
+
+
+def _logits(head: Array, x: Float[Array, "token embed"], tied: bool) -> Float[Array, "token vocab"]:
+    if tied:
+        return Embedding(*head.shape, x.dtype).apply({"params": {"embedding": head}}, x, method="attend")
+    kernel = Kernel(head.shape[1], ("embed", "vocab"), x.dtype)
+    return kernel.apply({"params": {"kernel": head}}, x).astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames="tied")
+def _score(
+    heads: tuple[Array, Array],
+    x: Sequence[Float[Array, "token embed"]],
+    targets: Int[Array, "token"],
+    tied: bool,
+) -> tuple[Array, Array, Array, Array]:
+    """Of each token: both losses, whether both find the same one most likely, the divergence."""
+    a, b = (
+        jax.nn.log_softmax(_logits(head, mine, tied), axis=-1) for head, mine in zip(heads, x, strict=True)
+    )
+    loss = lambda p: -jnp.take_along_axis(p, targets[:, None], -1)[:, 0]
+    agree = jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)
+    return loss(a), loss(b), agree, jnp.sum(jnp.exp(a) * (a - b), axis=-1)

@@ -1,0 +1,196 @@
+"""Two checkpoints of one architecture, read side by side, and how far apart each tensor of theirs is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
+
+from qmoe_jax.checkpoints.huggingface import EMBEDDING, LOGITS
+from qmoe_jax.checkpoints.params import nest, parameter_dtype
+from qmoe_jax.checkpoints.reader import CheckpointError, DenseReader, Tensor, is_expert
+from qmoe_jax.checkpoints.staging import staged
+from qmoe_jax.config import SwitchConfig
+
+Weights = dict[str, Array]
+"""Matrices of a range of experts by name, float32 `[expert, in, out]` as T5X has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedHead:
+    """The head of a tied model as a tensor of its own: the embedding transposed, times d_model^-1/2."""
+
+    embedding: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[d_model, vocabulary]."""
+        return self.embedding.shape[::-1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """float32, for the scaled values."""
+        return np.dtype(np.float32)
+
+    def read(self, rows: slice) -> np.ndarray:
+        """The rows; the whole embedding is read on the way."""
+        embedding = self.embedding.read(slice(0, self.embedding.shape[0]))
+        return embedding.T[rows].astype(np.float32) * np.float32(self.shape[0] ** -0.5)
+
+
+def untied(reader: DenseReader) -> DenseReader:
+    """A tied model as the untied one that computes the same."""
+    return dataclasses.replace(
+        reader,
+        config=dataclasses.replace(reader.config, tied=False),
+        tensors={**reader.tensors, LOGITS: TiedHead(reader.tensors[EMBEDDING])},
+    )
+
+
+@jax.jit
+def _squares(
+    w: Float[Array, "*rows in"], q: Float[Array, "*rows in"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Σ(q - w)² and Σw² along the last axis: short sums, which float32 can hold; float64 adds them up."""
+    return jnp.sum(jnp.square(q - w), axis=-1), jnp.sum(jnp.square(w), axis=-1)
+
+
+class Pair:
+    """An original and its compressed form, with the same tensors in the same shapes.
+
+    Where the head of one is tied to its embedding and that of the other is not (upstream's directories keep it
+    apart, in another dtype), the tied one is taken as the untied model that computes the same; `notes` says so.
+    """
+
+    def __init__(self, original: DenseReader, compressed: DenseReader):
+        """Match the two.
+
+        Raises:
+          CheckpointError: a tensor is in one only, or has different shapes; the error names it.
+        """
+        self.notes: list[str] = []
+        readers = [original, compressed]
+        if original.config.tied != compressed.config.tied:
+            tied = 0 if original.config.tied else 1
+            self.notes.append(
+                f"the head is tied to the embedding in {readers[tied].path}, and stored apart in "
+                f"{readers[1 - tied].path}: compared as {LOGITS}"
+            )
+            readers[tied] = untied(readers[tied])
+        self.original, self.compressed = readers
+        _require_same_tensors(self.original, self.compressed)
+        self.notes += _differences(self.original.config, self.compressed.config)
+        self._squares: dict[str, np.ndarray] = {}
+
+    @property
+    def config(self) -> SwitchConfig:
+        """The original's architecture."""
+        return self.original.config
+
+    @property
+    def configs(self) -> tuple[SwitchConfig, SwitchConfig]:
+        """Both architectures, which may differ in what no tensor tells."""
+        return self.original.config, self.compressed.config
+
+    def names(self, prefix: str) -> list[str]:
+        """The parameters whose paths begin with `prefix`."""
+        return [name for name in self.original.names() if name.startswith(prefix)]
+
+    def read(self, name: str, dtype: DTypeLike) -> tuple[Array, Array]:
+        """A parameter of each, on the default device, cast to `dtype`."""
+        original, compressed = (
+            jax.device_put(reader.read(name).astype(np.dtype(dtype)))
+            for reader in (self.original, self.compressed)
+        )
+        return original, compressed
+
+    def params(self, names: Iterable[str], dtype: DTypeLike) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters of each as nested dicts, cast as for a model that computes in `dtype`, and measured."""
+        originals, compresseds = {}, {}
+        for name in names:
+            w, q = self.read(name, np.float32)
+            self._measure(name, w, q)
+            cast = parameter_dtype(name, dtype)
+            originals[name], compresseds[name] = w.astype(cast), q.astype(cast)
+        return nest(originals), nest(compresseds)
+
+    @contextlib.contextmanager
+    def staged(self, size: int, scratch: str | os.PathLike[str]) -> Iterator[Pair]:
+        """The pair for reading a layer's experts, `size` at a time in ascending order.
+
+        Stored chunks that span more experts are then read once, through files in `scratch` that go with the context.
+        """
+        if size >= self.config.num_experts:
+            yield self
+            return
+        with staged(self.original, scratch) as original, staged(self.compressed, scratch) as compressed:
+            pair = copy.copy(self)  # measures into the same sums
+            pair.original, pair.compressed = original, compressed
+            yield pair
+
+    def experts(self, layer: str, experts: range) -> tuple[Weights, Weights]:
+        """A range of a layer's experts of each, measured."""
+        weights: tuple[Weights, Weights] = ({}, {})
+        for name in filter(is_expert, self.names(f"{layer}/")):
+            matrix = name.split("/")[-2]
+            for reader, mine in zip((self.original, self.compressed), weights, strict=True):
+                array = reader.read(name, slice(experts.start, experts.stop))
+                mine[matrix] = jax.device_put(array.astype(np.float32, copy=False))
+            self._measure(name, weights[0][matrix], weights[1][matrix])
+        return weights
+
+    def _measure(self, name: str, w: Float32[Array, "*shape"], q: Float32[Array, "*shape"]) -> None:
+        """Add a tensor, or a range of its experts, to what its error is made of."""
+        sums = np.array([np.sum(part, dtype=np.float64) for part in map(np.asarray, _squares(w, q))])
+        self._squares[name] = self._squares.get(name, 0.0) + sums
+
+    def errors(self) -> dict[str, float]:
+        """‖Q - W‖ / ‖W‖ of every tensor measured so far, 0 where both are zero."""
+        return {name: _relative(*sums) for name, sums in sorted(self._squares.items())}
+
+
+def _relative(difference: float, norm: float) -> float:
+    if difference == 0:
+        return 0.0
+    return math.sqrt(difference / norm) if norm else math.inf
+
+
+def _require_same_tensors(original: DenseReader, compressed: DenseReader) -> None:
+    for reader, other in ((original, compressed), (compressed, original)):
+        if missing := sorted(set(other.names()) - set(reader.names())):
+            raise CheckpointError(
+                f"{len(missing)} tensors of {other.path} are missing: the two are not one model",
+                path=reader.path,
+                key=", ".join(missing[:3]),
+            )
+    for name in original.names():
+        if original.shape(name) != compressed.shape(name):
+            raise CheckpointError(
+                f"a tensor has not the shape that it has in {original.path}: the two are not one model",
+                path=compressed.path,
+                key=name,
+                expected=original.shape(name),
+                found=compressed.shape(name),
+            )
+
+
+def _differences(original: SwitchConfig, compressed: SwitchConfig) -> list[str]:
+    """What the two configurations say differently about how to compute."""
+    fields = (field.name for field in dataclasses.fields(SwitchConfig))
+    both = {name: (getattr(original, name), getattr(compressed, name)) for name in fields}
+    return [
+        f"{name} is {a} in the original, {b} in the compressed: each is computed its own way"
+        for name, (a, b) in both.items()
+        if a != b
+    ]
