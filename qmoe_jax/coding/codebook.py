@@ -33,6 +33,11 @@ class Trie:
     code: Int32[np.ndarray, "node"]
     last_code: Int32[np.ndarray, "node"]
 
+    @functools.cached_property
+    def follow(self) -> Int32[np.ndarray, "node symbol"]:
+        """Where an encoder goes on: the child, or ~(the root's child) where the codeword ends before the symbol."""
+        return np.where(self.child >= 0, self.child, ~self.child[0])
+
 
 @pytree.register(leaves=("lengths", "digits"), static=("name", "symbol_digits"))
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,9 +174,15 @@ def _build_trie(codebook: Codebook) -> Trie:
     child.reshape(-1)[np.concatenate(edges)] = np.arange(1, count)
     code = np.full(count, -1, np.int32)
     code[node_of] = np.arange(codebook.size)
-    last_code = code.copy()
+    return Trie(child, code, _last_codes(child, code))
+
+
+def _last_codes(
+    child: Int32[np.ndarray, "node symbol"], code: Int32[np.ndarray, "node"]
+) -> Int32[np.ndarray, "node"]:
+    """Every node without a codeword goes down to its first child, until all have one."""
     first_child = np.take_along_axis(child, (child >= 0).argmax(1)[:, None], 1)[:, 0]
-    for node in range(count - 1, 0, -1):  # children have higher numbers than their parents
-        if last_code[node] < 0:
-            last_code[node] = last_code[first_child[node]]
-    return Trie(child, code, last_code)
+    node = np.arange(len(code))
+    while (inner := code[node] < 0).any():
+        node = np.where(inner, first_child[node], node)
+    return code[node]

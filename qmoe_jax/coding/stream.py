@@ -1,16 +1,19 @@
-"""Rows of ternary digits as streams of codewords, and back; a corrupt stream is refused with its row and position."""
+"""Rows of ternary digits as streams of codewords, and back; corrupt streams are refused with their row and position."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int32, UInt8, UInt16
+from jaxtyping import Float, Int, Int32, UInt8, UInt16
 
 from pallas_kernels import PackedMatrix
-from qmoe_jax.coding import walk
 from qmoe_jax.coding.codebook import Codebook
+
+Backend = Literal["walk", "vectorized"]
 
 
 class CorruptStream(ValueError):
@@ -21,61 +24,52 @@ class Encoded(NamedTuple):
     """A matrix as codewords: row r is `codes[row_offsets[r] : row_offsets[r + 1]]`."""
 
     codes: UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
-    row_offsets: Int32[np.ndarray, "row+1"]
+    row_offsets: Int32[np.ndarray, "bound"]
 
 
-def encode(digits: UInt8[np.ndarray, "row width"], codebook: Codebook) -> Encoded:
+def encode(
+    digits: UInt8[np.ndarray, "row width"], codebook: Codebook, *, backend: Backend | None = None
+) -> Encoded:
     """Codes each row by itself, greedily by the longest codeword that matches.
 
-    Takes one code a symbol of scratch memory, released on return.
+    Args:
+      digits: 0, 1 or 2 each; at least one row and column.
+      codebook: what to code with.
+      backend: "walk" (compiled by numba; the default where that is there) or "vectorized"; the same bytes from both.
 
     Raises:
-      ValueError: a digit is not 0, 1 or 2, or there is none.
+      ValueError: a digit is not 0, 1 or 2, there is none, or more codewords than an int32 counts.
     """
     digits = np.ascontiguousarray(digits, np.uint8)
-    rows, width = digits.shape
-    if rows == 0 or width == 0:
+    if digits.ndim != 2 or 0 in digits.shape:
         raise ValueError(f"expected at least one row and column of digits, found {digits.shape}")
     if digits.max() > 2:
         row, column = np.argwhere(digits > 2)[0]
         raise ValueError(
             f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
         )
-    trie, step = codebook.trie, codebook.symbol_digits
-    scratch = np.empty((rows, -(-width // step)), codebook.code_dtype)
-    counts = np.empty(rows, np.int64)
-    walk.encode_rows(digits, trie.child, trie.code, trie.last_code, step, scratch, counts)
-    offsets = np.zeros(rows + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    codes, counts = _implementation(backend).encode(digits, codebook)
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{rows} rows of {width} digits take {offsets[-1]} codewords: more than an int32 counts"
-        )
-    codes = np.empty(offsets[-1], codebook.code_dtype)
-    row_offsets = offsets.astype(np.int32)
-    walk.gather_rows(scratch, row_offsets, codes)
-    return Encoded(codes, row_offsets)
+        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
+    return Encoded(codes, offsets.astype(np.int32))
 
 
-def decode(encoded: Encoded, codebook: Codebook, width: int) -> UInt8[np.ndarray, "row width"]:
+def decode(
+    encoded: Encoded, codebook: Codebook, width: int, *, backend: Backend | None = None
+) -> UInt8[np.ndarray, "row width"]:
     """The digits of every row.
 
     Raises:
-      CorruptStream: offsets are not those of the codes, a code is none of the codebook's, or a row's codewords do
-        not cover exactly `width` digits (the last may run past it).
+      CorruptStream: offsets are not those of the codes, a code is none of the codebook's, or the codewords of a row
+        do not cover its `width` digits exactly, but for the last one, which may run past.
     """
-    codes = np.ascontiguousarray(encoded.codes)
-    offsets = _checked_offsets(np.asarray(encoded.row_offsets), len(codes))
-    rows = len(offsets) - 1
-    digits = np.empty((rows, width), np.uint8)
-    status, position = np.empty(rows, np.int64), np.empty(rows, np.int64)
-    walk.decode_rows(codes, offsets, codebook.lengths, codebook.digits, digits, status, position)
-    if (bad := np.flatnonzero(status)).size:
-        row = int(bad[0])
-        raise CorruptStream(
-            _explain(int(status[row]), row, int(position[row]), codes[offsets[row] :], codebook, width)
-        )
-    return digits
+    codes, row_offsets = np.ascontiguousarray(encoded.codes), np.asarray(encoded.row_offsets)
+    _check_offsets(row_offsets, codes)
+    row_offsets = row_offsets.astype(np.int32)
+    _check_codes(codes, row_offsets, codebook)
+    _check_coverage(codes, row_offsets, codebook, width)
+    return _implementation(backend).decode(codes, row_offsets, codebook, width)
 
 
 def pack(
@@ -90,23 +84,47 @@ def pack(
     return PackedMatrix(codes, offsets, np.asarray(levels), codebook.decode_table, width)
 
 
-def _checked_offsets(offsets: np.ndarray, codes: int) -> Int32[np.ndarray, "offset"]:
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != codes:
-        ends = (int(offsets[0]), int(offsets[-1])) if offsets.ndim == 1 and len(offsets) else offsets.shape
-        raise CorruptStream(f"row offsets: expected from 0 to the {codes} codewords, found {ends}")
-    if (bad := np.flatnonzero(np.diff(offsets) < 0)).size:
+def _implementation(backend: Backend | None) -> Any:
+    if backend is None:
+        backend = "walk" if importlib.util.find_spec("numba") else "vectorized"
+    return importlib.import_module(f"qmoe_jax.coding.{backend}")
+
+
+def _check_offsets(offsets: Int[np.ndarray, "bound"], codes: np.ndarray) -> None:
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(codes):
+        ends = f"{offsets[0]} to {offsets[-1]}" if len(offsets) else "none"
+        raise CorruptStream(f"row offsets: expected from 0 to the {len(codes)} codewords, found {ends}")
+    if (bad := np.flatnonzero(np.diff(offsets.astype(np.int64)) < 1)).size:
         row = int(bad[0])
-        raise CorruptStream(
-            f"row {row}: ends at codeword {offsets[row + 1]}, before its beginning {offsets[row]}"
-        )
-    return offsets.astype(np.int32)
+        raise CorruptStream(f"row {row}: begins at codeword {offsets[row]} and ends at {offsets[row + 1]}")
 
 
-def _explain(status: int, row: int, position: int, codes: np.ndarray, codebook: Codebook, width: int) -> str:
-    where = f"row {row}, codeword {position}"
-    if status == walk.UNKNOWN_CODE:
-        return f"{where}: expected a code below {codebook.size}, found {codes[position]}"
-    if status == walk.TOO_SHORT:
-        covered = int(codebook.lengths[codes[:position]].sum())
-        return f"{where}: the row ends after {covered} of {width} digits"
-    return f"{where}: the row already has its {width} digits"
+def _check_codes(codes: np.ndarray, offsets: Int32[np.ndarray, "bound"], codebook: Codebook) -> None:
+    if len(codes) and codes.max() >= codebook.size:
+        first = int((codes >= codebook.size).argmax())
+        where = _where(first, offsets)
+        raise CorruptStream(f"{where}: expected a code below {codebook.size}, found {codes[first]}")
+
+
+def _check_coverage(
+    codes: np.ndarray, offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
+) -> None:
+    """Every row's last codeword must begin within the row and reach its end."""
+    if len(offsets) == 1:
+        return
+    lengths = codebook.lengths[codes]
+    covered = np.add.reduceat(lengths, offsets[:-1], dtype=np.int64)
+    if (bad := np.flatnonzero(covered < width)).size:
+        row = int(bad[0])
+        where = _where(int(offsets[row + 1]) - 1, offsets)
+        raise CorruptStream(f"{where}: the row ends after {covered[row]} of {width} digits")
+    if (bad := np.flatnonzero(covered - lengths[offsets[1:] - 1] >= width)).size:
+        row = int(bad[0])
+        reached = np.cumsum(lengths[offsets[row] : offsets[row + 1]])
+        excess = int(offsets[row]) + int((reached >= width).argmax()) + 1
+        raise CorruptStream(f"{_where(excess, offsets)}: the row already has its {width} digits")
+
+
+def _where(codeword: int, offsets: Int32[np.ndarray, "bound"]) -> str:
+    row = int(np.searchsorted(offsets, codeword, side="right")) - 1
+    return f"row {row}, codeword {codeword - offsets[row]}"
