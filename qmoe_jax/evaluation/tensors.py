@@ -190,7 +190,7 @@ def _differences(original: SwitchConfig, compressed: SwitchConfig) -> list[str]:
     fields = (field.name for field in dataclasses.fields(SwitchConfig))
     both = {name: (getattr(original, name), getattr(compressed, name)) for name in fields}
     return [
-        f"{name} is {a} in the original, {b} in the compressed: each is computed its own way"
+        f"{name} is {a} in the original, {b} in the compressed: each is run as it is"
         for name, (a, b) in both.items()
         if a != b
     ]
