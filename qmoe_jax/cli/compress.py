@@ -193,15 +193,14 @@ def compress(
         examples = read_samples(calibration, pieces, rules)
     tokens = sum(len(encoder) + len(decoder) for encoder, decoder in examples)
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
-    console = stderr()
-    bar = qj.ProgressBar(console=console) if console.is_terminal else None
+    bar = qj.ProgressBar(console=stderr())
     attachments = {"tokenizer.model": pieces.path.read_bytes()}
     try:
         report = qj.compress(path, output, examples, config, attachments=attachments, progress=bar)
     except KeyboardInterrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
         raise Interrupted(f"What is finished is safe in {output}; to go on from there:\n  {again}") from None
-    return Answer(_fields(report, len(examples), tokens), (_table(report),))
+    return Answer(_fields(report, len(examples), tokens), (result_table(report),))
 
 
 def under_calibrated(report: CompressionReport) -> dict[str, dict[int, int]]:
@@ -233,7 +232,8 @@ def _fields(report: CompressionReport, samples: int, tokens: int) -> dict[str, A
     }
 
 
-def _table(report: CompressionReport) -> Table:
+def result_table(report: CompressionReport) -> Table:
+    """What a compression came to, for people."""
     sizes = report.sizes
     table = Table.grid(padding=(0, 2))
     table.title, table.title_justify = str(report.path), "left"
@@ -267,4 +267,5 @@ def _named(names: list[str], reason: str, otherwise: str) -> Text:
     if not names:
         return Text(otherwise)
     more = f", and {len(names) - NAMED:,} more (--json names them)" if len(names) > NAMED else ""
-    return Text(f"{len(names):,} experts, {reason}: {', '.join(names[:NAMED])}{more}", style="yellow")
+    count = "1 expert" if len(names) == 1 else f"{len(names):,} experts"
+    return Text(f"{count}, {reason}: {', '.join(names[:NAMED])}{more}", style="yellow")

@@ -25,4 +25,4 @@ def answer(*arguments: object, exit_code: int = 0) -> dict:
 
 def compress_arguments(model: pathlib.Path, texts: pathlib.Path, output: pathlib.Path) -> list[object]:
     """The command that the artifact is made by."""
-    return ["compress", model, output, "--calibration", texts, "--samples", SAMPLES, "--experts-per-group", 4]
+    return ["compress", model, output, "--calibration", texts, "--samples", SAMPLES]

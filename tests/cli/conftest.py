@@ -17,7 +17,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     drawn = random.Random(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 3))) for _ in range(400)]
-    texts = [" ".join(drawn.choices(words, k=drawn.randint(20, 40))) + "." for _ in range(200)]
+    texts = [" ".join(drawn.choices(words, k=drawn.randint(12, 16))) + "." for _ in range(200)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=400, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,

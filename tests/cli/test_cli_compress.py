@@ -4,10 +4,14 @@ import shutil
 
 import pytest
 from cli_runs import answer, compress_arguments, qmoe
+from rich.console import Console
 
 import qmoe_jax as qj
-from qmoe_jax.cli.compress import under_calibrated
+from qmoe_jax.artifact.sizes import measure
+from qmoe_jax.cli.compress import result_table, under_calibrated
 from qmoe_jax.compression import pipeline
+from qmoe_jax.compression.experts import MatrixRecord
+from qmoe_jax.compression.report import GroupRecord
 
 
 def test_the_answer_is_what_lies_on_the_disk(compressed):
@@ -58,16 +62,6 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, te
     assert manifests[0].read_bytes() == manifests[1].read_bytes()
 
 
-def test_the_table_names_experts_without_tokens(model, texts, tmp_path):
-    arguments = compress_arguments(model, texts, tmp_path / "out")
-    arguments[arguments.index("--samples") + 1] = 2
-    result = qmoe(*arguments, "--skip", "encoder")
-    assert result.exit_code == 0, result.output
-    report = [line for line in result.stdout.splitlines() if line.startswith("rounded to nearest")]
-    assert "for want of calibration tokens: decoder 1 expert" in report[0]
-    assert "(0 tokens)" in report[0]
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -111,9 +105,22 @@ def test_a_tokenizer_far_smaller_than_the_vocabulary_is_doubted(model, texts, tm
     assert "the model 512: is it the one the model was trained with?" in result.stderr
 
 
-def test_experts_under_a_tenth_of_the_even_share_are_under_calibrated():
-    group = lambda start, calibrated: qj.compression.report.GroupRecord(
-        "encoder", 1, start, [], calibrated, {}, 0.0
-    )
-    report = qj.CompressionReport(None, None, (group(0, [100, 5]), group(2, [0, 95])), 1.0)
+def group(start: int, calibrated: list[int], fallback: list[bool]) -> GroupRecord:
+    nothing = [0.0] * len(calibrated)
+    matrix = MatrixRecord(nothing, nothing, nothing, [0] * len(calibrated), fallback)
+    return GroupRecord("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
+
+
+def test_starved_experts_are_named_with_their_tokens(compressed):
+    groups = (group(0, [100, 5], [False, False]), group(2, [0, 95], [True, False]))
+    report = qj.CompressionReport(compressed[0], measure(compressed[0]), groups, 1.0)
     assert under_calibrated(report) == {"encoder 1": {2: 0}}
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(result_table(report))
+    rows = dict(line.split("  ", 1) for line in capture.get().splitlines() if "  " in line.strip())
+    assert (
+        "1 expert, for want of calibration tokens: encoder 1 expert 2 (0 tokens)"
+        in rows["rounded to nearest"]
+    )
+    assert "1 expert, under 10% of the even share: encoder 1 expert 2 (0 tokens)" in rows["under-calibrated"]

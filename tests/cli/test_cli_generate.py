@@ -5,7 +5,9 @@ import pytest
 from cli_runs import answer, qmoe
 
 import qmoe_jax as qj
+from qmoe_jax.cli.generate import LENGTH_MULTIPLE
 from qmoe_jax.data import Tokenizer
+from qmoe_jax.data.batching import pad_rows, round_up
 from qmoe_jax.data.infill import Infill, read_spans
 
 TEXT = "bado ___ lita, <extra_id_3> mo."
@@ -33,19 +35,16 @@ def scripted(monkeypatch, tokenizer):
     return shapes
 
 
-def test_a_text_is_filled_with_what_the_model_writes(artifact, tokenizer):
-    model, params = qj.load_compressed(artifact)
+def test_a_text_is_filled_with_what_the_model_writes(model, tokenizer):
     infill = Infill.parse(TEXT)
-    tokens = np.zeros((1, 32), np.int32)
     ids = infill.encode(tokenizer)
-    tokens[0, : len(ids)] = ids
-    spans = read_spans(
-        np.asarray(qj.generate(model, params, tokens, max_new_tokens=12))[0], tokenizer.sentinels
-    )
-    found = answer("generate", artifact, TEXT, "--max-new-tokens", 12)
+    tokens = pad_rows([ids], 1, round_up(len(ids), LENGTH_MULTIPLE))
+    written = np.asarray(qj.generate(*qj.load_model(model), tokens, max_new_tokens=12))[0]
+    spans = read_spans(written, tokenizer.sentinels)
+    found = answer("generate", model, TEXT, "--max-new-tokens", 12)
     assert found["texts"][0]["filled"] == infill.fill(spans, tokenizer)
     assert found["texts"][0]["spans"].keys() == {str(number) for number in spans}
-    assert found["stats"]["tokens"] <= 12
+    assert found["stats"]["tokens"] == np.count_nonzero(written)
 
 
 def test_lines_of_a_file_are_filled_in_batches_of_one_shape(artifact, scripted, tokenizer, tmp_path):
