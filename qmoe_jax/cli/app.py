@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qmoe_jax.cli.command import command
+from qmoe_jax.cli.compare import compare
 from qmoe_jax.cli.compress import compress
 from qmoe_jax.cli.convert import convert
 from qmoe_jax.cli.evaluate import evaluate
@@ -15,7 +16,7 @@ from qmoe_jax.cli.inspect import inspect
 from qmoe_jax.cli.verify import verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-for function in (inspect, compress, verify, evaluate, generate, convert):
+for function in (inspect, compress, verify, evaluate, compare, generate, convert):
     app.command()(command(function))
 
 
