@@ -45,5 +45,6 @@ def verify(
     counted = f"{result.files:,} files, {result.bytes:,} bytes"
     if result.ok:
         return Answer(fields, (Text(f"{path}: all is well: {counted}", style="green"),), OK)
-    verdict = Text(f"{path}: {len(result.problems)} problems in {counted}", style="red")
+    problems = "1 problem" if len(result.problems) == 1 else f"{len(result.problems):,} problems"
+    verdict = Text(f"{path}: {problems} in {counted}", style="red")
     return Answer(fields, (verdict, *(f"  {problem}" for problem in result.problems)), PROBLEMS)

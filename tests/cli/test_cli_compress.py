@@ -12,6 +12,7 @@ from qmoe_jax.cli.compress import result_table, under_calibrated
 from qmoe_jax.compression import pipeline
 from qmoe_jax.compression.experts import MatrixRecord
 from qmoe_jax.compression.report import GroupRecord
+from qmoe_jax.data import Tokenizer
 
 
 def test_the_answer_is_what_lies_on_the_disk(compressed):
@@ -30,7 +31,7 @@ def test_the_answer_is_what_lies_on_the_disk(compressed):
 def test_the_tokenizer_travels_along(artifact, model):
     assert (artifact / "tokenizer.model").read_bytes() == (model / "spiece.model").read_bytes()
     start = qj.open_checkpoint(artifact).manifest.run.options["sentinel_start"]
-    assert start == qj.data.Tokenizer(model).sentinels.start
+    assert start == Tokenizer(model).sentinels.start
 
 
 def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, texts, tmp_path, monkeypatch):
