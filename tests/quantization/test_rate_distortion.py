@@ -36,11 +36,11 @@ def test_each_digit_has_the_least_cost():
 
 def test_a_higher_rate_buys_zeros_for_error():
     factor = factorize(H, 0.1)
-    scale = float(jnp.square(jnp.diagonal(factor.lower[0])).mean()) * float(W.var())
+    scale = float(factor.curvature[0].mean() * W[0].var())
     runs = [gptq_with_factor(W, factor, rate_distortion_grid(scale * rate)) for rate in (0.0, 0.1, 0.3, 1.0)]
-    zeros = [float((run.digits == 0).mean()) for run in runs]
+    zeros = [float((run.digits[0] == 0).mean()) for run in runs]
     errors = [float(run.error[0]) for run in runs]
-    assert zeros == sorted(zeros) and zeros[-1] > zeros[0] + 0.05
+    assert zeros == sorted(zeros) and zeros[-1] > zeros[0] + 0.03
     assert errors == sorted(errors)
 
 
