@@ -110,9 +110,9 @@ def compress_variant(
 
 
 def wide_console() -> Console:
-    """The terminal, or a hundred columns where there is none."""
+    """The terminal, or 116 columns where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=100)
+    return console if console.is_terminal else Console(width=116)
 
 
 def show(variants: list[Variant], console: Console) -> None:
@@ -120,6 +120,7 @@ def show(variants: list[Variant], console: Console) -> None:
     table = Table(
         *COLUMNS, title="held-out loss against size; sizes are measured on the disk, everything counted"
     )
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in table_rows(variants):

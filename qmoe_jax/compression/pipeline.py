@@ -9,11 +9,13 @@ experts and the manifest come out the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.sizes import measure
 from qmoe_jax.artifact.store import REPORT, ArtifactWriter
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import DenseReader, Reader
+from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
 from qmoe_jax.compression.exact import ExactLevels, exact_values
@@ -120,11 +123,26 @@ def compress(
         source=source,
         codebooks=codebooks.values(),
     ) as writer:
-        job = Job(reader, writer, config, kinds, codebooks, progress or Silent(), _earlier_records(writer))
+        records = _earlier_records(writer)
         if not writer.finished:
-            _run(job, examples, attachments or {}, began)
-    groups = tuple(record for _, record in sorted(job.records.items()))
+            with _expert_by_expert(reader, writer) as staged_reader:
+                job = Job(staged_reader, writer, config, kinds, codebooks, progress or Silent(), records)
+                _run(job, examples, attachments or {}, began)
+    groups = tuple(record for _, record in sorted(records.items()))
     return CompressionReport(Path(output), measure(output), groups, time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _expert_by_expert(reader: DenseReader, writer: ArtifactWriter) -> Iterator[DenseReader]:
+    """The reader with chunks that span many experts read once, through a hidden folder that a kill may leave."""
+    scratch = writer.root / ".staging"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        with staged(reader, scratch) as staged_reader:
+            yield staged_reader
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check(examples: Sequence[Example], model: SwitchConfig, config: CompressionConfig) -> None:

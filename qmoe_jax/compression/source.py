@@ -51,7 +51,8 @@ def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Cod
     """The codebook of each expert matrix (`wi`, `wo`) of a ternary compression; none for the other grids.
 
     Tunstall codebooks are fitted to the share of zeros that rounding to nearest leaves in the first expert of each
-    compressed layer, less what GPTQ's feedback turns into nonzeros.
+    compressed stack (layers differ little, and T5X's chunks make one expert dear to read), less what GPTQ's feedback
+    turns into nonzeros.
     """
     if config.bits != "ternary":
         return {}
@@ -70,7 +71,7 @@ def _zeros_to_nearest(reader: Reader, config: CompressionConfig, matrix: str) ->
     """Share of zeros that rounding to nearest leaves in a matrix of the first expert of each compressed layer."""
     zeros = total = 0
     for stack in config.compressed_stacks:
-        for layer in reader.config.sparse_layers(stack):
+        for layer in reader.config.sparse_layers(stack)[:1]:
             kernel = reader.read(expert_kernel(stack, layer, matrix), slice(0, 1)).astype(np.float32)
             digits = round_to_nearest(kernel.swapaxes(1, 2), config.grid, group_size=config.group_size).digits
             zeros, total = zeros + int((np.asarray(digits) == 0).sum()), total + digits.size

@@ -50,20 +50,27 @@ def read_documents(path: str | pathlib.Path, split: str | None = None) -> Iterat
         TextError: a line is not JSON or has no "text".
     """
     for file in text_files(path):
-        with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
-            if ".txt" in file.suffixes:
-                yield lines.read()
-                continue
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    text = row["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise TextError(
-                        f'{file}, line {number}: expected a JSON object with "text", found {line[:60]!r}'
-                    ) from error
-                if split is None or row.get("split") == split:
-                    yield text
+        try:
+            yield from _documents_of(file, split)
+        except (lzma.LZMAError, EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+            raise TextError(f"{file}: is damaged or no UTF-8 text ({error})") from error
+
+
+def _documents_of(file: pathlib.Path, split: str | None) -> Iterator[str]:
+    with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+        if ".txt" in file.suffixes:
+            yield lines.read()
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                text = row["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise TextError(
+                    f'{file}, line {number}: expected a JSON object with "text", found {line[:60]!r}'
+                ) from error
+            if split is None or row.get("split") == split:
+                yield text
 
 
 class Tokenizer:
@@ -102,7 +109,7 @@ class Tokenizer:
             if self.sentinels.start <= token <= self.sentinels.last:
                 parts += [self.pieces.decode(run), f"<extra_id_{self.sentinels.last - token}>"]
                 run = []
-            elif token != 0:
+            elif 0 < token < self.sentinels.start:  # a padded vocabulary has ids that mean nothing
                 run.append(token)
         return " ".join(part for part in [*parts, self.pieces.decode(run)] if part)
 

@@ -30,8 +30,6 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
     """Loss of each artifact against its bits per expert parameter; the original as a line."""
     figure, (ax,) = _figure(6.4, 4.0)
-    below = (8, -14)
-    above = (8, 6)
     shown = 0
     for variant in variants:
         if variant.sizes is None:
@@ -43,7 +41,7 @@ def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
         point = (variant.bits_per_expert_parameter, variant.evaluation.loss)
         ax.scatter(*point, s=60, color=COLORS[shown % len(COLORS)], zorder=3)
         ax.annotate(variant.name, point, textcoords="offset points", color=INK,
-                    xytext=below if variant.name.endswith("gptq") else above, fontsize=9)  # fmt: skip
+                    xytext=(8, 6), fontsize=9)  # fmt: skip
         shown += 1
     ax.set_xlabel("bits per expert parameter, on the disk, everything counted")
     ax.set_ylabel("held-out loss (nats a token)")

@@ -90,3 +90,15 @@ def test_batches_have_one_shape_and_lose_nothing():
         np.testing.assert_array_equal(batch.encoder[number % 2, : len(encoder)], encoder)
         np.testing.assert_array_equal(batch.decoder[number % 2, : batch.lengths[number % 2]], decoder)
     assert rows[-1].lengths[1] == 0
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "bad.jsonl.xz"
+    path.write_bytes(b"no archive at all")
+    with pytest.raises(TextError, match=r"bad\.jsonl\.xz: is damaged"):
+        list(read_documents(path))
+
+
+def test_ids_beyond_the_sentinels_mean_nothing(tokenizer):
+    cat = tokenizer.encode("the cat").tolist()
+    assert tokenizer.decode([*cat, tokenizer.vocab_size + 5]) == "the cat"
