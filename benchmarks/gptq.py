@@ -1,0 +1,117 @@
+"""How many experts a second GPTQ quantizes to ternary.
+
+    python benchmarks/gptq.py --sizes demo base-128 --json benchmarks/results/gptq.json
+
+Under a minute; `--sizes c-2048` takes some ten minutes, most of them the peer's. For both matrices of an expert:
+`gptq` on several experts at once; of that, the share of factoring the Hessians; the same arithmetic at the speed of
+this machine's float32 matrix product, which bounds it; and the peer, the textbook in NumPy, a column and an expert at
+a time. Digits are compared with the peer's: a few may differ where a weight lies on a rounding border.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import measuring
+import numpy as np
+
+# d_model, d_ff, experts at once, calibration tokens an expert
+SIZES = {"demo": (240, 960, 8, 600), "base-128": (768, 3072, 2, 1500), "c-2048": (2080, 6144, 1, 1500)}
+
+
+def problem(experts: int, rows: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and Hessians; ReLU of correlated normal inputs."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((width, width), np.float32) / np.float32(width**0.5)
+    x = np.maximum(rng.standard_normal((experts, tokens, width), np.float32) @ mix, 0)
+    return rng.standard_normal((experts, rows, width), np.float32), x.swapaxes(1, 2) @ x
+
+
+def arithmetic(rows: int, width: int) -> float:
+    """Multiplications and additions of one matrix: the Cholesky factorization and the pull of earlier columns."""
+    return width**3 / 3 + rows * width**2
+
+
+def matmul_rate(rounds: int) -> float:
+    """Floating-point operations a second of a float32 product of 2,048 x 2,048 matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((2048, 2048))
+    product = jax.jit(lambda a: jnp.dot(a, a, precision="highest"))
+    seconds = measuring.best_seconds({"matmul": lambda i: product(a).block_until_ready()}, rounds)
+    return 2 * 2048**3 / seconds["matmul"]
+
+
+def measure(size: str, matrix: str, rounds: int) -> dict[str, Any]:
+    import jax
+
+    from qmoe_jax.quantization import factorize, gptq, ternary_grid
+    from qmoe_jax.quantization.reference import gptq_reference
+
+    d_model, d_ff, experts, tokens = SIZES[size]
+    rows, width = (d_ff, d_model) if matrix == "wi" else (d_model, d_ff)
+    w, hessian = problem(experts, rows, width, tokens)
+    device_w, device_hessian = jax.device_put((w, hessian))
+    grid = ternary_grid()
+    seconds = measuring.best_seconds(
+        {
+            "gptq": lambda i: jax.block_until_ready(gptq(device_w, device_hessian, grid)),
+            "factorize": lambda i: jax.block_until_ready(factorize(device_hessian)),
+        },
+        rounds,
+    )
+    peer_digits = {}
+    peer = measuring.best_seconds(
+        {"peer": lambda i: peer_digits.update({0: gptq_reference(w[0], hessian[0], None)[1]})}, 1
+    )
+    equal = float((np.asarray(gptq(device_w, device_hessian, grid).digits[0]) == peer_digits[0]).mean())
+    assert equal > 0.999, f"{size} {matrix}: only {equal:.4f} of the digits are the peer's"
+    return {
+        "size": size,
+        "matrix": matrix,
+        "out": rows,
+        "in": width,
+        "experts_at_once": experts,
+        "experts_a_second": experts / seconds["gptq"],
+        "factoring_share": seconds["factorize"] / seconds["gptq"],
+        "ceiling_experts_a_second": matmul_rate(rounds) / arithmetic(rows, width),
+        "peer_experts_a_second": 1 / peer["peer"],
+        "digits_equal": equal,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["demo", "base-128"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    measuring.use_threads(options.threads)
+    result: dict[str, Any] = {
+        "machine": measuring.machine(options.threads),
+        "note": options.note,
+        "speeds": [],
+    }
+    print("size      matrix    out x in     experts/s  factoring  of ceiling   peer/s  times  digits equal")
+    for size in options.sizes:
+        for matrix in ("wi", "wo"):
+            row = measure(size, matrix, options.rounds)
+            result["speeds"].append(row)
+            speed, peer = row["experts_a_second"], row["peer_experts_a_second"]
+            print(
+                f"{size:9} {matrix:6} {row['out']:6} x {row['in']:<5} {speed:11.2f} {row['factoring_share']:10.0%}"
+                f" {speed / row['ceiling_experts_a_second']:11.0%} {peer:8.2f} {speed / peer:6.1f}"
+                f" {row['digits_equal']:13.6f}",
+                flush=True,
+            )
+    measuring.write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
