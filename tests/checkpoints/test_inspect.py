@@ -76,13 +76,14 @@ def write_true_shape(directory: Path, experts_with_values: int) -> None:
 
 
 PROGRAM = """
-import resource, sys, time
+import pathlib, re, sys, time
 from qmoe_jax.checkpoints import open_dense
 from qmoe_jax.checkpoints.inspect import inspect
 begin = time.perf_counter()
 told = inspect(open_dense(sys.argv[1]))
 seconds = time.perf_counter() - begin
-gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
+gigabytes = int(peak[1]) / 2**20  # of this program alone: ru_maxrss would count the process that forked it
 print(told.preset, told.parameters, *list(told.memory.values())[:2], seconds, gigabytes)
 """
 
