@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.host.blocks import grouped
 from pallas_kernels.host.call import HostFunction
+from pallas_kernels.host.experts import expert_mlp
 from pallas_kernels.host.packed import NUM_ARRAYS, arrays_of, integers_of, rebuilt
-from pallas_kernels.host.rows import compile_for, product
+from pallas_kernels.host.rows import compile_for
 from pallas_kernels.operands import PackedMatrix
 
 _NAMES = ("wi", "gate")
@@ -47,10 +47,5 @@ def _mlp_on_host(*operands: np.ndarray, activation: str, **integers: Any) -> Non
         rebuilt(arrays[i * NUM_ARRAYS :][:NUM_ARRAYS], integers, name)
         for i, name in enumerate(("wo", *_NAMES)[: len(arrays) // NUM_ARRAYS])
     ]
-    wo, wi, *gates = matrices
-    blocks = grouped(expert)
-    data = blocks.spread(x)
-    hidden = product(wi, blocks, data, activation)
-    for gate in gates:
-        hidden *= product(gate, blocks, data)
-    blocks.collect(product(wo, blocks, hidden), scale, y)
+    wo, *wi = matrices
+    expert_mlp(tuple(wi), wo, x, expert, scale, y, activation=activation)
