@@ -56,6 +56,10 @@ class ExpertLayer:
             if begin < end:
                 yield from self._open(group).read(begin, end)
 
+    def files(self) -> Iterator[GroupFile]:
+        """The header of every group."""
+        return map(self._open, self.groups)
+
     def _open(self, group: GroupRecord) -> GroupFile:
         """A group's file, checked against the manifest as far as its header goes."""
         if group.path not in self._opened:

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from qmoe_jax.data.batching import batches
+from qmoe_jax.inference.placement import failures_told
 from qmoe_jax.models import SwitchTransformer
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -70,14 +71,15 @@ def evaluate(
 
     Raises:
       ValueError: there is no example, one without a token to predict, or an id beyond the vocabulary.
+      CheckpointError: experts on disk that were needed cannot be read.
     """
     check_examples(examples, model.config.vocab_size)
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     for batch in batches(examples, min(batch_size, len(examples))):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
-        losses, hits = score(model, params, batch.encoder, batch.decoder, batch.lengths)
-        sums[part] = np.asarray(losses)[: part.stop - part.start]
-        correct[part] = np.asarray(hits)[: part.stop - part.start]
+        with failures_told(params):
+            losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
+        sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         done(part.stop)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])
     loss = float(sums.sum() / tokens.sum())

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Int
 
+from qmoe_jax.inference.placement import failures_told
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
 
@@ -75,7 +76,7 @@ def generate(
     """Write `max_new_tokens` tokens for every row, greedily unless `sampling` says otherwise.
 
     Args:
-      model: with dense or packed experts; for cached steps nothing may be dropped (`capacity` None).
+      model: its experts dense or packed, wherever they live; for cached steps nothing may be dropped (`capacity` None).
       params: its parameters.
       encoder_input_tokens: int, padded with 0.
       max_new_tokens: at least 1.
@@ -85,9 +86,14 @@ def generate(
 
     Returns:
       int32 `[b, max_new_tokens]`: the start token left out, 0 after the end token.
+
+    Raises:
+      CheckpointError: experts on disk that were needed cannot be read.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = tokens != model.config.pad_id if encoder_mask is None else jnp.asarray(encoder_mask)
-    return _generate(model, params, tokens, mask, jax.random.key(seed), max_new_tokens, sampling)
+    with failures_told(params):
+        key = jax.random.key(seed)
+        return _generate(model, params, tokens, mask, key, max_new_tokens, sampling).block_until_ready()

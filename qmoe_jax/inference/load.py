@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 from jax.typing import DTypeLike
 
+from pallas_kernels import PackedMatrix
 from qmoe_jax.artifact.files import ArtifactError
-from qmoe_jax.artifact.kinds import Ternary
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.checkpoints.upstream import UpstreamReader
+from qmoe_jax.inference.placement import (
+    DiskExperts,
+    ExpertStore,
+    HostExperts,
+    PlacedLayer,
+    PlacedSource,
+    Placement,
+    Plan,
+    plan_placement,
+    read_host_experts,
+    runs_packed,
+)
+from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
-
-Placement = Literal["device"]
-"""Where packed experts live."""
 
 
 def load_model(
@@ -41,31 +52,38 @@ def load_model(
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
 
 
-def _is_packed(reader: Reader, name: str) -> bool:
-    """Whether a kernel is stored as the packed kernels take it: ternary, with levels a row."""
-    if isinstance(reader, ArtifactReader):
-        kind = reader.kind(name)
-        return isinstance(kind, Ternary) and kind.group_size is None and not kind.input_scaled
-    return isinstance(reader, UpstreamReader) and is_expert(name)
-
-
 def load_compressed(
     path: str | Path,
     dtype: DTypeLike = "float32",
-    experts: Placement = "device",
+    experts: Placement | None = "device",
     *,
+    expert_cache: int | None = None,
     capacity: CapacityRule | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a compressed model with its experts packed; also opens upstream QMoE's compressed directories.
 
-    Expert kernels that are ternary with levels a row become `PackedMatrix` values in the parameter tree, decoded
-    inside the matmul; those of other kinds (2 to 4 bits, or levels a group) are dequantized.
+    On the device, expert kernels that are ternary with levels a row become `PackedMatrix` values in the parameter
+    tree, decoded inside the matmul; those of other kinds (2 to 4 bits, or levels a group) are dequantized. Elsewhere
+    the tree holds an `expert/placed` for each layer, which calls the store that holds them: the same outputs, under
+    jit too. `qmoe_jax.expert_statistics(params)` says what a store has done.
+
+    Args:
+      path: an artifact, or one of upstream's directories.
+      dtype: of the computation and of the dense parameters but the router's.
+      experts: where they live. "device": in its memory, as parameters. "host": in host memory, never copied to a
+        device. "disk": in the artifact, read when they are routed to. None: what fits, in this order.
+      expert_cache: bytes of host memory for experts from disk; by default a share of what is free.
+      capacity: what a full expert does with further tokens; None drops none.
+
+    Returns:
+      The linen module and its parameters, nested dicts under T5X's names.
 
     Raises:
-      CheckpointError: nothing that can be read is there, or it is not compressed.
+      CheckpointError: nothing that can be read is there, it is not compressed, or its experts cannot live there.
+      ValueError: the cache has no room for one expert.
     """
-    if experts != "device":
-        raise ValueError(f"experts: expected 'device', found {experts!r}")
+    if experts not in (None, *get_args(Placement)):
+        raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
     reader = open_checkpoint(path)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise ArtifactError(
@@ -74,12 +92,68 @@ def load_compressed(
             found=f"a {reader.format} checkpoint",
             remedy="open it with load_model",
         )
-    packed = [name for name in reader.names() if _is_packed(reader, name)]
+    model = SwitchTransformer(reader.config, capacity, dtype)
+    if isinstance(reader, UpstreamReader):
+        return model, _upstream_params(reader, dtype, experts)
+    plan = plan_placement(reader, dtype, experts, expert_cache)
+    return model, _params(reader, dtype, plan)
+
+
+def _params(reader: ArtifactReader, dtype: DTypeLike, plan: Plan) -> dict[str, Any]:
+    """The parameters of an artifact."""
+    if plan.placement == "device":
+        return _device_params(reader, dtype, [n for n in reader.names() if runs_packed(reader.kind(n))])
+    source, activation = PlacedSource.of(reader), reader.config.activation
+    if plan.placement == "host":
+        store: ExpertStore = read_host_experts(source, activation)
+    else:
+        assert plan.expert_cache is not None
+        store = DiskExperts(source, activation, plan.expert_cache)
+    params = read_params(reader, [name for name in reader.names() if reader.kind(name) is None], dtype)
+    return _with_placed(params, store, source.layers)
+
+
+def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placement | None) -> dict[str, Any]:
+    """The parameters of an upstream directory, whose files hold all experts of a layer together."""
+    packed = [name for name in reader.names() if is_expert(name)]
+    if experts in (None, "device"):
+        return _device_params(reader, dtype, packed)
+    if experts == "disk":
+        raise ArtifactError(
+            "cannot be left on disk",
+            path=reader.path,
+            expected="a qmoe artifact, in which an expert is one range of bytes",
+            found="a directory of upstream QMoE's",
+            remedy="load it with experts='host' or 'device'",
+        )
+    layers: dict[LayerKey, dict[str, PackedMatrix]] = {}
+    for name in packed:
+        stack, layer, _, _, matrix, _ = name.split("/")
+        layers.setdefault((stack, int(layer.removeprefix("layers_"))), {})[matrix] = reader.packed(name)
+    params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)
+    return _with_placed(params, HostExperts(layers, reader.config.activation), layers)
+
+
+def _device_params(
+    reader: ArtifactReader | UpstreamReader, dtype: DTypeLike, packed: list[str]
+) -> dict[str, Any]:
+    """Parameters with `PackedMatrix` values under the names in `packed`."""
     params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)
     for name in packed:
         *folders, leaf = name.split("/")
-        node = params
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = jax.device_put(reader.packed(name))
-    return SwitchTransformer(reader.config, capacity, dtype), params
+        _node(params, folders)[leaf] = jax.device_put(reader.packed(name))
+    return params
+
+
+def _with_placed(params: dict[str, Any], store: ExpertStore, layers: Iterable[LayerKey]) -> dict[str, Any]:
+    """Parameters whose experts of these layers are in a store."""
+    for stack, number in layers:
+        node = _node(params, [stack, f"layers_{number}", "mlp", "expert"])
+        node["placed"] = PlacedLayer(store, (stack, number))
+    return params
+
+
+def _node(params: dict[str, Any], folders: list[str]) -> dict[str, Any]:
+    for folder in folders:
+        params = params.setdefault(folder, {})
+    return params

@@ -1,12 +1,14 @@
 """Feed-forward experts: dense or packed matrices under the same parameter names, through one call.
 
-A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as T5X has it, or a `PackedMatrix`. What lies
-there decides: a model may keep one stack dense and another packed.
+A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as T5X has it, or a `PackedMatrix`; or, where the
+experts are no arrays of the program, `expert/placed` computes them. What lies there decides: a model may keep one
+stack dense and another packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 from flax import linen as nn
@@ -151,6 +153,21 @@ def capacity_mlp(
     return out.at[slot].get(mode="fill", fill_value=0)
 
 
+class PlacedExperts(Protocol):
+    """The experts of one layer, wherever they live: traceable, and itself a pytree."""
+
+    def __call__(
+        self,
+        x: Float[Array, "token embed"],
+        expert: Int[Array, "token"],
+        scale: Float[Array, "token"],
+        *,
+        num_experts: int,
+    ) -> Float[Array, "token embed"]:
+        """Each token's expert output times `scale`."""
+        ...
+
+
 class Experts(nn.Module):
     """The experts of one layer."""
 
@@ -173,10 +190,13 @@ class Experts(nn.Module):
 
         `capacity` bounds the tokens an expert can have been sent; with it, dense experts are batched products.
         """
-        wide = (self.wi_0(), self.wi_1()) if self.config.gated else (self.wi(),)
-        narrow = self.wo()
         x = x.astype(self.dtype)
         scale = jnp.where(routing.kept, routing.probability, 0.0)
+        if self.has_variable("params", "placed"):
+            placed: PlacedExperts = self.get_variable("params", "placed")
+            return placed(x, routing.expert, scale, num_experts=self.config.num_experts)
+        wide = (self.wi_0(), self.wi_1()) if self.config.gated else (self.wi(),)
+        narrow = self.wo()
         if isinstance(narrow, PackedMatrix):
             return packed_mlp(
                 wide if self.config.gated else wide[0],

@@ -1,0 +1,107 @@
+"""One expert read straight to where it will be used: no byte of it is copied twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qmoe_jax.artifact.files import truncated, unreadable
+from qmoe_jax.artifact.groups import ExpertExtent, Slot
+
+Destination = Callable[[Slot, int], np.ndarray]
+"""Given a tensor of the expert and its number of elements: the contiguous array that it is read into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScatterRead:
+    """A range of a file, and the pieces of memory that it fills one after another.
+
+    Attributes:
+      path: the file.
+      nbytes: its whole size; a file of any other size is not the one that was opened.
+      offset: where the range begins.
+      pieces: writable bytes.
+    """
+
+    path: Path
+    nbytes: int
+    offset: int
+    pieces: tuple[memoryview, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the range."""
+        return sum(map(len, self.pieces))
+
+    def split(self, parts: int) -> Iterator[ScatterRead]:
+        """The same range as at most `parts` reads of about equal size, which may run at once."""
+        share = max(1, -(-self.size // parts))
+        for begin in range(0, self.size, share):
+            pieces = tuple(_cut(self.pieces, begin, begin + share))
+            yield dataclasses.replace(self, offset=self.offset + begin, pieces=pieces)
+
+    def run(self) -> None:
+        """Reads; the GIL is free meanwhile.
+
+        Raises:
+          ArtifactError: the file is missing, of another size than it was, or cannot be read.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        try:
+            if (found := os.fstat(descriptor).st_size) != self.nbytes:
+                raise truncated(self.path, expected=self.nbytes, found=found)
+            self._fill(descriptor)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        finally:
+            os.close(descriptor)
+
+    def _fill(self, descriptor: int) -> None:
+        offset, pieces = self.offset, list(self.pieces)
+        while pieces:
+            count = os.preadv(descriptor, pieces, offset)
+            if count == 0:
+                raise truncated(self.path, expected=self.nbytes, found=offset)
+            offset += count
+            while pieces and count >= len(pieces[0]):
+                count -= len(pieces.pop(0))
+            if pieces:
+                pieces[0] = pieces[0][count:]
+
+
+def _cut(pieces: tuple[memoryview, ...], begin: int, end: int) -> Iterator[memoryview]:
+    """What lies between two bytes of the pieces."""
+    position = 0
+    for piece in pieces:
+        part = piece[max(0, begin - position) : max(0, end - position)]
+        if len(part):
+            yield part
+        position += len(piece)
+
+
+def scatter_read(extent: ExpertExtent, destination: Destination) -> ScatterRead:
+    """The read that brings every tensor of an expert to its destination (the padding behind them is left out).
+
+    Raises:
+      ValueError: a destination has another number of bytes than the tensor.
+    """
+    group = extent.group
+    begins = group.offsets[extent.expert - group.key.start].tolist()
+    pieces = []
+    for slot, begin, end in zip(group.slots, begins[:-2], begins[1:-1], strict=True):
+        array = destination(slot, (end - begin) // slot.dtype.itemsize)
+        piece = array.reshape(-1).view(np.uint8).data
+        if len(piece) != end - begin:
+            expected = f"{end - begin} bytes for {slot.matrix}.{slot.part}"
+            raise ValueError(
+                f"{extent.path}, expert {extent.expert}: expected {expected}, found {len(piece)}"
+            )
+        pieces.append(piece)
+    return ScatterRead(extent.path, group.nbytes, extent.offset, tuple(pieces))

@@ -1,0 +1,59 @@
+"""Which experts of an artifact a store can hold, and what their codewords mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeGuard
+
+from pallas_kernels import DecodeTable
+from qmoe_jax.artifact.files import ArtifactError
+from qmoe_jax.artifact.kinds import Kind, Ternary
+from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
+from qmoe_jax.inference.placement.store import LayerKey
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedSource:
+    """The compressed layers of an artifact.
+
+    Attributes:
+      layers: where their experts lie.
+      tables: what the codewords of each matrix mean.
+    """
+
+    layers: Mapping[LayerKey, ExpertLayer]
+    tables: Mapping[LayerKey, Mapping[str, DecodeTable]]
+
+    @classmethod
+    def of(cls, reader: ArtifactReader) -> PlacedSource:
+        """Of all compressed layers.
+
+        Raises:
+          ArtifactError: a matrix is not ternary with levels a row, which is what runs packed.
+        """
+        tables: dict[LayerKey, dict[str, DecodeTable]] = {}
+        for name, kind in reader.manifest.kinds.items():
+            stack, layer, _, _, matrix, _ = name.split("/")
+            if not runs_packed(kind):
+                raise ArtifactError(
+                    "cannot be left on the host or on disk",
+                    path=reader.path,
+                    key=name,
+                    expected="ternary weights with levels a row",
+                    found=kind,
+                    remedy="load it with experts='device'",
+                )
+            key = stack, int(layer.removeprefix("layers_"))
+            tables.setdefault(key, {})[matrix] = reader.codebooks[kind.codebook].decode_table
+        return cls(reader.layers, tables)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all expert files."""
+        return sum(group.record.bytes for layer in self.layers.values() for group in layer.groups)
+
+
+def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
+    """Whether the kernels take a matrix of this kind as it is: ternary, with levels a row."""
+    return isinstance(kind, Ternary) and kind.group_size is None and not kind.input_scaled
