@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the only module that names a Pallas backend or a platform.
+"""Which implementation of an op runs: the only module that knows Pallas backends, platforms and versions.
 
 An op is a folder; each of its faces is a file with a function of the op's name. `face` finds the one to run.
 A backend that is named runs or says why it cannot; without a name the platform's list is walked.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -15,12 +16,24 @@ from typing import Any
 
 import jax
 
-ORDER = {"cpu": ("cpu", "reference"), "gpu": ("pallas", "reference")}
-BACKENDS = ("reference", "pallas", "cpu")
+ORDER = {"cpu": ("cpu", "reference"), "gpu": ("pallas", "jax_triton", "reference")}
+BACKENDS = ("reference", "pallas", "jax_triton", "cpu")
+
+# Versions tried together: {jax-triton: {package: (from, below)}}. A newer jax-triton is given a chance.
+TRITON_PAIRS = {
+    (0, 3): {"jax": ((0, 10), (0, 12)), "triton": ((3, 6), (3, 7))},
+    (0, 4): {"jax": ((0, 11), (0, 12)), "triton": ((3, 7), (3, 9))},
+}
 
 
 def platform() -> str:
-    """Where arrays go by default: 'cpu', 'gpu', 'tpu', ..."""
+    """Where arrays go: 'cpu', 'gpu', 'tpu', ...
+
+    Of an absent machine that a program is lowered for (`jax.sharding.AbstractDevice`), else by default.
+    """
+    absent: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if absent is not None and absent.platform is not None:
+        return absent.platform
     device: Any = jax.config.values["jax_default_device"]
     if device is None:
         return jax.default_backend()
@@ -36,11 +49,54 @@ def refusal(op: str, backend: str, *, interpret: bool = False) -> str | None:
         return f"{op} has no such implementation"
     if backend == "cpu":
         return _cpu_refusal(here)
-    if backend == "pallas" and here != "gpu" and not interpret:
+    if backend == "pallas":
+        return _pallas_refusal(here, interpret)
+    if backend == "jax_triton":
+        return _jax_triton_refusal(here)
+    return None
+
+
+def _pallas_refusal(here: str, interpret: bool) -> str | None:
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError as error:
+        return f"jax {jax.__version__} has no Triton backend under Pallas ({error})"
+    if not hasattr(triton, "CompilerParams"):
+        return f"jax {jax.__version__} has no Triton backend under Pallas"
+    if here != "gpu" and not interpret:
         return (
             f"its kernels are for NVIDIA GPUs and arrays are on {here} here; interpret=True runs them slowly"
         )
     return None
+
+
+def _jax_triton_refusal(here: str) -> str | None:
+    if here != "gpu":
+        return f"its kernels are for NVIDIA GPUs and arrays are on {here} here"
+    versions = {name: _version(name) for name in ("jax", "triton", "jax-triton")}
+    if missing := [name for name, version in versions.items() if version is None]:
+        return f"{' and '.join(missing)} cannot be found: pip install 'qmoe-jax[jax-triton]'"
+    for name, (least, below) in TRITON_PAIRS.get(_series(versions["jax-triton"]), {}).items():
+        if not least <= _series(versions[name]) < below:
+            wanted = f">={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
+            return f"jax-triton {versions['jax-triton']} goes with {name}{wanted}, found {versions[name]}"
+    try:
+        importlib.import_module("jax_triton")
+    except ImportError as error:  # a jaxlib without GPUs, for one
+        return f"jax-triton {versions['jax-triton']} cannot be imported ({error})"
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _series(version: str | None) -> tuple[int, int]:
+    major, minor = (version or "0.0").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _cpu_refusal(here: str) -> str | None:

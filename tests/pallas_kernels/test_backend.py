@@ -1,11 +1,14 @@
 """A named backend runs or says why not; without a name the platform's list is walked, and passing one over is said."""
 
 import sys
+import types
 import warnings
 
+import jax
 import jax.numpy as jnp
 import packed_samples as samples
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels as pk
 from pallas_kernels import backend
@@ -33,6 +36,71 @@ def test_a_gpu_takes_the_pallas_kernels(monkeypatch):
     assert "arrays are on gpu" in backend.refusal("matmul", "cpu")
 
 
+def on_a_gpu(monkeypatch, **versions):
+    """A machine with a GPU, and these versions of jax, triton and jax-triton (None: not installed)."""
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_version", lambda package: versions.get(package.replace("-", "_")))
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    if versions.get("jax_triton"):
+        monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
+
+
+TRIED_TOGETHER = {"jax": "0.11.2", "triton": "3.8.0", "jax_triton": "0.4.1"}
+
+
+@pytest.fixture
+def without_triton_under_pallas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+
+
+@pytest.mark.usefixtures("without_triton_under_pallas")
+def test_a_gpu_takes_jax_triton_where_pallas_has_no_triton(monkeypatch):
+    on_a_gpu(monkeypatch, **TRIED_TOGETHER)
+    with pytest.warns(UserWarning, match="'pallas' kernels are not used.*has no Triton backend under Pallas"):
+        assert backend.choose("matvec") == "jax_triton"
+
+
+@pytest.mark.usefixtures("without_triton_under_pallas")
+def test_a_gpu_with_neither_takes_the_reference_and_says_both_reasons(monkeypatch):
+    on_a_gpu(monkeypatch, jax="0.13.0")
+    with pytest.warns(UserWarning) as said:
+        assert backend.choose("matmul") == "reference"
+    assert ["'pallas'" in str(w.message) for w in said] == [True, False]
+    assert "triton and jax-triton cannot be found: pip install" in str(said[1].message)
+
+
+@pytest.mark.parametrize(
+    "versions, reason",
+    [
+        ({"jax": "0.11.2", "triton": "3.8.0"}, "jax-triton cannot be found: pip install"),
+        ({**TRIED_TOGETHER, "triton": "3.6.0"}, r"jax-triton 0.4.1 goes with triton>=3.7,<3.9, found 3.6.0"),
+        (
+            {**TRIED_TOGETHER, "jax": "0.12.0.1"},
+            r"jax-triton 0.4.1 goes with jax>=0.11,<0.12, found 0.12.0.1",
+        ),
+    ],
+)
+def test_jax_triton_says_which_versions_it_lacks(monkeypatch, versions, reason):
+    on_a_gpu(monkeypatch, **versions)
+    with pytest.raises(NotImplementedError, match=f"backend 'jax_triton' cannot run: .*{reason}"):
+        backend.choose("matvec", "jax_triton")
+
+
+def test_jax_triton_that_cannot_be_imported_says_why(monkeypatch):
+    on_a_gpu(monkeypatch, **TRIED_TOGETHER)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    assert "jax-triton 0.4.1 cannot be imported" in backend.refusal("matvec", "jax_triton")
+
+
+def test_a_program_for_an_absent_gpu_takes_the_kernels_for_it():
+    h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        assert backend.choose("matvec") == "pallas"
+    assert backend.choose("matvec") == "cpu"
+
+
 def test_another_platform_takes_the_reference(monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: "tpu")
     assert backend.choose("mlp") == "reference"
@@ -40,7 +108,11 @@ def test_another_platform_takes_the_reference(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, reason",
-    [("pallas", "for NVIDIA GPUs.*interpret=True"), ("cuda", "no backend of that name, only reference")],
+    [
+        ("pallas", "for NVIDIA GPUs.*interpret=True"),
+        ("jax_triton", "for NVIDIA GPUs and arrays are on cpu"),
+        ("cuda", "no backend of that name, only reference"),
+    ],
 )
 def test_a_named_backend_never_falls_back(operands, name, reason):
     with pytest.raises(NotImplementedError, match=f"matvec: backend '{name}' cannot run: .*{reason}"):

@@ -32,11 +32,11 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_case = pytest.mark.parametrize("book, shape, count", CASES.values(), ids=CASES)
 
 
-def assert_products(found, sample, x, expert_index):
-    """Within 1e-6 of the sum of |w x| for float32 sums, and one rounding of the output."""
+def assert_products(found, sample, x, expert_index, *, units=0.5):
+    """Within 1e-6 of the sum of |w x| for float32 sums, and one rounding of the output: half a unit of it."""
     exact, magnitude = samples.products(sample, x, expert_index)
     assert found.dtype == x.dtype
-    rounding = jnp.finfo(x.dtype).eps / 2 * np.abs(exact)
+    rounding = units * jnp.finfo(x.dtype).eps * np.abs(exact)
     assert (np.abs(np.asarray(found, np.float64) - exact) <= 1e-6 * magnitude + rounding + 1e-30).all()
 
 

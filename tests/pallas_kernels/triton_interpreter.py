@@ -1,0 +1,54 @@
+"""Runs jax-triton's calls on a CPU, in the interpreter of Triton itself: real loads and stores on NumPy's memory."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # before the first import of triton, which defines its own functions then
+)
+pytest.importorskip("triton", reason="triton is not installed: make test-newest runs these")
+pytest.importorskip("jax_triton", reason="jax-triton cannot be imported", exc_type=ImportError)
+
+
+class Tensor:
+    """As much of a torch.Tensor as the interpreter asks for, over a NumPy array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = array.dtype
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "Tensor":
+        return self
+
+    def cpu(self) -> "Tensor":
+        return self
+
+    def new_empty(self, *_: object, **__: object) -> "Tensor":
+        return Tensor(self.array[:0])
+
+    def set_(self, storage: "Tensor", *_: object) -> None:
+        self.array = storage.array
+
+    def copy_(self, other: "Tensor") -> None:
+        assert other.array is self.array
+
+    storage_offset = size = stride = lambda self: None
+
+
+def triton_call(*arrays, kernel, grid, num_warps, num_stages, out_type=None, out_shape=None, **static):
+    """`jax_triton.triton_call`, interpreted; what the kernel does not write is NaN."""
+    del num_warps, num_stages
+    result = out_type or out_shape
+
+    def run(*arrays):
+        out = np.full(result.shape, np.nan, result.dtype)
+        kernel[grid](*(Tensor(np.array(array)) for array in arrays), Tensor(out), **static)
+        return out
+
+    return jax.pure_callback(run, result, *arrays)
