@@ -1,18 +1,33 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv when they need it.
+# `make test-newest` runs the kernels' tests on the newest jax, and on the newest that jax-triton goes with.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+EXTRAS := test
+PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python; do \
+	"$$python" -c '' 2> /dev/null && echo "$$python" && break; done)
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-newest test-kernels lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/compress_c2048.py
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(VENV)/cuda-plugin
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-newest:
+ifeq ($(PYTHON_NEWEST),)
+	@echo "test-newest: skipped: neither python3.13 nor python3.12 is here (PYTHON_NEWEST=... names one)"
+else
+	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-newest
+	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-jax-triton EXTRAS=test,jax-triton
+endif
+
+test-kernels: $(VENV)/.installed-test $(VENV)/cuda-plugin
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/pallas_kernels tests/coding tests/quantization
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -25,9 +40,17 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $(VENV)/.installed $@
+
+# XLA's compiler for NVIDIA GPUs, 400 MB, which needs none. It lies outside site-packages, where jax on the CPU would
+# load it; where it cannot be downloaded, the tests that compile for an H100 are skipped and say so.
+$(VENV)/cuda-plugin: $(VENV)/.installed-test
+	version=$$($(BIN)/python -c 'import importlib.metadata; print(importlib.metadata.version("jax"))') && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version && touch $@ || \
+	{ rm -rf $@; echo "make: no compiler for GPUs ($@): tests that need it will be skipped" >&2; }
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest .venv-jax-triton runs

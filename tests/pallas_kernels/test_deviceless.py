@@ -1,0 +1,76 @@
+"""XLA's own compiler makes every kernel for an H100 and an A100, on a machine without one: no spills, within budget."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import deviceless
+import gpu_compile
+import pytest
+
+REGISTERS = 64  # a thread's: 32 warps of them fill a multiprocessor's 65,536 to the half
+SHARED_BYTES = 48 << 10  # a block's, without asking for more
+
+if reason := deviceless.refusal():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Everything, compiled in one process that has the compiler's plugin on its path."""
+    folders = [str(pathlib.Path(module.__file__).parent) for module in (gpu_compile, sys.modules[__name__])]
+    environment = deviceless.environment()
+    environment["PYTHONPATH"] += "".join(f":{folder}" for folder in folders)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "deviceless_programs"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_op_has_its_kernels(made):
+    for row in made["rows"]:
+        assert len(row["kernels"]) == (2 if row["op"] == "mlp" else 1), row
+
+
+def test_nothing_spills(made):
+    for row in made["rows"]:
+        assert [kernel["stack_bytes"] for kernel in row["kernels"]] == [0] * len(row["kernels"]), row
+
+
+def test_registers_stay_under_the_ceiling(made):
+    for row in made["rows"]:
+        assert max(kernel["registers"] for kernel in row["kernels"]) <= REGISTERS, row
+
+
+def test_shared_memory_stays_within_the_budget(made):
+    for row in made["rows"]:
+        assert max(kernel["shared_bytes"] for kernel in row["kernels"]) <= SHARED_BYTES, row
+
+
+def test_a_kernel_that_spills_would_be_seen(made):
+    (kernel,) = made["spilling"]
+    assert kernel["stack_bytes"] > 0
+    assert kernel["registers"] == 255
+
+
+def test_a_kernel_that_needs_too_much_shared_memory_would_be_seen(made):
+    assert "Shared memory size limit exceeded" in made["overflowing"]
+
+
+def test_the_whole_model_compiles_with_packed_experts(made):
+    for part in ("encoder", "decoder_step"):
+        kernels = made["model"][part]
+        assert sum(kernel.startswith("packed_") for kernel in kernels) == 2, kernels
+
+
+def test_jax_triton_is_compiled_or_says_why_not(made):
+    if made["jax_triton"]:
+        pytest.skip(made["jax_triton"])
+    found = {(row["op"], row["gpu"]) for row in made["rows"] if row["backend"] == "jax_triton"}
+    assert found == {(op, gpu) for op in ("matvec", "matmul") for gpu in deviceless.GPUS}
