@@ -18,6 +18,7 @@ from qmoe_jax.evaluation import compare as compare
 from qmoe_jax.evaluation import evaluate as evaluate
 from qmoe_jax.inference import Sampling as Sampling
 from qmoe_jax.inference import decompress as decompress
+from qmoe_jax.inference import expert_statistics as expert_statistics
 from qmoe_jax.inference import generate as generate
 from qmoe_jax.inference import load_compressed as load_compressed
 from qmoe_jax.inference import load_model as load_model

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from qmoe_jax.inference.placement import failures_told
 from qmoe_jax.inference.sampling import Sampling
@@ -26,18 +26,26 @@ class _State(NamedTuple):
     key: Array
 
 
+@partial(jax.jit, static_argnames="model")
+def read_prompt(
+    model: SwitchTransformer, params: dict[str, Any], tokens: Int[Array, "b n"], mask: Bool[Array, "b n"]
+) -> Float[Array, "b n embed"]:
+    """The encoder's part of `generate`."""
+    return model.apply({"params": params}, tokens, mask, method="encode")
+
+
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling"))
-def _generate(
+def write_tokens(
     model: SwitchTransformer,
     params: dict[str, Any],
-    tokens: Int[Array, "b n"],
+    encoded: Float[Array, "b n embed"],
     mask: Bool[Array, "b n"],
     key: Array,
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Int[Array, "b new"]:
-    config, rows = model.config, tokens.shape[0]
-    encoded = model.apply({"params": params}, tokens, mask, method="encode")
+    """The decoder's part of `generate`."""
+    config, rows = model.config, encoded.shape[0]
 
     def advance(state: _State) -> _State:
         logits, changed = model.apply(
@@ -95,5 +103,6 @@ def generate(
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = tokens != model.config.pad_id if encoder_mask is None else jnp.asarray(encoder_mask)
     with failures_told(params):
+        encoded = read_prompt(model, params, tokens, mask)
         key = jax.random.key(seed)
-        return _generate(model, params, tokens, mask, key, max_new_tokens, sampling).block_until_ready()
+        return write_tokens(model, params, encoded, mask, key, max_new_tokens, sampling).block_until_ready()

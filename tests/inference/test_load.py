@@ -23,16 +23,6 @@ def test_upstreams_compressed_model_runs_packed(data, relative):
     assert relative(logits, golden[f"dense_f32.{key}.logits"]) <= 2e-4
 
 
-@pytest.fixture(scope="module")
-def artifact(data, tmp_path_factory):
-    generator = np.random.default_rng(0)
-    draw = lambda n: generator.integers(2, 480, n).astype(np.int32)
-    examples = [(draw(20), np.append(0, draw(5)).astype(np.int32)) for _ in range(8)]
-    path = tmp_path_factory.mktemp("load") / "model"
-    qj.compress(data / "hf_tiny_a", path, examples, qj.CompressionConfig(sentinel_start=480))
-    return path, examples
-
-
 def test_packed_equals_dequantized(artifact, relative):
     path, examples = artifact
     (model, params), (dense, dense_params) = qj.load_compressed(path), qj.load_model(path)

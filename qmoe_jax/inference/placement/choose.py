@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import parameter_dtype
-from qmoe_jax.inference.placement.source import PlacedSource
+from qmoe_jax.inference.placement.source import runs_packed
 
 Placement = Literal["device", "host", "disk"]
 """Where packed experts live."""
@@ -41,10 +41,12 @@ def plan_placement(
     expert_cache: int | None = None,
 ) -> Plan:
     """Completes what the user said (None: nothing) by what fits the memory that is free now."""
-    experts = PlacedSource.of(reader).nbytes if placement != "device" else 0
+    experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
     free, device = SHARE * available_memory(), device_memory()
     sizes = f"experts {_gb(experts)}, dense parameters {_gb(dense)}"
+    if placement is None and not all(map(runs_packed, reader.manifest.kinds.values())):
+        return Plan("device", None, "experts that are not ternary with levels a row are dequantized")
     if placement is None and experts + dense <= (free if device is None else SHARE * device):
         return Plan("device", None, f"{sizes}: they fit")
     if placement is None:
@@ -59,11 +61,11 @@ def plan_placement(
 
 
 def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
-    """Bytes of the parameters that are not packed, held in `dtype`."""
+    """Bytes of the parameters that do not run packed, held in `dtype`."""
     return sum(
         math.prod(reader.shape(name)) * parameter_dtype(name, dtype).itemsize
         for name in reader.names()
-        if reader.kind(name) is None
+        if not runs_packed(reader.kind(name))
     )
 
 

@@ -54,6 +54,11 @@ class ExpertCache:
         """Says that the expert has been read into the slot."""
         self._slot_of[layer, expert] = slot
 
+    def clear(self) -> None:
+        """Gives all experts up."""
+        self._free += self._slot_of.values()
+        self._slot_of.clear()
+
     def give_back(self, slot: int) -> None:
         """Says that a slot taken holds nothing."""
         self._free.append(slot)
@@ -74,6 +79,12 @@ class DiskExperts(ExpertStore):
         pools = {id(cache): cache.pool for cache in self._caches.values()}.values()
         super().__init__(activation, ExpertStatistics("disk", sum(pool.nbytes for pool in pools)))
         self._readers = ThreadPoolExecutor(READERS, "expert-reader")
+
+    def clear(self) -> None:
+        """Empties the cache, as after loading."""
+        with self._lock:
+            for cache in {id(cache): cache for cache in self._caches.values()}.values():
+                cache.clear()
 
     def _run(
         self, layer: LayerKey, x: np.ndarray, expert: np.ndarray, scale: np.ndarray, y: np.ndarray

@@ -48,11 +48,6 @@ class PlacedSource:
             tables.setdefault(key, {})[matrix] = reader.codebooks[kind.codebook].decode_table
         return cls(reader.layers, tables)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all expert files."""
-        return sum(group.record.bytes for layer in self.layers.values() for group in layer.groups)
-
 
 def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
     """Whether the kernels take a matrix of this kind as it is: ternary, with levels a row."""

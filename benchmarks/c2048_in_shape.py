@@ -1,0 +1,210 @@
+"""switch-c-2048 in its true shape on this machine: 1.57 trillion parameters, generating from the disk.
+
+    python benchmarks/c2048_in_shape.py --json benchmarks/results/c2048-in-shape.json
+
+Writes an artifact of 30 layers of 2,048 experts with random weights first (see random_artifact.py; `--disk` GB of it,
+further layers point at the same files), which takes a minute or two, then loads it with its experts on disk, reads a
+prompt of 64 tokens, and writes 64, drawn at temperature 1, so that routing does not repeat itself. Each of:
+
+  cold      nothing of the expert files in the system's page cache, nothing in ours
+  warm      the same experts again: in the page cache, nothing in ours
+  repeated  the same experts again, as many as fit still in our cache
+
+and beside it, in the same run, the same model with one dense float32 expert that all tokens share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import measuring
+import numpy as np
+import random_artifact
+from jax import numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+import qmoe_jax as qj
+from qmoe_jax.artifact.manifest import MANIFEST
+from qmoe_jax.evaluation.throughput import Generator, Throughput
+from qmoe_jax.inference.placement import DiskExperts, stores_of
+from qmoe_jax.inference.sampling import Sampling
+
+PRESET = "switch-c-2048"
+
+
+@jax.tree_util.register_pytree_node_class
+class SharedExpert:
+    """One dense expert for all tokens, as a parameter `expert/placed`."""
+
+    def __init__(self, wi: Any, wo: Any):
+        self.wi, self.wo = wi, wo
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
+        return (self.wi, self.wo), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> SharedExpert:
+        return cls(*children)
+
+    def __call__(self, x: Any, expert: Any, scale: Any, *, num_experts: int) -> Any:
+        return scale[:, None] * (jax.nn.relu(x @ self.wi) @ self.wo)
+
+
+def with_shared_expert(config: qj.SwitchConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with a dense expert in each layer (of its own memory in each, as a routed one has)."""
+    shape, rng = (config.d_model, config.d_ff), np.random.default_rng(0)
+    wi = rng.standard_normal(shape, np.float32) * config.d_model**-0.5
+    params = dict(params)
+    for stack, number in random_artifact.layers_of(config):
+        layer = params[stack][f"layers_{number}"]
+        shared = SharedExpert(jnp.array(wi), jnp.array(wi.T))
+        mlp = {**layer["mlp"], "expert": {"placed": shared}}
+        params[stack] = {**params[stack], f"layers_{number}": {**layer, "mlp": mlp}}
+    return params
+
+
+def forget_files(root: Path) -> None:
+    """Drops the expert files from the page cache."""
+    for path in root.glob("experts/**/*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has held so far."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def run(generator: Generator, prepare: Callable[[], object]) -> Throughput:
+    prompts = np.random.default_rng(generator.shape[0]).integers(2, 32000, generator.shape)
+    prepare()
+    return generator.measure(prompts)
+
+
+def packed_runs(
+    root: Path, model: Any, params: dict[str, Any], batch: int, lengths: tuple[int, int]
+) -> dict[str, Throughput]:
+    (store,) = stores_of(params)
+    assert isinstance(store, DiskExperts)
+    generator = Generator(model, params, (batch, lengths[0]), lengths[1])
+
+    def cold() -> None:
+        store.clear()
+        forget_files(root)
+
+    return {
+        name: run(generator, prepare)
+        for name, prepare in {"cold": cold, "warm": store.clear, "repeated": lambda: None}.items()
+    }
+
+
+def sampling_seconds(batch: int, vocabulary: int) -> float:
+    """What drawing a token for each row takes by itself."""
+    choose = jax.jit(Sampling(1.0).choose)
+    logits = jnp.zeros((batch, vocabulary))
+    draw = {"draw": lambda i: choose(logits, jax.random.key(i)).block_until_ready()}
+    return measuring.best_seconds(draw, 20)["draw"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/c2048-random"))
+    parser.add_argument("--disk", type=float, default=20, help="GB of expert files to write (20)")
+    parser.add_argument("--expert-cache", type=float, default=2, help="GB of experts in memory (2)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    config = qj.PRESETS[PRESET]
+    if not (options.folder / MANIFEST).exists():
+        random_artifact.write(options.folder, PRESET, options.disk * 1e9)
+    lengths = options.prompt, options.new
+    model, params = qj.load_compressed(
+        options.folder, experts="disk", expert_cache=int(options.expert_cache * 1e9)
+    )
+    runs = {batch: packed_runs(options.folder, model, params, batch, lengths) for batch in options.batches}
+    resident = resident_bytes()
+    sampling = {batch: sampling_seconds(batch, config.vocab_size) for batch in options.batches}
+    dense = with_shared_expert(config, params)
+    for batch in options.batches:
+        shape = batch, options.prompt
+        runs[batch]["dense float32"] = run(Generator(model, dense, shape, options.new), lambda: None)
+    files = list(options.folder.glob("experts/**/*.safetensors"))
+    result = {
+        "machine": measuring.machine(os.cpu_count() or 1),
+        "note": options.note,
+        "expert_parameters": config.expert_parameters,
+        "layers_with_files_of_their_own": len(files) // random_artifact.files_a_layer(config),
+        "expert_files_bytes": sum(file.stat().st_size for file in files),
+        "expert_cache_bytes": int(options.expert_cache * 1e9),
+        "peak_resident_bytes": resident,
+        "prompt_tokens": options.prompt,
+        "new_tokens": options.new,
+        "runs": [
+            as_json(batch, name, throughput, sampling[batch])
+            for batch, found in runs.items()
+            for name, throughput in found.items()
+        ],
+    }
+    measuring.write_json(options.json, result)
+    show(result)
+
+
+def as_json(batch: int, name: str, throughput: Throughput, sampling: float) -> dict[str, Any]:
+    return {
+        "batch": batch,
+        "state": name,
+        "sampling_milliseconds_a_step": 1e3 * sampling,
+        "reading": throughput.reading.to_json(),
+        "writing": throughput.writing.to_json(),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    gigabytes = result["expert_files_bytes"] / 1e9
+    table = Table(
+        *(
+            "batch",
+            "state",
+            "tokens/s",
+            "prompt tokens/s",
+            "MB read a token",
+            "ms: reads",
+            "experts",
+            "all else",
+        ),
+        title=f"{result['expert_parameters'] / 1e12:.2f} T expert parameters, {gigabytes:.1f} GB of files for "
+        f"{result['layers_with_files_of_their_own']} of 30 layers; peak resident "
+        f"{result['peak_resident_bytes'] / 1e9:.2f} GB",
+    )
+    for row in result["runs"]:
+        writing = row["writing"]
+        split = writing.get("milliseconds_a_token", {})
+        table.add_row(
+            str(row["batch"]),
+            row["state"],
+            f"{writing['tokens_per_second']:.1f}",
+            f"{row['reading']['tokens_per_second']:.1f}",
+            f"{writing.get('bytes_read_a_token', 0) / 1e6:.1f}",
+            *(f"{value:.1f}" for value in split.values()),
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

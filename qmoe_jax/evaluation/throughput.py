@@ -1,0 +1,111 @@
+"""How fast a model reads prompts and writes tokens, and where the time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Int
+
+from qmoe_jax.inference.generate import read_prompt, write_tokens
+from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, failures_told
+from qmoe_jax.inference.sampling import Sampling
+from qmoe_jax.models import SwitchTransformer
+
+RANDOM_TOKENS = Sampling(1.0)
+"""Tokens drawn as the model weighs them: greedy ones soon repeat, and with them the experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One part of generating: reading the prompts, or writing.
+
+    Attributes:
+      tokens: of all rows together, read or written.
+      seconds: by the clock.
+      experts: what the store of the experts did meanwhile; None where they are on the device.
+    """
+
+    tokens: int
+    seconds: float
+    experts: ExpertStatistics | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.tokens / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, with milliseconds and bytes a token."""
+        fields: dict[str, Any] = {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        if self.experts is not None:
+            waited, computed = self.experts.waited, self.experts.computed
+            fields["milliseconds_a_token"] = {
+                "waiting for experts": 1e3 * waited / self.tokens,
+                "multiplying experts": 1e3 * computed / self.tokens,
+                "all else": 1e3 * (self.seconds - waited - computed) / self.tokens,
+            }
+            fields["bytes_read_a_token"] = self.experts.bytes_read / self.tokens
+            fields["experts"] = self.experts.to_json()
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """What `Generator.measure` found: reading prompts of `prompt` tokens in `batch` rows, then writing."""
+
+    batch: int
+    prompt: int
+    reading: Phase
+    writing: Phase
+
+
+class Generator:
+    """Generation for one shape of prompts, compiled once and without running: caches are left as they are."""
+
+    def __init__(
+        self,
+        model: SwitchTransformer,
+        params: dict[str, Any],
+        shape: tuple[int, int],
+        new_tokens: int,
+        sampling: Sampling = RANDOM_TOKENS,
+    ):
+        """Args: the model; rows and length of the prompts; tokens to write to each; how they are drawn."""
+        self.params, self.shape, self.new_tokens = params, shape, new_tokens
+        self._key = jax.random.key(0)
+        tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+        encoded = jax.eval_shape(lambda *inputs: read_prompt(model, *inputs), params, tokens, mask)
+        self._read = read_prompt.lower(model, params, tokens, mask).compile()
+        self._write = write_tokens.lower(
+            model, params, encoded, mask, self._key, new_tokens, sampling
+        ).compile()
+
+    def measure(self, prompts: Int[np.ndarray, "b n"]) -> Throughput:
+        """Generates, timed. Raises `CheckpointError` where experts on disk cannot be read."""
+        tokens, mask = jnp.asarray(prompts, jnp.int32), jnp.ones(prompts.shape, bool)
+        with failures_told(self.params):
+            encoded, seconds, experts = self._timed(lambda: self._read(self.params, tokens, mask))
+            reading = Phase(prompts.size, seconds, experts)
+            written, seconds, experts = self._timed(
+                lambda: self._write(self.params, encoded, mask, self._key)
+            )
+        return Throughput(*prompts.shape, reading, Phase(int(np.count_nonzero(written)), seconds, experts))
+
+    def _timed(self, run: Callable[[], jax.Array]) -> tuple[jax.Array, float, ExpertStatistics | None]:
+        statistics = expert_statistics(self.params)
+        if statistics is not None:
+            statistics.reset()
+        began = time.perf_counter()
+        result = run().block_until_ready()
+        seconds = time.perf_counter() - began
+        return result, seconds, None if statistics is None else dataclasses.replace(statistics)
