@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 EXTRAS := test
 PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python; do \
 	"$$python" -c '' 2> /dev/null && echo "$$python" && break; done)
+KERNEL_TESTS := tests/pallas_kernels tests/coding tests/quantization
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-newest test-kernels lint clean
@@ -23,11 +24,12 @@ ifeq ($(PYTHON_NEWEST),)
 	@echo "test-newest: skipped: neither python3.13 nor python3.12 is here (PYTHON_NEWEST=... names one)"
 else
 	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-newest
-	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-jax-triton EXTRAS=test,jax-triton
+	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-jax-triton EXTRAS=test,jax-triton \
+		KERNEL_TESTS='$(addprefix tests/pallas_kernels/test_,backend.py deviceless.py jax_triton.py lowering.py)'
 endif
 
 test-kernels: $(VENV)/.installed-test $(VENV)/cuda-plugin
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/pallas_kernels tests/coding tests/quantization
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(KERNEL_TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

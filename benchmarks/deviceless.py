@@ -76,11 +76,14 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel, with how XLA starts it: `threads` a program, `shared_bytes` of shared memory in all."""
+    """A kernel, with how XLA starts it: so many threads a program, and bytes of shared memory beside its own.
+
+    None where it does not say: jax-triton's calls start their kernels themselves.
+    """
 
     kernel: cubin.Kernel
-    threads: int
-    shared_bytes: int
+    threads: int | None
+    shared_bytes: int | None
 
 
 def plugin_folder() -> pathlib.Path:
@@ -144,7 +147,7 @@ def launches(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: Gpu) ->
         started = _started(pathlib.Path(folder))
     program = compiled.runtime_executable().serialize()
     kernels = [kernel for leaf in riegeli.leaves(program) for kernel in cubin.kernels(leaf, gpu.capability)]
-    return [Launch(kernel, *started[kernel.name]) for kernel in kernels if kernel.name in started]
+    return [Launch(kernel, *started.get(kernel.name, (None, None))) for kernel in kernels]
 
 
 def _started(dump: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -136,7 +136,7 @@ def describe(launch: deviceless.Launch) -> dict[str, Any]:
     """A kernel for the table."""
     return dataclasses.asdict(launch.kernel) | {
         "threads": launch.threads,
-        "shared_bytes": launch.shared_bytes + launch.kernel.shared_bytes,
+        "shared_bytes": launch.kernel.shared_bytes + (launch.shared_bytes or 0),
     }
 
 
