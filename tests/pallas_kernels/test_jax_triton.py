@@ -1,5 +1,7 @@
 """The jax-triton kernels keep the contract of the ops, interpreted: products, transforms, corrupt streams."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +63,12 @@ def test_vmap_over_layers(op):
 def test_corrupt_streams_give_finite_products(op, book, seed):
     sample = samples.sample(samples.CODEBOOKS[book](), (3, 5, 70))
     x, _ = samples.tokens(sample, 9)
+    packed, rng = corrupted(sample.packed, seed), np.random.default_rng(seed)
+    entries = rng.integers(0, 2**32, packed.table.entries.shape, np.uint32)
+    unknown = dataclasses.replace(packed, table=dataclasses.replace(packed.table, entries=entries))
     expert_index = jnp.asarray(np.arange(9) % 5 - 1, jnp.int32)
-    assert np.isfinite(op(corrupted(sample.packed, seed), x, expert_index)).all()
+    for damaged in (packed, unknown):
+        assert np.isfinite(op(damaged, x, expert_index)).all()
 
 
 @pytest.mark.parametrize("count", [1, 9])

@@ -77,8 +77,10 @@ def test_the_cpu_kernel_reads_nothing_behind_its_arrays():
     packed, _ = samples.sample(samples.CODEBOOKS["tunstall-8"](), (2, 4, 70))
     for seed in range(4):
         damaged = corrupted(packed, seed)
+        arrays = ("codes", "row_offsets", "levels")
+        copies = {name: at_the_end_of_a_page(getattr(damaged, name)) for name in arrays}
         table = dataclasses.replace(packed.table, entries=at_the_end_of_a_page(packed.table.entries))
-        damaged = dataclasses.replace(damaged, codes=at_the_end_of_a_page(damaged.codes), table=table)
+        damaged = dataclasses.replace(damaged, table=table, **copies)
         for tokens in (1, 5, 20, 50):
             blocks = grouped(np.ones(tokens, np.int32))
             x = at_the_end_of_a_page(blocks.spread(np.ones((tokens, 70), np.float32)))

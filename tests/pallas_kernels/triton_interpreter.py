@@ -13,6 +13,17 @@ pytest.importorskip("triton", reason="triton is not installed: make test-newest 
 pytest.importorskip("jax_triton", reason="jax-triton cannot be imported", exc_type=ImportError)
 
 
+MARGIN = 4096  # bytes on either side of an array: NaN of any type, found unchanged after the kernel
+
+
+def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a copy between margins, the bytes of all of it)."""
+    around = np.full(array.nbytes + 2 * MARGIN, 0xFF, np.uint8)
+    copy = around[MARGIN : MARGIN + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy, around
+
+
 class Tensor:
     """As much of a torch.Tensor as the interpreter asks for, over a NumPy array."""
 
@@ -42,13 +53,16 @@ class Tensor:
 
 
 def triton_call(*arrays, kernel, grid, num_warps, num_stages, out_type=None, out_shape=None, **static):
-    """`jax_triton.triton_call`, interpreted; what the kernel does not write is NaN."""
+    """`jax_triton.triton_call`, interpreted; what the kernel does not write is NaN, as is what lies outside."""
     del num_warps, num_stages
     result = out_type or out_shape
 
     def run(*arrays):
         out = np.full(result.shape, np.nan, result.dtype)
-        kernel[grid](*(Tensor(np.array(array)) for array in arrays), Tensor(out), **static)
-        return out
+        copies, memory = zip(*map(guarded, (*map(np.asarray, arrays), out)), strict=True)
+        kernel[grid](*map(Tensor, copies), **static)
+        for around in memory:
+            assert (around[:MARGIN] == 0xFF).all() and (around[-MARGIN:] == 0xFF).all(), kernel
+        return copies[-1]
 
     return jax.pure_callback(run, result, *arrays)
