@@ -10,29 +10,49 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import pytree
 
 
-@pytree.register(leaves=("expert", "lane"), static=("lanes",))
+@pytree.register(leaves=("expert", "lane", "bounds"), static=("lanes",))
 @dataclasses.dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks that each hold tokens of one expert.
+    """Blocks that each hold tokens of one expert, experts in their order.
 
     Attributes:
       expert: the expert of each block, -1 where it holds no token.
       lane: where each token sits, counted over all blocks.
+      bounds: the blocks of expert e are those from `bounds[e]` to before `bounds[e + 1]`.
       lanes: tokens that fit a block.
     """
 
     expert: Int32[Array, "block"]
     lane: Int32[Array, "t"]
+    bounds: Int32[Array, "bound"]
     lanes: int
 
-    def spread(self, x: Float[Array, "t width"]) -> Float[Array, "block lanes width"]:
-        """The tokens in their blocks, zeros elsewhere."""
-        flat = jnp.zeros((self.expert.shape[0] * self.lanes, x.shape[1]), x.dtype).at[self.lane].set(x)
-        return flat.reshape(-1, self.lanes, x.shape[1])
+    @property
+    def count(self) -> int:
+        """Blocks, with those that hold no token."""
+        return self.expert.shape[0]
+
+    def spread(self, x: Float[Array, "t *width"]) -> Float[Array, "block lanes *width"]:
+        """What belongs to the tokens in their blocks, zeros elsewhere."""
+        flat = jnp.zeros((self.count * self.lanes, *x.shape[1:]), x.dtype).at[self.lane].set(x)
+        return flat.reshape(-1, self.lanes, *x.shape[1:])
 
     def collect(self, y: Float[Array, "block lanes width"]) -> Float[Array, "t width"]:
         """The reverse of `spread`."""
         return y.reshape(-1, y.shape[-1])[self.lane]
+
+    def busy_experts(self) -> tuple[Int32[Array, "busy"], Int32[Array, "1"]]:
+        """The experts that have tokens, in their order, and their number; zeros after them.
+
+        There is room for as many as the tokens can reach.
+        """
+        num_experts = self.bounds.shape[0] - 1
+        busy = self.bounds[1:] > self.bounds[:-1]
+        room = min(num_experts, self.lane.shape[0])
+        place = jnp.where(busy, jnp.cumsum(busy) - 1, room)
+        experts = jnp.arange(num_experts, dtype=jnp.int32)
+        listed = jnp.zeros(room, jnp.int32).at[place].set(experts, mode="drop")
+        return listed, jnp.sum(busy, dtype=jnp.int32)[None]
 
 
 def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) -> TokenBlocks:
@@ -41,14 +61,15 @@ def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) 
     blocks = tokens // lanes + min(num_experts, tokens)
     counts = jnp.bincount(expert_index, length=num_experts)
     blocks_end = jnp.cumsum((counts + lanes - 1) // lanes)
-    first_block = jnp.concatenate([jnp.zeros(1, blocks_end.dtype), blocks_end[:-1]])
+    bounds = jnp.concatenate([jnp.zeros(1, blocks_end.dtype), blocks_end]).astype(jnp.int32)
     first_token = jnp.cumsum(counts) - counts
     order = jnp.argsort(expert_index, stable=True)
     sorted_index = expert_index[order]
     rank = jnp.arange(tokens) - first_token[sorted_index]
-    lane = jnp.zeros(tokens, jnp.int32).at[order].set(first_block[sorted_index] * lanes + rank)
+    place = bounds[sorted_index] * lanes + rank
+    lane = jnp.zeros(tokens, jnp.int32).at[order].set(place.astype(jnp.int32))
     expert = jnp.searchsorted(blocks_end, jnp.arange(blocks), side="right").astype(jnp.int32)
-    return TokenBlocks(jnp.where(expert < num_experts, expert, -1), lane, lanes)
+    return TokenBlocks(jnp.where(expert < num_experts, expert, -1), lane, bounds, lanes)
 
 
 def lanes_for(tokens: int, num_experts: int, most: int) -> int:

@@ -1,8 +1,9 @@
-"""How the Pallas kernels read a row: tiles of codewords, a lane each.
+"""How the Pallas kernels read rows: tiles of codewords, a lane each.
 
 A tile is one gather of the codes, one of their entries and an exclusive sum of their lengths, which gives
 every codeword its position without waiting for the one before. The Triton backend can do exactly this
-(gathers on references, cumulative sums, dynamic loops), and one row a warp keeps the sum inside the warp.
+(gathers on references, cumulative sums, dynamic loops). Tiles of 32 codewords, one for each row, keep the sum
+of a row inside a warp.
 """
 
 from __future__ import annotations
@@ -15,81 +16,147 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import pytree
 from pallas_kernels.operands import PackedMatrix
 from pallas_kernels.streams import field
 
 Carry = TypeVar("Carry")
-Visit = Callable[[Int32[Array, "tile"], Int32[Array, "tile"], Carry], Carry]
+Visit = Callable[[Int32[Array, "*tile"], Int32[Array, "*tile"], Carry], Carry]
+
+SIGNED_OFFSETS = 2**31
+"""Elements that Pallas' 32-bit offsets can address: Triton reads them as signed."""
+WIDE_OFFSETS = 2**32
+"""Bytes beyond which Pallas computes offsets in 64 bits."""
 
 
-def stream_operands(packed: PackedMatrix) -> tuple[Array, Array, Array]:
-    """(codes, row offsets, entries) as `StreamReader` wants their references.
-
-    Raises:
-      NotImplementedError: codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads as
-        signed.
-    """
-    codes = jnp.asarray(packed.codes)
-    if 2**31 < codes.size * codes.dtype.itemsize <= 2**32:
-        raise NotImplementedError(
-            f"Pallas' Triton backend cannot address codes of {codes.size * codes.dtype.itemsize:,} bytes "
-            f"(between 2 and 4 GiB): hold the experts in two PackedMatrix"
-        )
-    entries = jax.lax.bitcast_convert_type(packed.table.entries, jnp.int32)
-    return codes, jnp.asarray(packed.row_offsets), entries.reshape(-1)
-
-
+@pytree.register(
+    leaves=("codes", "row_offsets", "entries", "levels"),
+    static=("field_bits", "slots", "words", "width", "codes_a_word"),
+)
 @dataclasses.dataclass(frozen=True)
-class StreamReader:
-    """Reads rows inside a kernel; whatever is stored, only existing elements are touched.
+class Streams:
+    """A `PackedMatrix` as kernels take it; passed through `pallas_call` its arrays become references.
+
+    Whatever is stored, only existing elements are touched.
 
     Attributes:
+      codes: as in the matrix, or its bytes two by two (`codes_a_word` = 2) where single ones are out of reach.
+      row_offsets, levels: as in the matrix.
+      entries: the table's words one after the other, int32.
       field_bits, slots, words: the table's.
       width: columns of a row.
-      tile: codewords at a time, a power of two.
+      codes_a_word: codes in an element of `codes`.
     """
 
+    codes: Any
+    row_offsets: Any
+    entries: Any
+    levels: Any
     field_bits: int
     slots: int
     words: int
     width: int
-    tile: int
+    codes_a_word: int
 
     @classmethod
-    def of(cls, packed: PackedMatrix, tile: int) -> StreamReader:
-        """A reader for the rows of `packed`."""
-        table = packed.table
-        return cls(table.field_bits, table.slots, table.words, packed.width, tile)
+    def of(cls, packed: PackedMatrix) -> Streams:
+        """The operands for `packed`.
 
-    def visit_row(
-        self, refs: tuple[Any, Any, Any], expert: Any, row: Any, visit: Visit[Carry], carry: Carry
+        Raises:
+          NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which no pairs can be made of.
+        """
+        codes, codes_a_word = _addressable(jnp.asarray(packed.codes))
+        table = packed.table
+        entries = jax.lax.bitcast_convert_type(table.entries, jnp.int32).reshape(-1)
+        arrays = codes, jnp.asarray(packed.row_offsets), entries, jnp.asarray(packed.levels)
+        return cls(*arrays, table.field_bits, table.slots, table.words, packed.width, codes_a_word)
+
+    @property
+    def rows(self) -> int:
+        """Rows of each matrix."""
+        return self.levels.shape[1]
+
+    def level_pair(self, expert: Any, row: Any, inside: Any = None) -> tuple[Array, Array]:
+        """(minimum, maximum) of `row`, a scalar or several of which some are `inside`; float32."""
+        column = jnp.zeros_like(row)
+        at = lambda which: plt.load(self.levels.at[expert, row, column + which], mask=inside)
+        return at(0).astype(jnp.float32), at(1).astype(jnp.float32)
+
+    def visit(
+        self, expert: Any, row: Any, tile: int, visit: Visit[Carry], carry: Carry, inside: Any = None
     ) -> Carry:
         """`carry = visit(positions, digits, carry)` for each slot of each tile; digit 0: nothing is there.
 
-        `refs` are the references to what `stream_operands` gave.
+        `row` is a scalar, or an array of rows that go side by side (positions are then [row, tile]), of which
+        those not `inside` hold nothing.
         """
-        codes, offsets, entries = refs
-        start = jnp.clip(offsets[expert, row], 0, codes.shape[1])
-        stop = jnp.clip(offsets[expert, row + 1], 0, codes.shape[1])
-        lane = jnp.arange(self.tile)
+        start, stop = self._bounds(expert, row, inside)
+        along = (lambda value: value[:, None]) if row.ndim else (lambda value: value)
+        lane = jnp.arange(tile)
 
         def step(i: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
             at, carry = state
-            k = start + i * self.tile + lane
-            code = plt.load(codes.at[expert, k], mask=k < stop, other=0).astype(jnp.int32)
-            first = jnp.minimum(code, entries.shape[0] // self.words - 1) * self.words
-            entry = plt.load(entries.at[first], mask=k < stop, other=0)
+            k = along(start) + i * tile + lane
+            live = k < along(stop)
+            first = jnp.minimum(self._codes(expert, k, live), self.entries.shape[0] // self.words - 1)
+            first = first * self.words
+            entry = plt.load(self.entries.at[first], mask=live, other=0)
             length = entry & ((1 << self.field_bits) - 1)
-            base = at + jnp.cumsum(length) - length
+            base = along(at) + jnp.cumsum(length, axis=-1) - length
             for word in range(self.words):
                 if word:
-                    entry = plt.load(entries.at[first + word], mask=k < stop, other=0)
+                    entry = plt.load(self.entries.at[first + word], mask=live, other=0)
                 for slot in range(self.slots):
                     offset, digit = field(entry, self.field_bits, slot)
                     position = base + offset
                     carry = visit(position, jnp.where(position < self.width, digit, 0), carry)
-            return jnp.minimum(at + jnp.sum(length), self.width), carry
+            return jnp.minimum(at + jnp.sum(length, axis=-1), self.width), carry
 
-        return jax.lax.fori_loop(0, pl.cdiv(stop - start, self.tile), step, (jnp.int32(0), carry))[1]
+        steps = pl.cdiv(jnp.max(stop - start) if row.ndim else stop - start, tile)
+        return jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(start), carry))[1]
+
+    def _bounds(self, expert: Any, row: Any, inside: Any) -> tuple[Array, Array]:
+        capacity = self.codes.shape[1] * self.codes_a_word
+        other = None if inside is None else 0
+        at = lambda bound: plt.load(self.row_offsets.at[expert, bound], mask=inside, other=other)
+        return jnp.clip(at(row), 0, capacity), jnp.clip(at(row + 1), 0, capacity)
+
+    def _codes(self, expert: Any, k: Array, live: Array) -> Int32[Array, "*tile"]:
+        if self.codes_a_word == 1:
+            return plt.load(self.codes.at[expert, k], mask=live, other=0).astype(jnp.int32)
+        pair = plt.load(self.codes.at[expert, k >> 1], mask=live, other=0).astype(jnp.int32)
+        return (pair >> ((k & 1) * 8)) & 0xFF
+
+
+def _addressable(codes: Array) -> tuple[Array, int]:
+    """(codes, codes an element): bytes whose offsets pass 31 bits in pairs, which costs no copy."""
+    if not SIGNED_OFFSETS < codes.size * codes.dtype.itemsize <= WIDE_OFFSETS or codes.dtype != jnp.uint8:
+        return codes, 1
+    experts, capacity = codes.shape
+    if capacity % 2:
+        raise NotImplementedError(
+            f"Pallas' Triton backend cannot address {codes.size:,} one-byte codes one by one (2 to 4 GiB), and a "
+            f"capacity of {capacity} makes no pairs: pad the codes to an even capacity"
+        )
+    return jax.lax.bitcast_convert_type(codes.reshape(experts, capacity // 2, 2), jnp.uint16), 2
+
+
+def multiply_add(
+    a: Float[Array, "*tile"], b: Float[Array, "*#tile"], c: Float[Array, "*tile"], *, compiled: bool
+) -> Float[Array, "*tile"]:
+    """`a * b + c` in float32, rounded once where `compiled`.
+
+    XLA keeps Triton from fusing the two, which doubles the arithmetic of a kernel that does little else.
+    """
+    if not compiled:
+        return a * b + c
+    [fused] = plt.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[a, jnp.broadcast_to(b, c.shape), c],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
+    )
+    return fused

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.epilogue import ACTIVATIONS
 from pallas_kernels.operands import PackedMatrix
-
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 
 Product = Callable[[PackedMatrix, Array, Array], Array]
 

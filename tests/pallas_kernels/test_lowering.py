@@ -61,13 +61,3 @@ def test_an_expert_lowers_to_two_triton_kernels(count, products):
     program = lowered_for_cuda(run, (wi.packed,), wo.packed, x, expert_index, jnp.ones(count))
     assert kernels(program) == 2
     assert program.count(f'name = "{products}"') == 2
-
-
-def test_codes_between_two_and_four_gib_are_refused():
-    packed = samples.sample(samples.CODEBOOKS["tunstall-8"](), (1, 2, 30)).packed
-    expert_gib = jax.ShapeDtypeStruct((3, 2**30), jnp.uint8)
-    three = [jax.ShapeDtypeStruct((3, *a.shape[1:]), a.dtype) for a in (packed.row_offsets, packed.levels)]
-    large = jax.tree.unflatten(jax.tree.structure(packed), [expert_gib, *three, packed.table.entries])
-    x, expert_index = jax.ShapeDtypeStruct((1, 30), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    with pytest.raises(NotImplementedError, match="between 2 and 4 GiB"):
-        jax.eval_shape(matvec, large, x, expert_index)

@@ -1,0 +1,105 @@
+"""On a CUDA device: every op compiled and run there, against dense float64 and the reference backend.
+
+`make gpu` runs these. Sums on tensor cores are rounded towards zero between steps, hence the wider bound there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packed_samples as samples
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import backend, tuning
+from pallas_kernels.matmul.pallas import matmul
+from pallas_kernels.matmul.routes import Overrides
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="no CUDA device: jax sees none here"),
+]
+
+ROUTES = {
+    "separate": (tuning.RouteConfig(10**9, 10**9), 1e-6),
+    "gathered": (tuning.RouteConfig(0, 10**9), 1e-6),
+    "dense": (tuning.RouteConfig(0, 0), 2e-5),
+}
+SHAPES = {"single": (1, 1, 1), "odd": (3, 37, 131), "c-2048 rows": (2, 96, 6144), "base-128": (4, 768, 3072)}
+
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+every_codebook = pytest.mark.parametrize("book", samples.CODEBOOKS)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def assert_products(found, sample, x, expert_index, bound):
+    exact, magnitude = samples.products(sample, x, expert_index)
+    rounding = jnp.finfo(x.dtype).eps / 2 * np.abs(exact)
+    assert found.dtype == x.dtype
+    assert (np.abs(np.asarray(found, np.float64) - exact) <= bound * magnitude + rounding + 1e-30).all()
+
+
+def test_the_pallas_kernels_are_the_default_here():
+    for op in ("matvec", "matmul", "mlp", "decode"):
+        assert backend.choose(op) == "pallas"
+
+
+@pytest.mark.parametrize("route, bound", ROUTES.values(), ids=ROUTES)
+@every_codebook
+@every_dtype
+def test_every_way_and_codebook(route, bound, book, dtype):
+    sample = samples.sample(samples.CODEBOOKS[book](), (3, 70, 201))
+    x, expert_index = samples.tokens(sample, 77, dtype=dtype)
+    run = jax.jit(functools.partial(matmul, overrides=Overrides(route=route)))
+    assert_products(run(sample.packed, x, expert_index), sample, x, expert_index, bound)
+
+
+@pytest.mark.parametrize("route, bound", ROUTES.values(), ids=ROUTES)
+@every_shape
+@pytest.mark.parametrize("levels", ["float32", "bfloat16"])
+def test_every_way_and_shape(route, bound, shape, levels):
+    sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), shape, levels=levels)
+    x, expert_index = samples.tokens(sample, 130)
+    run = jax.jit(functools.partial(matmul, overrides=Overrides(route=route)))
+    assert_products(run(sample.packed, x, expert_index), sample, x, expert_index, bound)
+
+
+@pytest.mark.parametrize("op", [pk.packed_matvec, pk.packed_matmul], ids=["matvec", "matmul"])
+@pytest.mark.parametrize("count", [0, 1, 5, 300])
+def test_public_products(op, count):
+    sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (3, 37, 131))
+    x, expert_index = samples.tokens(sample, count)
+    assert_products(op(sample.packed, x, expert_index, backend="pallas"), sample, x, expert_index, 2e-5)
+
+
+@every_codebook
+@every_dtype
+def test_unpack_is_exact(book, dtype):
+    sample = samples.sample(samples.CODEBOOKS[book](), (3, 37, 1131))
+    found = pk.unpack(sample.packed, dtype, backend="pallas")
+    assert (np.asarray(found, np.float64) == sample.weights).all()
+
+
+@pytest.mark.parametrize("activation, gated", [("relu", False), ("gelu", True)])
+@pytest.mark.parametrize("count", [1, 20, 600])
+def test_an_expert_as_the_reference_has_it(activation, gated, count, relative):
+    book = samples.CODEBOOKS["tunstall-8"]()
+    wi, gate = (samples.sample(book, (4, 200, 96), seed=seed).packed for seed in range(2))
+    wo = samples.sample(book, (4, 96, 200), seed=2).packed
+    x, expert_index = samples.tokens(samples.sample(book, (4, 200, 96)), count)
+    pair = (wi, gate) if gated else wi
+    arguments = pair, wo, x, expert_index, jnp.linspace(0.2, 0.9, count), activation
+    found = pk.packed_mlp(*arguments, backend="pallas")
+    assert relative(found, pk.packed_mlp(*arguments, backend="reference")) < 2e-5
+
+
+def test_corrupt_streams_stay_in_bounds():
+    packed = samples.sample(samples.CODEBOOKS["tunstall-8"](), (3, 5, 70)).packed
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 255, packed.codes.shape, endpoint=True).astype(np.uint8)
+    offsets = rng.integers(-1000, 1000, packed.row_offsets.shape).astype(np.int32)
+    damaged = pk.PackedMatrix(codes, offsets, packed.levels, packed.table, packed.width)
+    for tokens in (2, 40, 300):
+        x, index = jnp.ones((tokens, 70)), jnp.asarray(np.arange(tokens) % 5 - 1, jnp.int32)
+        assert np.isfinite(np.asarray(pk.packed_matmul(damaged, x, index, backend="pallas"))).all()

@@ -1,0 +1,99 @@
+"""Launch choices: explicit, then the device's table, then the heuristic; the tuner with a clock of its own."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import packed_samples as samples
+import pytest
+
+from pallas_kernels import tuning
+from pallas_kernels.tuning import MatvecConfig, Problem
+
+PROBLEM = Problem("matvec", 2080, 6144, "256x1x2", "bfloat16")
+CANDIDATES = [MatvecConfig(rows, 32, 4) for rows in (1, 2, 4, 8)]
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Stores choices as this device's table."""
+    monkeypatch.setattr(tuning, "DATA", tmp_path)
+
+    def store(*choices):
+        path = tuning.table_path(jax.devices()[0].device_kind)
+        path.write_text(json.dumps(tuning.tuned_table("a device", list(choices))))
+        return path
+
+    return store
+
+
+def fake_clock(config):
+    """Two rows are fastest, eight do not fit."""
+    if config.rows == 8:
+        raise NotImplementedError("shared memory")
+    return 1e-6 * (5 + abs(config.rows - 2))
+
+
+def test_the_fastest_candidate_wins_and_all_are_kept():
+    entry = tuning.autotune(PROBLEM, CANDIDATES, fake_clock)
+    assert entry["config"] == {"rows": 2, "tile": 32, "warps": 4}
+    assert entry["microseconds"] == 5
+    assert [trial.get("microseconds") for trial in entry["trials"]] == [6, 5, 7, None]
+    assert entry["trials"][3]["failure"] == "NotImplementedError: shared memory"
+
+
+def test_no_candidate_that_runs_is_an_error():
+    with pytest.raises(RuntimeError, match=r"no candidate ran: .*shared memory"):
+        tuning.autotune(PROBLEM, CANDIDATES[3:], fake_clock)
+
+
+def test_a_stored_choice_is_taken(stored):
+    stored(tuning.autotune(PROBLEM, CANDIDATES, fake_clock))
+    assert tuning.choose(PROBLEM, strict=True) == MatvecConfig(2, 32, 4)
+    other = dataclasses.replace(PROBLEM, width=64)
+    assert tuning.choose(other) == tuning.heuristic(other)
+
+
+def test_an_explicit_choice_goes_before_a_stored_one(stored):
+    stored(tuning.autotune(PROBLEM, CANDIDATES, fake_clock))
+    assert tuning.choose(PROBLEM, CANDIDATES[0]) == CANDIDATES[0]
+
+
+def test_an_explicit_choice_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="expected a MatvecConfig, found DecodeConfig"):
+        tuning.choose(PROBLEM, tuning.DecodeConfig(128, 1))
+
+
+def test_strict_refuses_the_heuristic(stored):
+    with pytest.raises(LookupError, match=r"nothing tuned for Problem\(kind='matvec'.*benchmarks/kernels.py"):
+        tuning.choose(PROBLEM, strict=True)
+
+
+def test_a_table_of_another_shape_is_refused(stored):
+    entry = tuning.autotune(PROBLEM, CANDIDATES, fake_clock)
+    entry["config"] = {"block": 3}
+    with pytest.raises(ValueError, match="not a choice of this version"):
+        tuning.load_table(stored(entry))
+
+
+@pytest.mark.parametrize("kind", tuning.KINDS)
+@pytest.mark.parametrize("share", [1, 16, 512])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heuristics_are_launches_that_triton_takes(kind, share, dtype):
+    config = tuning.heuristic(Problem(kind, 2080, 6144, "256x1x2", dtype, share))
+    assert type(config) is tuning.KINDS[kind]
+    sizes = dataclasses.asdict(config)
+    powers = [sizes[name] for name in ("rows", "tile", "lanes", "columns", "warps") if name in sizes]
+    assert all(size & (size - 1) == 0 for size in powers)
+
+
+def test_a_problem_names_shape_codebook_and_load():
+    packed = samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 7, 40)).packed
+    problem = Problem.of("gather", packed, jnp.bfloat16, tokens=21)
+    assert problem == Problem("gather", 7, 40, "255x1x2", "bfloat16", share=8)
+
+
+def test_committed_tables_can_be_read():
+    for path in tuning.DATA.glob("*.json"):
+        assert tuning.load_table(path)
