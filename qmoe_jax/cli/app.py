@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qmoe_jax.cli.bench import bench
 from qmoe_jax.cli.command import command
 from qmoe_jax.cli.compare import compare
 from qmoe_jax.cli.compress import compress
@@ -16,7 +17,7 @@ from qmoe_jax.cli.inspect import inspect
 from qmoe_jax.cli.verify import verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-for function in (inspect, compress, verify, evaluate, compare, generate, convert):
+for function in (inspect, compress, verify, evaluate, compare, generate, convert, bench):
     app.command()(command(function))
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import progress, working
-from qmoe_jax.cli.models import Checkpoint, Dtype, load
+from qmoe_jax.cli.models import Checkpoint, Dtype, ExpertCache, Experts, load
 from qmoe_jax.cli.samples import (
     ExtraIds,
     MaxTokens,
@@ -48,6 +48,8 @@ def evaluate(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples that run through the model together.")] = 16,
     dtype: Dtype = None,
+    experts: Experts = None,
+    expert_cache: ExpertCache = None,
 ) -> Answer:
     """Measure a model's loss on held-out text.
 
@@ -69,7 +71,7 @@ def evaluate(
         check_vocabulary(pieces, reader.config.vocab_size)
         examples = read_samples(text, pieces, rules)
     with working(f"loading {path}"):
-        model, params = load(reader, dtype)
+        model, params = load(reader, dtype, experts, expert_cache)
     with progress("evaluating", "samples") as advance:
         result = qj.evaluate(
             model, params, examples, batch_size=batch_size, done=lambda done: advance(done, len(examples))
@@ -85,6 +87,7 @@ def evaluate(
         "perplexity": result.perplexity,
         "accuracy": result.accuracy,
         "seconds": seconds,
+        "experts": None if (used := qj.expert_statistics(params)) is None else used.to_json(),
     }
     table = Table.grid(padding=(0, 2))
     table.add_row("loss", f"{result.loss:.4f} nats a token")

@@ -12,7 +12,7 @@ import typer
 
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import progress, stderr, working
-from qmoe_jax.cli.models import Checkpoint, Dtype, load
+from qmoe_jax.cli.models import Checkpoint, Dtype, ExpertCache, Experts, load
 from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, check_vocabulary, open_tokenizer
 
 if TYPE_CHECKING:
@@ -65,8 +65,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines of --file that are filled together.")] = 8,
     dtype: Dtype = None,
+    experts: Experts = None,
+    expert_cache: ExpertCache = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Tell times and tokens a second, on stderr.")
+        bool,
+        typer.Option("--stats", help="Tell times, tokens a second and what was read of experts, on stderr."),
     ] = False,
 ) -> Answer:
     """Fill the blanks of a text, and print it filled.
@@ -77,6 +80,7 @@ def generate(
       $ qmoe generate mini-ternary "The ___ sat on the mat."
       $ qmoe generate switch-base-8 "A <extra_id_0> day." --top-p 0.9 --seed 1
       $ qmoe generate mini-ternary --file lines.txt --stats > filled.txt
+      $ qmoe generate c2048-ternary "Paris is the ___." --experts disk --expert-cache 4GB
     """
     import qmoe_jax as qj
     from qmoe_jax.data.infill import Infill, read_spans
@@ -91,19 +95,23 @@ def generate(
         pieces = open_tokenizer(path, tokenizer, extra_ids)
         check_vocabulary(pieces, reader.config.vocab_size)
         encoded = [infill.encode(pieces) for infill in infills]
-        model, params = load(reader, dtype)
+        model, params = load(reader, dtype, experts, expert_cache)
     loading = time.monotonic() - began
     outputs, batches = _write(model, params, encoded, batch_size, max_new_tokens, sampling, seed)
     spans = [read_spans(ids, pieces.sentinels) for ids in outputs]
     filled = [infill.fill(span, pieces) for infill, span in zip(infills, spans, strict=True)]
     timing = Timing(loading, batches)
+    used = qj.expert_statistics(params)
     if stats:
-        stderr().print(str(timing), soft_wrap=True)
+        for line in (timing, used):
+            if line is not None:
+                stderr().print(str(line), soft_wrap=True)
     texts = [
         {"filled": result, "spans": {n: pieces.decode(ids) for n, ids in span.items()}}
         for result, span in zip(filled, spans, strict=True)
     ]
-    return Answer({"texts": texts, "stats": timing.to_json()}, tuple(filled))
+    stated = timing.to_json() | {"experts": None if used is None else used.to_json()}
+    return Answer({"texts": texts, "stats": stated}, tuple(filled))
 
 
 @dataclasses.dataclass(frozen=True)

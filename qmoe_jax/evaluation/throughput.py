@@ -99,7 +99,8 @@ class Generator:
             written, seconds, experts = self._timed(
                 lambda: self._write(self.params, encoded, mask, self._key)
             )
-        return Throughput(*prompts.shape, reading, Phase(int(np.count_nonzero(written)), seconds, experts))
+        rows, length = prompts.shape
+        return Throughput(rows, length, reading, Phase(int(np.count_nonzero(written)), seconds, experts))
 
     def _timed(self, run: Callable[[], jax.Array]) -> tuple[jax.Array, float, ExpertStatistics | None]:
         statistics = expert_statistics(self.params)

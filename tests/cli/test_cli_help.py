@@ -29,7 +29,7 @@ def examples(help_text: str) -> list[list[str]]:
 def test_every_command_is_named():
     result = qmoe("--help")
     assert result.exit_code == 0
-    for name in ("inspect", "compress", "verify", "evaluate", "compare", "generate", "convert"):
+    for name in ("inspect", "compress", "verify", "evaluate", "compare", "generate", "convert", "bench"):
         assert re.search(rf"\b{name}\b", result.stdout)
 
 
