@@ -210,24 +210,27 @@ def test_beside_a_small_device_memory_experts_stay_on_the_host(artifact, monkeyp
     assert choose.plan_placement(reader, "float32").placement == "host"
 
 
+@pytest.fixture(scope="module")
+def copied(artifact, tmp_path_factory):
+    path, examples = artifact
+    copy = shutil.copytree(path, tmp_path_factory.mktemp("faults") / "model")
+    return copy, *qj.load_compressed(copy, experts="disk", expert_cache=3 * EXPERT), batch_of(examples)[0]
+
+
+@pytest.fixture
+def running(copied):
+    """(generates, a file of experts that it needs, its parameters); the file is put right afterwards."""
+    path, model, params, encoder = copied
+    file = next((path / "experts" / "decoder.layers_01").iterdir())
+    content = file.read_bytes()
+    yield (lambda: np.asarray(qj.generate(model, params, encoder, max_new_tokens=8))), file, params
+    if file.is_dir():
+        file.rmdir()
+    file.write_bytes(content)
+
+
 class TestFaults:
     """What happens to the files while a model runs."""
-
-    @pytest.fixture(scope="class")
-    def copy(self, artifact, tmp_path_factory):
-        path, examples = artifact
-        copy = shutil.copytree(path, tmp_path_factory.mktemp("faults") / "model")
-        return copy, *qj.load_compressed(copy, experts="disk", expert_cache=3 * EXPERT), batch_of(examples)[0]
-
-    @pytest.fixture
-    def running(self, copy):
-        path, model, params, encoder = copy
-        file = next((path / "experts" / "decoder.layers_01").iterdir())
-        content = file.read_bytes()
-        yield (lambda: np.asarray(qj.generate(model, params, encoder, max_new_tokens=8))), file, params
-        if file.is_dir():
-            file.rmdir()
-        file.write_bytes(content)
 
     @pytest.mark.parametrize(
         ("damage", "problem"),
