@@ -78,13 +78,15 @@ def test_in_bfloat16(artifact, relative):
     assert relative(found, wanted) <= 1e-5
 
 
-def test_on_another_platform_tokens_go_to_the_host(artifact, expected, monkeypatch, relative):
+@pytest.mark.parametrize("options", [{"experts": "host"}, {"experts": "disk", "expert_cache": 3 * EXPERT}])
+def test_an_accelerator_is_handed_the_experts(artifact, expected, monkeypatch, relative, options):
     path, examples = artifact
-    model, params = qj.load_compressed(path, experts="host")
-    monkeypatch.setattr("qmoe_jax.inference.placement.store.platform", lambda: "gpu")
+    model, params = qj.load_compressed(path, **options)
+    monkeypatch.setattr("qmoe_jax.inference.placement.layer.platform", lambda: "gpu")
     logits = ways_to_apply(model)[1]({"params": params}, *batch_of(examples))
     assert relative(logits, expected[0][1]) <= 1e-5
     assert qj.expert_statistics(params).calls == 4
+    assert qj.expert_statistics(params).computed == 0
 
 
 def test_upstreams_directory_runs_from_host_memory(data, relative):

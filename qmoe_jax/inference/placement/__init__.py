@@ -11,13 +11,13 @@ from qmoe_jax.inference.placement.choose import plan_placement as plan_placement
 from qmoe_jax.inference.placement.disk import DiskExperts as DiskExperts
 from qmoe_jax.inference.placement.host import HostExperts as HostExperts
 from qmoe_jax.inference.placement.host import read_host_experts as read_host_experts
+from qmoe_jax.inference.placement.layer import PlacedLayer as PlacedLayer
+from qmoe_jax.inference.placement.layer import failures_told as failures_told
+from qmoe_jax.inference.placement.layer import stores_of as stores_of
 from qmoe_jax.inference.placement.source import PlacedSource as PlacedSource
 from qmoe_jax.inference.placement.source import runs_packed as runs_packed
 from qmoe_jax.inference.placement.statistics import ExpertStatistics as ExpertStatistics
 from qmoe_jax.inference.placement.store import ExpertStore as ExpertStore
-from qmoe_jax.inference.placement.store import PlacedLayer as PlacedLayer
-from qmoe_jax.inference.placement.store import failures_told as failures_told
-from qmoe_jax.inference.placement.store import stores_of as stores_of
 
 
 def expert_statistics(params: Any) -> ExpertStatistics | None:

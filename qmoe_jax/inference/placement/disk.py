@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ from qmoe_jax.artifact.reader import ExpertLayer
 from qmoe_jax.inference.placement.slots import SlotLayout, SlotPool, SlotRead
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
-from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices
+from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices, picked
 
 READERS = 8
 """Threads that read."""
@@ -89,15 +90,36 @@ class DiskExperts(ExpertStore):
     def _run(
         self, layer: LayerKey, x: np.ndarray, expert: np.ndarray, scale: np.ndarray, y: np.ndarray
     ) -> None:
-        cache = self._caches[layer]
-        matrices = cache.pool.packed(self._source.tables[layer])
+        matrices = self.matrices(layer)
         needed, which = np.unique(expert, return_inverse=True)
+        with contextlib.closing(self._bring_all(layer, needed)) as brought:
+            for slot_of in brought:
+                self._run_ready(matrices, slot_of, (needed, which), (x, scale, y))
+
+    def _hand_out(self, layer: LayerKey, experts: np.ndarray) -> Matrices:
+        stored = self.matrices(layer)
+        handed = picked(stored, np.zeros(len(experts), np.int32))
+        needed, which = np.unique(experts, return_inverse=True)
+        with contextlib.closing(self._bring_all(layer, needed)) as brought:
+            for expert, slot in itertools.chain.from_iterable(slot_of.items() for slot_of in brought):
+                to = which == np.searchsorted(needed, expert)
+                for name, matrix in stored.items():
+                    for part in ("codes", "row_offsets", "levels"):
+                        getattr(handed[name], part)[to] = getattr(matrix, part)[slot]
+        return handed
+
+    def matrices(self, layer: LayerKey) -> Matrices:
+        """The slots of the layer's cache."""
+        return self._caches[layer].pool.packed(self._source.tables[layer])
+
+    def _bring_all(self, layer: LayerKey, needed: np.ndarray) -> Generator[dict[int, int]]:
+        """The slots of some experts, as many at a time as are ready; in turns where they are more than there is room
+        for, so that a slot holds its expert until the next ones are asked for."""
+        cache = self._caches[layer]
         self.statistics.uses += len(needed)
         for start in range(0, len(needed), cache.pool.slots):
             turn = needed[start : start + cache.pool.slots].tolist()
-            with contextlib.closing(self._bring(layer, cache, turn)) as brought:
-                for slot_of in brought:
-                    self._run_ready(matrices, slot_of, (needed, which), (x, scale, y))
+            yield from self._bring(layer, cache, turn)
 
     def _run_ready(
         self,

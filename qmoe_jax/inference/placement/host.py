@@ -10,7 +10,7 @@ import numpy as np
 from qmoe_jax.inference.placement.slots import SlotLayout, SlotPool
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
-from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices
+from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices, picked
 
 READERS = 8
 """Reads in flight: what keeps a fast disk busy."""
@@ -33,10 +33,21 @@ class HostExperts(ExpertStore):
     def _run(
         self, layer: LayerKey, x: np.ndarray, expert: np.ndarray, scale: np.ndarray, y: np.ndarray
     ) -> None:
-        uses = len(np.unique(expert))
+        self._count(expert)
+        self._multiply(self._layers[layer], x, expert, scale, y)
+
+    def _hand_out(self, layer: LayerKey, experts: np.ndarray) -> Matrices:
+        self._count(experts)
+        return picked(self._layers[layer], experts)
+
+    def matrices(self, layer: LayerKey) -> Matrices:
+        """All experts of a layer."""
+        return self._layers[layer]
+
+    def _count(self, experts: np.ndarray) -> None:
+        uses = len(np.unique(experts))
         self.statistics.uses += uses
         self.statistics.hits += uses
-        self._multiply(self._layers[layer], x, expert, scale, y)
 
 
 def read_host_experts(
