@@ -132,20 +132,22 @@ def files_a_layer(config: qj.SwitchConfig) -> int:
 def write_experts(
     root: Path, config: qj.SwitchConfig, run: Run, codebook: Codebook, disk: float
 ) -> Iterator[tuple[int, int, GroupRecord]]:
-    """Writes expert files layer by layer until the next would pass `disk` bytes; yields how many of how many."""
+    """Writes the expert files of as many layers as `disk` bytes hold (one at least); yields how many of how many."""
     streams, matrices = Streams.of(codebook), expert_matrices(config)
     files, size = files_a_layer(config), config.num_experts // files_a_layer(config)
-    written, total, number = 0.0, len(layers_of(config)) * files, 0
+    number, total = 0, files
     for stack, layer in layers_of(config):
         for file in range(files):
             key = GroupKey(stack, layer, file * size, (file + 1) * size)
             experts = [draw_expert(streams, matrices, number * size + i) for i in range(size)]
-            pieces = render_group(key, experts, run.digest)
+            record = write_durably(root / key.path, render_group(key, experts, run.digest))
+            if number == 0:
+                layers = int(disk / (files * 1.01 * record.bytes))  # files differ by less than that
+                total = files * min(max(1, layers), len(layers_of(config)))
             number += 1
-            yield number, total, GroupRecord(key, key.path, write_durably(root / key.path, pieces))
-            written += sum(map(len, pieces))
-            if written * (number + 1) / number > disk and file == files - 1:
-                return
+            yield number, total, GroupRecord(key, key.path, record)
+        if number == total:
+            return
 
 
 def share(config: qj.SwitchConfig, written: list[GroupRecord]) -> tuple[GroupRecord, ...]:
