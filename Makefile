@@ -9,7 +9,7 @@ PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12 "$$HOME"/.pyenv/ver
 KERNEL_TESTS := tests/pallas_kernels tests/coding tests/quantization
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-newest test-kernels lint clean
+.PHONY: demo test test-newest test-kernels gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/compress_c2048.py
@@ -30,6 +30,15 @@ endif
 
 test-kernels: $(VENV)/.installed-test $(VENV)/cuda-plugin
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(KERNEL_TESTS)
+
+# On a machine with a GPU and a Python that has jax for CUDA, flax, numba, orbax, pytest and the rest of pyproject's
+# dependencies: nothing is installed. Results go to $$OUT or benchmarks/results, named after the device.
+gpu: export PYTHONPATH := .
+gpu: ON_GPU := env -u JAX_PLATFORMS $(PYTHON)
+gpu:
+	$(ON_GPU) -m pytest -q -ra -o addopts= -W default -m gpu tests/pallas_kernels/test_gpu.py
+	$(ON_GPU) benchmarks/kernels.py --minutes 2.5
+	$(ON_GPU) benchmarks/end_to_end_gpu.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

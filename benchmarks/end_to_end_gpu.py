@@ -1,0 +1,210 @@
+"""Tokens a second on a GPU: packed experts beside bfloat16 ones, and c-2048 with as many layers as fit.
+
+    python benchmarks/end_to_end_gpu.py             # on the device; some minutes
+    python benchmarks/end_to_end_gpu.py --rehearse  # anywhere, tiny models: checks the script
+
+Weights are random. Packed experts are random valid codewords of the byte codebook, drawn as often as digits with
+P(0) = .885 would draw them, made on the device layer by layer: `--distinct` experts a layer, repeated, each copy
+in memory of its own. Where the experts in bfloat16 do not fit, one expert shared by all stands for them: the same
+arithmetic, fewer bytes in memory, as many read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from typing import Any
+
+import gpu
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import PackedMatrix
+from qmoe_jax.coding import tunstall_codebook
+from qmoe_jax.config import PRESETS, SwitchConfig
+from qmoe_jax.inference.generate import generate
+from qmoe_jax.models import SwitchTransformer
+
+NEW_TOKENS, PROMPT = 128, 64
+ROOM = 0.9  # of the free memory that experts may take: the rest is for activations and the dense parameters
+ALIGNMENT = 128  # of an expert's codes, in bytes: even, as codes of 2 to 4 GiB must be
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "width", "distinct"))
+def random_streams(key: Any, rows: int, width: int, distinct: int) -> tuple[Any, Any]:
+    """(codes, row offsets) of experts whose rows end with the codeword that reaches the width."""
+    book = tunstall_codebook(gpu.P_ZERO)
+    share = gpu.P_ZERO ** (book.lengths - (book.digits != 0).sum(1))
+    share = share * ((1 - gpu.P_ZERO) / 2) ** (book.digits != 0).sum(1)
+    edges = jnp.asarray(np.cumsum(share) / share.sum(), jnp.float32)
+    mean = float((share * book.lengths).sum() / share.sum())
+    most = int(width / mean + 12 * (width / mean) ** 0.5) + 16
+
+    def expert(key: Any) -> tuple[Any, Any]:
+        drawn = jax.random.uniform(key, (rows, most))
+        code = jnp.minimum(jnp.searchsorted(edges, drawn, side="right"), book.size - 1)
+        reached = jnp.cumsum(jnp.asarray(book.lengths)[code], axis=1)
+        count = jnp.sum(reached < width, axis=1) + 1
+        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count, dtype=jnp.int32)])
+        at = offsets[:-1, None] + jnp.arange(most)
+        at = jnp.where(jnp.arange(most) < count[:, None], at, rows * most)
+        return jnp.zeros(rows * most, jnp.uint8).at[at].set(code.astype(jnp.uint8), mode="drop"), offsets
+
+    return jax.lax.map(expert, jax.random.split(key, distinct))
+
+
+def random_packed(key: Any, experts: int, rows: int, width: int, distinct: int) -> PackedMatrix:
+    """A layer's matrices of `experts` experts."""
+    distinct = min(distinct, experts)
+    codes, offsets = random_streams(key, rows, width, distinct)
+    capacity = -(-int(offsets[:, -1].max()) // ALIGNMENT) * ALIGNMENT
+    repeat = jax.jit(lambda array: jnp.tile(array, (experts // distinct, 1)))
+    codes, offsets = repeat(codes[:, :capacity]), repeat(offsets)
+    levels = jnp.broadcast_to(jnp.asarray([-1.0, 1.0], jnp.bfloat16) * 2.5 * width**-0.5, (experts, rows, 2))
+    table = jax.device_put(tunstall_codebook(gpu.P_ZERO).decode_table)
+    return PackedMatrix(codes, offsets, levels + 0, table, width)
+
+
+def random_params(config: SwitchConfig, experts: str, distinct: int) -> tuple[SwitchTransformer, Any]:
+    """A model with bfloat16 parameters and "packed" or "dense" experts, on the device."""
+    from flax import linen as nn
+
+    model = SwitchTransformer(config, None, jnp.bfloat16)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens)["params"])
+    number = iter(range(1 << 20))
+
+    def leaf(path: Any, shape: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(1), next(number))
+        names = [entry.key for entry in path]
+        if "expert" in names and experts == "packed":
+            count, width, rows = shape.shape
+            return jax.block_until_ready(random_packed(key, count, rows, width, distinct))
+        if len(shape.shape) == 1:
+            return jnp.ones(shape.shape, jnp.bfloat16)
+        scale = shape.shape[-2] ** -0.5
+        return jax.random.normal(key, shape.shape, jnp.bfloat16) * jnp.bfloat16(scale)
+
+    return model, jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def tokens_a_second(model: SwitchTransformer, params: Any, new_tokens: int) -> float:
+    """Of one row, compiled before; a model that never ends."""
+    prompt = jnp.asarray(
+        np.random.default_rng(0).integers(3, model.config.vocab_size, (1, PROMPT)), jnp.int32
+    )
+    run = lambda: generate(model, params, prompt, max_new_tokens=new_tokens)
+    first = np.asarray(run())
+    if not (first >= 0).all():
+        raise AssertionError("generation gave ids below zero")
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        np.asarray(run())
+        best = min(best, time.perf_counter() - start)
+    return new_tokens / best
+
+
+def measured(config: SwitchConfig, experts: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model: made, run, measured, dropped."""
+    start = time.perf_counter()
+    model, params = random_params(config, experts, options.distinct)
+    made = time.perf_counter() - start
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    rate = tokens_a_second(model, params, options.new_tokens)
+    stats = jax.devices()[0].memory_stats() or {}
+    row = {
+        "experts": experts,
+        "layers": [config.num_encoder_layers, config.num_decoder_layers],
+        "experts_a_layer": config.num_experts,
+        "parameter_gigabytes": round(size / 1e9, 2),
+        "peak_gigabytes": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
+        "seconds_to_make": round(made, 1),
+        "tokens_a_second": round(rate, 2),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def endless(config: SwitchConfig, **changes: Any) -> SwitchConfig:
+    """The model without an end token: every generation is as long as asked for."""
+    return dataclasses.replace(config, eos_id=-1, **changes)
+
+
+def layers_that_fit(config: SwitchConfig) -> int:
+    """Layers of each stack whose packed experts the device's memory holds."""
+    stats = jax.devices()[0].memory_stats()
+    if not stats:
+        return config.num_encoder_layers
+    free = ROOM * (stats["bytes_limit"] - stats["bytes_in_use"])
+    matrices = 2 * config.d_model * config.d_ff
+    rows = config.d_model + config.d_ff
+    expert = matrices * 0.72 / 8 + rows * 8  # bits a weight with some slack; an offset and two levels a row
+    return min(config.num_encoder_layers, int(free / (2 * config.num_experts * expert)))
+
+
+def shortened(config: SwitchConfig, layers: int) -> SwitchConfig:
+    """The model with its first layers alone; all of them sparse, as c-2048's are."""
+    sparse = tuple(range(layers))
+    return endless(
+        config,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        encoder_sparse_layers=sparse,
+        decoder_sparse_layers=sparse,
+    )
+
+
+def c2048(options: argparse.Namespace, config: SwitchConfig) -> dict[str, Any]:
+    """All experts of as many layers as fit; the same layers with one bfloat16 expert shared by all."""
+    layers = layers_that_fit(config)
+    whole = layers == config.num_encoder_layers
+    fitting = shortened(config, layers)
+    said = f"{2 * layers} of {2 * config.num_encoder_layers} layers x {config.num_experts} experts resident"
+    print(f"c-2048: {said}", flush=True)
+    shared = measured(dataclasses.replace(fitting, num_experts=1), "dense", options)
+    packed = measured(fitting, "packed", options)
+    return {
+        "resident": said,
+        "whole_model": whole,
+        "packed": packed,
+        "dense, one expert shared by all": shared,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["switch-base-128", "switch-c-2048"])
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--distinct", type=int, default=32, help="different experts a layer; a power of two")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models, nothing measured")
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    gpu.require_gpu(options.rehearse)
+    presets = PRESETS
+    if options.rehearse:
+        tiny = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_experts": 4, "vocab_size": 64}
+        presets = {name: dataclasses.replace(PRESETS[name], **tiny) for name in options.models}
+        presets = {name: shortened(config, 2) for name, config in presets.items()}
+        options.new_tokens, options.distinct = 4, 2
+    result = gpu.device() | {"new_tokens": options.new_tokens, "prompt_tokens": PROMPT}
+    for name in options.models:
+        config = presets[name]
+        if name == "switch-c-2048":
+            result[name] = c2048(options, config)
+        else:
+            result[name] = {kind: measured(endless(config), kind, options) for kind in ("packed", "dense")}
+    if options.rehearse:
+        print("rehearsed: both kinds of experts generate; the figures above are of toys and are not kept")
+        return
+    gpu.result_path("end-to-end", options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
