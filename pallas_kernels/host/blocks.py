@@ -4,53 +4,60 @@ codewords."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 
-import numba
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from pallas_kernels.host.compiled import parallel
+from pallas_kernels.host.compiled import compiled
+from pallas_kernels.host.share import share, take
+from pallas_kernels.host.streams import frozen
 
-# Zeros behind each block's columns: where rows are short, all their codewords can then be read without a
-# check of the position (rows.py), and the tail of the last codeword multiplies zeros.
-SLACK = 1024
+# Zeros behind each block's columns: several codewords are read at a time without a check of the position in
+# between (rows.py), and the tail of the last codeword multiplies zeros.
+SLACK = 512
 
 MAX_LANES = 64
-SINGLES = 2  # tokens for which a pass each costs less than one pass over sixteen lanes
-_COLUMNS = 16  # columns transposed at a time: a cache line of float32
+ALONE = 3  # numbers of a column in a block of one token
+ALONE_PLACE = 2  # where the token's number sits among them, the others being zero: see rows.py
+
+_COLUMNS = 512  # columns of a piece of copying
+_LINE = 16  # numbers of a cache line: columns transposed at a time, and where lanes begin in memory
+_WORTH_SHARING = 1 << 16  # numbers: copying fewer takes less time than to wake a thread
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Which token sits where.
 
-    A block is 1, 16, 32 or 64 neighbouring lanes of one expert. Data over blocks is one flat array: a block
-    whose first lane is f, over `width` columns, lies at `f * (width + SLACK)` as [width, lanes].
+    A block holds up to 1, 8, 16, 32 or 64 tokens of one expert, side by side as lanes. Data over blocks is
+    one flat array: a block of `width` columns lies at `first * (width + SLACK)` as [width, lanes], a block of
+    one token as [width, ALONE].
 
     Attributes:
       expert: the expert of each block.
       lanes: lanes of each block.
-      first: first lane of each block.
-      token: the token in each lane, -1 where it is empty.
+      first: lanes before each block, one token counting as `ALONE`, and at last their number.
+      bound: tokens before each block, and at last their number.
+      token: the tokens, block by block.
     """
 
     expert: Int32[np.ndarray, "block"]
     lanes: Int32[np.ndarray, "block"]
-    first: Int64[np.ndarray, "block"]
-    token: Int32[np.ndarray, "lane"]
+    first: Int64[np.ndarray, "bound"]
+    bound: Int64[np.ndarray, "bound"]
+    token: Int64[np.ndarray, "t"]
 
     def empty(self, width: int) -> Float32[np.ndarray, "number"]:
         """Zeros for data over these blocks; pages never written are never touched."""
-        return np.zeros(len(self.token) * (width + SLACK), np.float32)
+        size = int(self.first[-1]) * (width + SLACK)
+        room = np.zeros(size + _LINE, np.float32)
+        start = -room.ctypes.data // room.itemsize % _LINE
+        return room[start : start + size]
 
     def spread(self, x: Float32[np.ndarray, "t width"]) -> Float32[np.ndarray, "number"]:
         """The tokens' rows, laid out in blocks."""
         data = self.empty(x.shape[1])
-        if self._rows_are_lanes:
-            data.reshape(len(x), -1)[:, : x.shape[1]] = x[self.token]
-        else:
-            _spread(x, (self.lanes, self.first, self.token), data)
+        self._copy(_spread, frozen(x), data)
         return data
 
     def collect(
@@ -60,69 +67,86 @@ class Blocks:
         y: Float32[np.ndarray, "t width"],
     ) -> None:
         """The reverse of `spread`, into `y`, each token's row times its `scale`."""
-        if self._rows_are_lanes:
-            y[self.token] = data.reshape(len(y), -1)[:, : y.shape[1]] * scale[self.token, None]
-        else:
-            _collect(data, (self.lanes, self.first, self.token), scale, y)
+        self._copy(_collect, y, data, frozen(scale))
 
-    @functools.cached_property
-    def _rows_are_lanes(self) -> bool:
-        """Every block is one lane: the layout is a matrix, and NumPy copies that before threads wake up."""
-        return len(self.lanes) == len(self.token) > 0
+    def _copy(self, kernel, rows: Float32[np.ndarray, "t width"], *others: np.ndarray) -> None:
+        where = self.lanes, self.first, self.bound, self.token
+        if rows.size < _WORTH_SHARING:
+            kernel(np.zeros(1, np.int64), where, rows, *others)
+        else:
+            share(kernel, where, rows, *others)
 
 
 def one_token_each(expert_index: Int32[np.ndarray, "t"]) -> Blocks:
     """A block for each token."""
-    tokens = len(expert_index)
-    lanes, lane = np.ones(tokens, np.int32), np.arange(tokens)
-    return Blocks(np.ascontiguousarray(expert_index), lanes, lane, lane.astype(np.int32))
+    token = np.arange(len(expert_index) + 1)
+    lanes = np.ones(len(expert_index), np.int32)
+    return Blocks(expert_index.copy(), lanes, token * ALONE, token, token[:-1])
 
 
 def grouped(expert_index: Int32[np.ndarray, "t"]) -> Blocks:
     """Tokens of one expert share blocks: whole ones of 64 lanes, then the smallest that holds the rest."""
-    experts, counts = np.unique(expert_index, return_counts=True)
-    full, rest = np.divmod(counts, MAX_LANES)
-    blocks = full + np.where(rest <= SINGLES, rest, 1)
-    group = np.repeat(np.arange(len(experts)), blocks)
-    rank = np.arange(len(group)) - (np.cumsum(blocks) - blocks)[group]
-    lanes = np.where(rank < full[group], MAX_LANES, _rest_lanes(rest)[group]).astype(np.int32)
-    first = np.cumsum(lanes, dtype=np.int64) - lanes
-    # Lanes fill in order, so a token's lane is its rank in the group after the group's first lane.
-    order = np.argsort(expert_index, kind="stable")
-    begin = first[np.cumsum(blocks) - blocks] - (np.cumsum(counts) - counts)
-    token = np.full(int(lanes.sum()), -1, np.int32)
-    token[np.arange(len(order)) + np.repeat(begin, counts)] = order
-    return Blocks(experts[group].astype(np.int32), lanes, first, token)
+    token = np.argsort(expert_index, kind="stable")
+    expert, lanes, first, bound = _plan(expert_index[token])
+    return Blocks(expert, lanes, first, bound, token)
 
 
-def _rest_lanes(rest: Int64[np.ndarray, "group"]) -> Int64[np.ndarray, "group"]:
-    """Lanes of the block for the `rest` tokens that fill no whole one."""
-    return np.select([rest <= SINGLES, rest <= 16, rest <= 32], [1, 16, 32], MAX_LANES)
+@compiled
+def _plan(sorted_index):
+    """(expert, lanes, first, bound) of the blocks."""
+    tokens, blocks = len(sorted_index), 0
+    expert, lanes = np.empty(tokens, np.int32), np.empty(tokens, np.int32)
+    first, bound = np.zeros(tokens + 1, np.int64), np.zeros(tokens + 1, np.int64)
+    start = 0
+    while start < tokens:
+        stop = start + 1
+        while stop < tokens and sorted_index[stop] == sorted_index[start] and stop - start < MAX_LANES:
+            stop += 1
+        count = stop - start
+        block_lanes = 1 if count == 1 else 8
+        while block_lanes < count:
+            block_lanes *= 2
+        expert[blocks], lanes[blocks] = sorted_index[start], block_lanes
+        begin = min(block_lanes, _LINE)  # a load of lanes that crosses cache lines takes twice as long
+        first[blocks] += -first[blocks] % begin
+        first[blocks + 1] = first[blocks] + max(block_lanes, ALONE)
+        bound[blocks + 1] = stop
+        blocks, start = blocks + 1, stop
+    return expert[:blocks], lanes[:blocks], first[: blocks + 1], bound[: blocks + 1]
 
 
-@parallel
-def _spread(x, blocks, data):
-    lanes, first, token = blocks
-    width = x.shape[1]
-    for block in numba.prange(len(lanes)):
-        count, start = lanes[block], first[block] * (width + SLACK)
-        for left in range(0, width, _COLUMNS):
-            for lane in range(count):
-                t = token[first[block] + lane]
-                if t >= 0:
-                    for column in range(left, min(left + _COLUMNS, width)):
-                        data[start + column * count + lane] = x[t, column]
+@compiled
+def _piece(number, where, width):
+    """(block, its tokens, where its data begin, numbers of a column, the first one's place, columns) of a piece."""
+    lanes, first, bound, _ = where
+    pieces = -(-width // _COLUMNS)
+    block, left = number // pieces, number % pieces * _COLUMNS
+    size, place = (lanes[block], 0) if lanes[block] > 1 else (ALONE, ALONE_PLACE)
+    tokens = bound[block], bound[block + 1]
+    return tokens, first[block] * (width + SLACK) + place, size, (left, min(left + _COLUMNS, width))
 
 
-@parallel
-def _collect(data, blocks, scale, y):
-    lanes, first, token = blocks
-    width = y.shape[1]
-    for block in numba.prange(len(lanes)):
-        count, start = lanes[block], first[block] * (width + SLACK)
-        for left in range(0, width, _COLUMNS):
-            for lane in range(count):
-                t = token[first[block] + lane]
-                if t >= 0:
-                    for column in range(left, min(left + _COLUMNS, width)):
-                        y[t, column] = scale[t] * data[start + column * count + lane]
+@compiled
+def _spread(taken, where, x, data):
+    width, token = x.shape[1], where[3]
+    number = take(taken)
+    while number < len(where[0]) * -(-width // _COLUMNS):
+        tokens, start, size, columns = _piece(number, where, width)
+        for left in range(columns[0], columns[1], _LINE):
+            for i in range(tokens[0], tokens[1]):
+                for column in range(left, min(left + _LINE, columns[1])):
+                    data[start + column * size + i - tokens[0]] = x[token[i], column]
+        number = take(taken)
+
+
+@compiled
+def _collect(taken, where, y, data, scale):
+    width, token = y.shape[1], where[3]
+    number = take(taken)
+    while number < len(where[0]) * -(-width // _COLUMNS):
+        tokens, start, size, columns = _piece(number, where, width)
+        for left in range(columns[0], columns[1], _LINE):
+            for i in range(tokens[0], tokens[1]):
+                for column in range(left, min(left + _LINE, columns[1])):
+                    y[token[i], column] = scale[token[i]] * data[start + column * size + i - tokens[0]]
+        number = take(taken)

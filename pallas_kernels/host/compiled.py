@@ -14,23 +14,23 @@ from typing import Any
 import numba
 
 # No assumption about NaN or infinity: they must come out where they went in.
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+OPTIONS: Any = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
-_MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
 _one_region = (
     threading.Lock()
 )  # numba's fallback scheduler aborts the process when two threads enter it at once
-_threads = [_MOST_THREADS]
+_threads = [MOST_THREADS]
 
 
 def compiled(function: Callable[..., Any]) -> Any:
     """A function for compiled code to call."""
-    return numba.njit(**_OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
+    return numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
 
 
 def parallel(function: Callable[..., Any]) -> Any:
     """A function for Python to call, its `prange` loops spread over threads; the GIL is free meanwhile."""
-    kernel = numba.njit(parallel=True, **_OPTIONS)(inspect.unwrap(function))
+    kernel = numba.njit(parallel=True, **OPTIONS)(inspect.unwrap(function))
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -52,6 +52,6 @@ def set_threads(count: int) -> None:
     Raises:
       ValueError: numba was started with fewer (NUMBA_NUM_THREADS, the machine's cores by default).
     """
-    if not 1 <= count <= _MOST_THREADS:
-        raise ValueError(f"threads: expected 1 to {_MOST_THREADS}, found {count}")
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads: expected 1 to {MOST_THREADS}, found {count}")
     _threads[0] = count

@@ -1,7 +1,8 @@
-"""Sixteen float32 numbers as one value in compiled code, kept in vector registers.
+"""Short vectors of float32 as values of compiled code, kept in registers.
 
 numba's loops over a short fixed length are left to LLVM's vectorizer, which checks for overlapping arrays on
-every entry and keeps sums in memory. Naming the vectors makes the loops of `rows.py` five times faster.
+every entry and keeps sums in memory. Naming the vectors makes the loops of `rows.py` five times faster. LLVM
+splits a vector of 64 into as many registers as the processor needs: four of AVX-512, eight of AVX2.
 """
 
 from __future__ import annotations
@@ -14,51 +15,51 @@ from numba.core import types
 from numba.core.datamodel import models
 from numba.extending import register_model
 
-LANES = 16  # one AVX-512 register, two of AVX2, four of SSE or NEON
-
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
-_ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
-_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 _FLAGS = ("contract", "nsz")
 
 intrinsic: Any = numba.extending.intrinsic  # what it makes is called without the first parameter, `typing`
 
 
-class Float32x16(types.Type):
-    """The type of such a value."""
+class Vector(types.Type):
+    """The type of `lanes` float32 numbers."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Float32x16")
+    def __init__(self, lanes: int) -> None:
+        super().__init__(name=f"Float32x{lanes}")
+        self.lanes = lanes
+        self.llvm = ir.VectorType(ir.FloatType(), lanes)
 
 
-float32x16 = Float32x16()
-
-
-@register_model(Float32x16)
+@register_model(Vector)
 class _Model(models.PrimitiveModel):
     def __init__(self, manager, type_):
-        super().__init__(manager, type_, _VECTOR)
+        super().__init__(manager, type_, type_.llvm)
 
 
-def _address(context, builder, array_type, array, index):
+def _address(context, builder, array_type, array, index, vector):
     start = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(start, [index]), _VECTOR.as_pointer())
+    return builder.bitcast(builder.gep(start, [index]), vector.llvm.as_pointer())
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typing, lanes):
+    """`zeros(16)`: a vector of as many zeros; the number is a constant of the code."""
+    vector = Vector(lanes.literal_value)
+    zero = ir.Constant(vector.llvm, [0.0] * vector.lanes)
+    return vector(lanes), lambda context, builder, signature, args: zero
 
 
 @intrinsic
-def zeros(typing):
-    """`zeros()`: sixteen zeros."""
-    return float32x16(), lambda context, builder, signature, args: _ZEROS
+def load(typing, like, array, index):
+    """`load(like, array, index)`: as many numbers of a contiguous 1-D float32 array from `index` on as `like` has.
 
-
-@intrinsic
-def load(typing, array, index):
-    """`load(array, index)`: `array[index : index + 16]` of a contiguous 1-D float32 array, unchecked."""
+    Unchecked.
+    """
 
     def generate(context, builder, signature, args):
-        return builder.load(_address(context, builder, signature.args[0], *args), align=4)
+        address = _address(context, builder, signature.args[1], args[1], args[2], like)
+        return builder.load(address, align=4)
 
-    return float32x16(array, types.uintp), generate
+    return like(like, array, types.uintp), generate
 
 
 @intrinsic
@@ -66,11 +67,11 @@ def store(typing, array, index, value):
     """`store(array, index, value)`: the reverse of `load`."""
 
     def generate(context, builder, signature, args):
-        array_, index_, value_ = args
-        builder.store(value_, _address(context, builder, signature.args[0], array_, index_), align=4)
+        address = _address(context, builder, signature.args[0], args[0], args[1], value)
+        builder.store(args[2], address, align=4)
         return context.get_dummy_value()
 
-    return types.void(array, types.uintp, float32x16), generate
+    return types.void(array, types.uintp, value), generate
 
 
 @intrinsic
@@ -79,20 +80,24 @@ def multiply_add(typing, scalar, vector, total):
 
     def generate(context, builder, signature, args):
         scalar_, vector_, total_ = args
-        lane = ir.Constant(ir.IntType(32), 0)
-        first = builder.insert_element(_UNDEFINED, scalar_, lane)
-        every = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        spread = builder.shuffle_vector(first, _UNDEFINED, every)
+        undefined = ir.Constant(vector.llvm, ir.Undefined)
+        first = builder.insert_element(undefined, scalar_, ir.Constant(ir.IntType(32), 0))
+        every = ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), [0] * vector.lanes)
+        spread = builder.shuffle_vector(first, undefined, every)
         return builder.fadd(builder.fmul(spread, vector_, flags=_FLAGS), total_, flags=_FLAGS)
 
-    return float32x16(types.float32, float32x16, float32x16), generate
+    return vector(types.float32, vector, vector), generate
 
 
 @intrinsic
 def add(typing, left, right):
     """`add(left, right)`: their sum, lane by lane."""
+    return left(left, left), lambda context, builder, signature, args: builder.fadd(*args, flags=_FLAGS)
 
-    def generate(context, builder, signature, args):
-        return builder.fadd(*args, flags=_FLAGS)
 
-    return float32x16(float32x16, float32x16), generate
+@intrinsic(prefer_literal=True)
+def lane(typing, vector, number):
+    """`lane(vector, 1)`: one of its numbers; which one is a constant of the code."""
+    index = ir.Constant(ir.IntType(32), number.literal_value)
+    signature = types.float32(vector, number)
+    return signature, lambda context, builder, signature, args: builder.extract_element(args[0], index)
