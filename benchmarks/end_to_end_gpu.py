@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import time
 from typing import Any
 
@@ -30,7 +31,8 @@ from qmoe_jax.inference.generate import generate
 from qmoe_jax.models import SwitchTransformer
 
 NEW_TOKENS, PROMPT = 128, 64
-ROOM = 0.9  # of the free memory that experts may take: the rest is for activations and the dense parameters
+OTHER_BYTES = 4 << 30  # for dense parameters, activations and what a layer's making needs
+BITS_A_WEIGHT = 0.705  # of the random codewords, with the padding of their rows
 ALIGNMENT = 128  # of an expert's codes, in bytes: even, as codes of 2 to 4 GiB must be
 
 
@@ -140,10 +142,9 @@ def layers_that_fit(config: SwitchConfig) -> int:
     stats = jax.devices()[0].memory_stats()
     if not stats:
         return config.num_encoder_layers
-    free = ROOM * (stats["bytes_limit"] - stats["bytes_in_use"])
-    matrices = 2 * config.d_model * config.d_ff
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - OTHER_BYTES
     rows = config.d_model + config.d_ff
-    expert = matrices * 0.72 / 8 + rows * 8  # bits a weight with some slack; an offset and two levels a row
+    expert = 2 * config.d_model * config.d_ff * BITS_A_WEIGHT / 8 + rows * 8  # an offset and two levels a row
     return min(config.num_encoder_layers, int(free / (2 * config.num_experts * expert)))
 
 
@@ -161,19 +162,23 @@ def shortened(config: SwitchConfig, layers: int) -> SwitchConfig:
 
 def c2048(options: argparse.Namespace, config: SwitchConfig) -> dict[str, Any]:
     """All experts of as many layers as fit; the same layers with one bfloat16 expert shared by all."""
-    layers = layers_that_fit(config)
-    whole = layers == config.num_encoder_layers
-    fitting = shortened(config, layers)
-    said = f"{2 * layers} of {2 * config.num_encoder_layers} layers x {config.num_experts} experts resident"
-    print(f"c-2048: {said}", flush=True)
-    shared = measured(dataclasses.replace(fitting, num_experts=1), "dense", options)
-    packed = measured(fitting, "packed", options)
-    return {
-        "resident": said,
-        "whole_model": whole,
-        "packed": packed,
-        "dense, one expert shared by all": shared,
-    }
+    for layers in range(layers_that_fit(config), 0, -1):
+        said = (
+            f"{2 * layers} of {2 * config.num_encoder_layers} layers x {config.num_experts} experts resident"
+        )
+        print(f"c-2048: {said}", flush=True)
+        fitting = shortened(config, layers)
+        try:
+            packed = measured(fitting, "packed", options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{said}: out of memory, one layer of each stack less", flush=True)
+            continue
+        shared = measured(dataclasses.replace(fitting, num_experts=1), "dense", options)
+        whole = layers == config.num_encoder_layers
+        return {"resident": said, "whole_model": whole, "packed": packed, "dense, one expert for all": shared}
+    raise SystemExit("c-2048: not one layer of each stack fits this device's memory")
 
 
 def main() -> None:
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="tiny models, nothing measured")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.98")  # read when jax first sees the device
     gpu.require_gpu(options.rehearse)
     presets = PRESETS
     if options.rehearse:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import device_kind
 from pallas_kernels.operands import PackedMatrix
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -119,7 +120,7 @@ def heuristic(problem: Problem) -> Any:
         case "matvec":
             return MatvecConfig(rows=4, tile=32, warps=4)
         case "gather":
-            return GatherConfig(tile=32, lanes=lanes(8, 16), warps=1)
+            return GatherConfig(tile=32, lanes=lanes(8, 32), warps=1)
         case "tensor_core":
             return _tensor_core(problem, lanes)
         case "decode":
@@ -130,11 +131,15 @@ def heuristic(problem: Problem) -> Any:
 
 
 def _tensor_core(problem: Problem, lanes: Callable[[int, int], int]) -> TensorCoreConfig:
-    """Sixty-four rows, which the widest instructions need; float32 tokens take thrice the registers."""
-    common = functools.partial(TensorCoreConfig, rows=64, tile=32, stages=3, programs=264)
+    """Sixty-four rows, which the widest instructions need; float32 tokens take thrice the registers.
+
+    Few columns, codewords and stages at a time: an expert's hidden activations are float32 behind bfloat16 tokens,
+    and with more of them registers spill on an H100 or an A100 (benchmarks/gpu_compile.py).
+    """
+    common = functools.partial(TensorCoreConfig, rows=64, columns=32, programs=264)
     if problem.dtype == "float32":
-        return common(lanes=lanes(16, 64), columns=32, warps=4)
-    return common(lanes=lanes(16, 128), columns=64, warps=4 if problem.share < 64 else 8)
+        return common(lanes=lanes(16, 64), tile=32, warps=4, stages=3)
+    return common(lanes=lanes(16, 128), tile=16, warps=4 if problem.share < 64 else 8, stages=2)
 
 
 def choose(problem: Problem, explicit: C | None = None, *, strict: bool = False) -> Any:
@@ -148,7 +153,7 @@ def choose(problem: Problem, explicit: C | None = None, *, strict: bool = False)
         if type(explicit) is not KINDS[problem.kind]:
             raise TypeError(f"{problem.kind}: expected a {KINDS[problem.kind].__name__}, found {explicit!r}")
         return explicit
-    device = jax.devices()[0].device_kind
+    device = device_kind()
     table = load_table(table_path(device))
     if problem in table:
         return table[problem]

@@ -1,6 +1,6 @@
 """The ways that tokens go through packed products on a GPU, each with a layout of its own for the activations.
 
-Few tokens an expert: each decodes for itself (`Separate`). Some: blocks of 8 or 16 share the decoding (`Gathered`).
+Few tokens an expert: each decodes for itself (`Separate`). Some: blocks of 8 to 32 share the decoding (`Gathered`).
 Many: tensor cores on decoded rows (`Dense`). Activations stay in a route's layout from one product to the next.
 """
 
