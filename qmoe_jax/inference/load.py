@@ -10,11 +10,12 @@ import jax
 from jax.typing import DTypeLike
 
 from pallas_kernels import PackedMatrix
+from pallas_kernels.backend import platform
 from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import is_expert
+from qmoe_jax.checkpoints.reader import DenseReader, is_expert
 from qmoe_jax.checkpoints.upstream import UpstreamReader
 from qmoe_jax.inference.placement import (
     DiskExperts,
@@ -69,7 +70,8 @@ def load_compressed(
 
     Args:
       path: an artifact, or one of upstream's directories.
-      dtype: of the computation and of the dense parameters but the router's.
+      dtype: of the computation and of the dense parameters but the router's; on a CPU, dense kernels that are stored
+        in bfloat16 stay so, and are widened as they are read.
       experts: where they live. "device": in its memory, as parameters. "host": in host memory, never copied to a
         device. "disk": in the artifact, read when they are routed to. None: what fits, in this order.
       expert_cache: bytes of host memory for experts from disk; by default a share of what is free.
@@ -109,7 +111,7 @@ def _params(reader: ArtifactReader, dtype: DTypeLike, plan: Plan) -> dict[str, A
     else:
         assert plan.expert_cache is not None
         store = DiskExperts(source, activation, plan.expert_cache)
-    params = read_params(reader, [name for name in reader.names() if reader.kind(name) is None], dtype)
+    params = _dense_params(reader, dtype, [name for name in reader.names() if reader.kind(name) is None])
     return _with_placed(params, store, source.layers)
 
 
@@ -130,7 +132,7 @@ def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placemen
     for name in packed:
         stack, layer, _, _, matrix, _ = name.split("/")
         layers.setdefault((stack, int(layer.removeprefix("layers_"))), {})[matrix] = reader.packed(name)
-    params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)
+    params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
     return _with_placed(params, HostExperts(layers, reader.config.activation), layers)
 
 
@@ -138,11 +140,15 @@ def _device_params(
     reader: ArtifactReader | UpstreamReader, dtype: DTypeLike, packed: list[str]
 ) -> dict[str, Any]:
     """Parameters with `PackedMatrix` values under the names in `packed`."""
-    params = read_params(reader, [name for name in reader.names() if name not in packed], dtype)
+    params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
     for name in packed:
         *folders, leaf = name.split("/")
         _node(params, folders)[leaf] = jax.device_put(reader.packed(name))
     return params
+
+
+def _dense_params(reader: DenseReader, dtype: DTypeLike, names: list[str]) -> dict[str, Any]:
+    return read_params(reader, names, dtype, narrow=platform() == "cpu")
 
 
 def _with_placed(params: dict[str, Any], store: ExpertStore, layers: Iterable[LayerKey]) -> dict[str, Any]:

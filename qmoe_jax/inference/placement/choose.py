@@ -10,8 +10,9 @@ from typing import Literal
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.backend import platform
 from qmoe_jax.artifact.reader import ArtifactReader
-from qmoe_jax.checkpoints.params import parameter_dtype
+from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
 from qmoe_jax.inference.placement.source import runs_packed
 
 Placement = Literal["device", "host", "disk"]
@@ -61,9 +62,13 @@ def plan_placement(
 
 
 def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
-    """Bytes of the parameters that do not run packed, held in `dtype`."""
+    """Bytes of the parameters that do not run packed, held as they are for a computation in `dtype`."""
+    narrow, tied = platform() == "cpu", reader.config.tied
+    kept = lambda name: (
+        narrow_dtype(name, dtype, reader.dtype(name), tied=tied) if narrow else parameter_dtype(name, dtype)
+    )
     return sum(
-        math.prod(reader.shape(name)) * parameter_dtype(name, dtype).itemsize
+        math.prod(reader.shape(name)) * kept(name).itemsize
         for name in reader.names()
         if not runs_packed(reader.kind(name))
     )
