@@ -14,7 +14,7 @@ MAGIC = b"\x7fELF\x02\x01"
 SECTION = struct.Struct("<IIQQQQIIQQ")
 INSTRUCTION_BYTES = 16  # since Volta
 VALUE_FORMAT, REGISTER_COUNT, FRAME_SIZE = 4, 0x2F, 0x11  # of .nv.info
-BRANCH = 0x947  # the low twelve bits of an instruction
+BRANCH, EXIT = 0x947, 0x94D  # the low twelve bits of an instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Kernel:
       stack_bytes: a thread's frame in local memory: spilled registers, or arrays.
       shared_bytes: shared memory of fixed size, a block's.
       instructions: all of them.
-      loops: instructions of each loop, from the target of a branch backwards to the branch.
+      loops: instructions of each loop, from the target of a branch backwards to the branch; nested ones count.
     """
 
     name: str
@@ -62,17 +62,28 @@ def _kernels_of(elf: bytes, capability: int) -> Iterator[Kernel]:
 
 
 def loops(code: bytes, capability: int) -> Iterator[int]:
-    """Instructions of each loop. The branch to itself that ends every kernel is none."""
+    """Instructions of each loop.
+
+    Neither the branch to itself that ends every kernel is one, nor a branch back across an exit: that one comes from
+    a path for warps whose threads went apart, which the compiler moved behind the kernel.
+    """
+    last_exit = 0
     for at in range(0, len(code), INSTRUCTION_BYTES):
         low, high = struct.unpack_from("<QQ", code, at)
+        if low & 0xFFF == EXIT:
+            last_exit = at
         if low & 0xFFF != BRANCH:
             continue
-        field = low >> 32 | (high & 0x3FFFF) << 32  # a signed distance of fifty bits
-        distance = field - (1 << 50) if field >> 49 else field
-        if capability >= 90:
-            distance = (distance << 8) + (low >> 16 & 0xFF) * 4
-        if distance < -INSTRUCTION_BYTES:
+        distance = _distance(low, high, capability)
+        if distance < -INSTRUCTION_BYTES and at + INSTRUCTION_BYTES + distance >= last_exit:
             yield -distance // INSTRUCTION_BYTES
+
+
+def _distance(low: int, high: int, capability: int) -> int:
+    """Bytes from behind a branch to its target."""
+    field = low >> 32 | (high & 0x3FFFF) << 32  # signed, of fifty bits
+    distance = field - (1 << 50) if field >> 49 else field
+    return (distance << 8) + (low >> 16 & 0xFF) * 4 if capability >= 90 else distance
 
 
 def _sections(elf: bytes) -> dict[str, tuple[int, ...]]:

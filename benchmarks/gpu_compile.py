@@ -3,9 +3,10 @@
     python benchmarks/gpu_compile.py --json benchmarks/results/h100-compile.json \
         --markdown benchmarks/results/h100-compile.md
 
-Under a minute. Registers, spilled bytes, shared memory and the instructions of the loop over codewords, read from the
-machine code itself, for an H100 (sm_90) and an A100 (sm_80), at the expert shapes of Switch base-128 and c-2048.
-Nothing is timed: instructions are a count, not a speed.
+Half a minute. Registers, the stack that spilled ones go to, shared memory and the instructions of the loop over
+codewords, read from the machine code itself, for an H100 (sm_90) and an A100 (sm_80), at the expert shapes of Switch
+base-128 and c-2048. "per 1000": a warp's instructions for 1,000 weights of one token (of no token, where weights are
+decoded). Nothing is timed: instructions are a count, not a speed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
 import sys
@@ -25,8 +27,8 @@ import measuring
 EXPERTS = 8
 SHAPES = {"base-128": (768, 3072), "c-2048": (2080, 6144)}  # d_model, d_ff
 P_ZERO = 0.885
-# Warp instructions of the loop for so many weights: upstream's CUDA kernel (compiled by nvrtc 12.8 for sm_90).
-UPSTREAM = {"kernel": "upstream's CUDA matvec, sm_90", "per_1000_weights": round(1000 * 576 / 694)}
+# Warp instructions of the loop, and the weights that they are for, compiled for sm_90 too: beside ours.
+KNOWN = {"upstream's CUDA matvec": (576, 694), "the first prototype of ours": (67, 694)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +45,24 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every op, on every codebook and GPU: both dtypes at the larger shape, bfloat16 at the smaller one."""
-    ops = (("matvec", 1), ("matmul", 256), ("decode", 0), ("mlp", 1), ("mlp", 256))
+    """Every op with one token, few an expert and many, on every GPU.
+
+    Each codebook in bfloat16 at both shapes; float32 with the smaller table at the larger shape.
+    """
+    ops = (("matvec", 1), ("matmul", 128), ("decode", 0), ("matmul", 1024), ("mlp", 1), ("mlp", 1024))
     runs = [("pallas", *op) for op in ops]
     if jax_triton_refusal() is None:
         runs += [("jax_triton", *op) for op in ops[:2]]
     for gpu in deviceless.GPUS:
-        for codebook in codebooks():
-            for shape, dtype in (("c-2048", "bfloat16"), ("c-2048", "float32"), ("base-128", "bfloat16")):
-                for backend, op, tokens in runs:
-                    yield Case(gpu, op, backend, codebook, shape, dtype, tokens)
+        for codebook, shape, dtype in (
+            ("tunstall-8", "c-2048", "bfloat16"),
+            ("tunstall-8", "c-2048", "float32"),
+            ("tunstall-8", "base-128", "bfloat16"),
+            ("upstream", "c-2048", "bfloat16"),
+            ("upstream", "base-128", "bfloat16"),
+        ):
+            for backend, op, tokens in runs:
+                yield Case(gpu, op, backend, codebook, shape, dtype, tokens)
 
 
 @functools.cache
@@ -124,12 +134,44 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return functools.partial(function, backend=case.backend), arguments
 
 
+def weights_per_pass(case: Case, kernel: str) -> float | None:
+    """Weights times tokens that a warp is done with after a pass of its loop; None for tensor cores' many loops."""
+    kinds = {"packed_matvec": "matvec", "packed_matmul": "gather", "packed_decode": "decode"}
+    if (kind := kinds.get(kernel.split("__", 1)[0])) is None:
+        return None
+    tile = jax_triton_tile(case.op) if case.backend == "jax_triton" else pallas_tile(case, kind)
+    return tile * weights_per_codeword(case.codebook)
+
+
+def pallas_tile(case: Case, kind: str) -> float:
+    """Codewords times tokens of a warp's pass, as the kernels are launched on this GPU."""
+    from pallas_kernels import tuning
+
+    d_model, d_ff = SHAPES[case.shape]
+    problem = tuning.Problem.of(kind, packed(case.codebook, d_ff, d_model), case.dtype, case.tokens)
+    with deviceless.absent(deviceless.GPUS[case.gpu]):
+        config = tuning.choose(problem)
+    return config.tile * getattr(config, "rows", 1) * getattr(config, "lanes", 1) / config.warps
+
+
+def jax_triton_tile(op: str) -> int:
+    """The same for one warp."""
+    module = importlib.import_module(f"pallas_kernels.{op}.jax_triton")
+    return module.TILE * getattr(module, "LANES", 1)
+
+
 def compiled(case: Case) -> dict[str, Any]:
     """The case, with the kernels of this repository in it (XLA's own are left out)."""
     function, arguments = program(case)
     launches = deviceless.launches(function, arguments, deviceless.GPUS[case.gpu])
     ours = [launch for launch in launches if launch.kernel.name.startswith("packed_")]
-    return dataclasses.asdict(case) | {"kernels": [describe(launch) for launch in ours]}
+    kernels = []
+    for launch in ours:
+        kernel = describe(launch)
+        if (weights := weights_per_pass(case, launch.kernel.name)) and launch.kernel.loops:
+            kernel["per_1000_weights"] = round(1000 * max(launch.kernel.loops) / weights)
+        kernels.append(kernel)
+    return dataclasses.asdict(case) | {"kernels": kernels}
 
 
 def describe(launch: deviceless.Launch) -> dict[str, Any]:
@@ -140,35 +182,50 @@ def describe(launch: deviceless.Launch) -> dict[str, Any]:
     }
 
 
+HEADINGS = {
+    "gpu": "GPU",
+    "op": "op",
+    "tokens": "tokens",
+    "backend": "backend",
+    "codebook": "codebook",
+    "shape": "shape",
+    "dtype": "dtype",
+    "name": "kernel",
+    "threads": "threads",
+    "registers": "registers",
+    "stack_bytes": "stack, bytes",
+    "shared_bytes": "shared memory, bytes",
+    "loop": "instructions of the loop",
+    "per_1000_weights": "per 1000",
+}
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table as text."""
-    columns = (
-        "gpu",
-        "op",
-        "backend",
-        "codebook",
-        "shape",
-        "dtype",
-        "tokens",
-        "kernel",
-        "threads",
-        "registers",
-    )
-    columns += ("stack_bytes", "shared_bytes", "instructions", "loop", "per_1000_weights")
-    lines = [
-        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|---" * len(columns) + "|",
-    ]
+    """The table as text: a line for each kernel."""
+    lines = [" | ".join(HEADINGS.values()), " | ".join(["---"] * len(HEADINGS))]
     for row in rows:
         for kernel in row["kernels"]:
-            cells = row | kernel | {"kernel": kernel["name"], "loop": max(kernel["loops"], default="")}
-            lines.append("| " + " | ".join(str(cells.get(column, "")) for column in columns) + " |")
-    return "\n".join(lines) + "\n"
+            cells = row | kernel | {"loop": max(kernel["loops"], default="")}
+            lines.append(
+                " | ".join("" if (cell := cells.get(key)) is None else str(cell) for key in HEADINGS)
+            )
+    known = [f"{name}: {1000 * count / weights:.0f} per 1000" for name, (count, weights) in KNOWN.items()]
+    return (
+        "\n".join(f"| {line} |" for line in lines)
+        + f"\n\nFor comparison, by the same count: {'; '.join(known)}.\n"
+    )
 
 
 def run() -> dict[str, Any]:
     """Every case compiled."""
-    return {"rows": [compiled(case) for case in cases()], "jax_triton": jax_triton_refusal()}
+    import jax
+
+    return {
+        "jax": jax.__version__,
+        "jax_triton": jax_triton_refusal() or "compiled",
+        "known": {name: round(1000 * count / weights) for name, (count, weights) in KNOWN.items()},
+        "rows": [compiled(case) for case in cases()],
+    }
 
 
 def enter() -> None:

@@ -31,13 +31,24 @@ def platform() -> str:
 
     Of an absent machine that a program is lowered for (`jax.sharding.AbstractDevice`), else by default.
     """
-    absent: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if absent is not None and absent.platform is not None:
+    if (absent := _absent_device()) is not None:
         return absent.platform
     device: Any = jax.config.values["jax_default_device"]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+def device_kind() -> str:
+    """The kind of device that `platform` speaks of: 'NVIDIA H100 80GB HBM3', 'cpu', ..."""
+    if (absent := _absent_device()) is not None:
+        return absent.device_kind
+    return jax.devices()[0].device_kind
+
+
+def _absent_device() -> Any:
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None and device.platform is not None else None
 
 
 def refusal(op: str, backend: str, *, interpret: bool = False) -> str | None:

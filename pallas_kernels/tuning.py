@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import device_kind
 from pallas_kernels.operands import PackedMatrix
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -152,7 +153,7 @@ def choose(problem: Problem, explicit: C | None = None, *, strict: bool = False)
         if type(explicit) is not KINDS[problem.kind]:
             raise TypeError(f"{problem.kind}: expected a {KINDS[problem.kind].__name__}, found {explicit!r}")
         return explicit
-    device = jax.devices()[0].device_kind
+    device = device_kind()
     table = load_table(table_path(device))
     if problem in table:
         return table[problem]

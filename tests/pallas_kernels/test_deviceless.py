@@ -9,8 +9,9 @@ import deviceless
 import gpu_compile
 import pytest
 
-REGISTERS = 64  # a thread's: 32 warps of them fill a multiprocessor's 65,536 to the half
-SHARED_BYTES = 48 << 10  # a block's, without asking for more
+# A thread's. A multiprocessor has 65,536: room for 28 warps that gather, or for 8 that hold sums of tensor cores.
+REGISTERS = {"packed_matvec": 64, "packed_decode": 64, "packed_matmul": 72, "packed_matmul_tensor_core": 240}
+SHARED_BYTES = 48 << 10  # a program's, without asking for more
 
 if reason := deviceless.refusal():
     pytest.skip(reason, allow_module_level=True)
@@ -45,7 +46,8 @@ def test_nothing_spills(made):
 
 def test_registers_stay_under_the_ceiling(made):
     for row in made["rows"]:
-        assert max(kernel["registers"] for kernel in row["kernels"]) <= REGISTERS, row
+        for kernel in row["kernels"]:
+            assert kernel["registers"] <= REGISTERS[kernel["name"].split("__")[0]], row
 
 
 def test_shared_memory_stays_within_the_budget(made):
@@ -70,7 +72,7 @@ def test_the_whole_model_compiles_with_packed_experts(made):
 
 
 def test_jax_triton_is_compiled_or_says_why_not(made):
-    if made["jax_triton"]:
+    if made["jax_triton"] != "compiled":
         pytest.skip(made["jax_triton"])
     found = {(row["op"], row["gpu"]) for row in made["rows"] if row["backend"] == "jax_triton"}
     assert found == {(op, gpu) for op in ("matvec", "matmul") for gpu in deviceless.GPUS}

@@ -50,8 +50,16 @@ SELF = {80: (0xFFFFFFF000007947, 0x000FC0000383FFFF), 90: (0xFFFFFFFC00FC7947, 0
     ],
 )
 def test_loops_end_where_a_branch_leads_back(capability, branch, loop):
-    code = b"".join(struct.pack("<QQ", *word) for word in (NOP, branch, SELF[capability], NOP))
+    words = [NOP] * loop + [branch, SELF[capability], NOP]
+    code = b"".join(struct.pack("<QQ", *word) for word in words)
     assert list(cubin.loops(code, capability)) == [loop]
+
+
+def test_a_branch_back_across_an_exit_is_no_loop():
+    leave = (0x000000000000094D, 0x000FEA0003800000)
+    back = (0xFFFFFFF000105947, 0x000FEC000383FFFF)
+    code = b"".join(struct.pack("<QQ", *word) for word in [NOP] * 252 + [leave, back])
+    assert list(cubin.loops(code, 90)) == []
 
 
 def test_branches_ahead_are_no_loops():
