@@ -38,8 +38,15 @@ MATVECS = [
 GATHERS = [tuning.GatherConfig(*c) for c in ((32, 8, 1), (32, 16, 1), (16, 16, 1), (32, 32, 1))]
 TENSOR_CORES = {
     "bfloat16": [
-        tuning.TensorCoreConfig(64, 32, lanes, 64, warps, 3, programs)
-        for lanes, warps, programs in ((16, 4, 264), (64, 8, 264), (64, 4, 264), (64, 8, 132), (128, 8, 264))
+        tuning.TensorCoreConfig(*c)
+        for c in (
+            (64, 16, 16, 32, 4, 2, 264),
+            (64, 16, 64, 32, 8, 2, 264),
+            (64, 32, 64, 64, 8, 3, 264),
+            (64, 32, 64, 64, 8, 3, 132),
+            (64, 32, 128, 64, 8, 3, 264),
+            (64, 16, 128, 32, 8, 2, 264),
+        )
     ],
     "float32": [tuning.TensorCoreConfig(64, 32, lanes, 32, 4, 3, 264) for lanes in (16, 64)],
 }

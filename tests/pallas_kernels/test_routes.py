@@ -44,8 +44,8 @@ def run(function, route, **static):
     return functools.partial(function, overrides=Overrides(route=route, **CONFIGS), **static)
 
 
-@pytest.mark.parametrize("book", samples.CODEBOOKS)
-def test_every_codebook_on_tensor_cores(book):
+@pytest.mark.parametrize("book", ["upstream", "tunstall-12-dense"])
+def test_tables_of_other_shapes_on_tensor_cores(book):
     """The other ways meet all codebooks in the contract of the ops."""
     sample = samples.sample(samples.CODEBOOKS[book](), (2, 5, 131))
     x, expert_index = samples.tokens(sample, 9)
@@ -53,13 +53,12 @@ def test_every_codebook_on_tensor_cores(book):
     assert_products(found, sample, x, expert_index)
 
 
-@every_route
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("levels", ["float32", "bfloat16"])
-def test_dtypes_of_tokens_and_levels(route, kernel, dtype, levels):
+def test_dtypes_of_tokens_and_levels_on_tensor_cores(dtype, levels):
     sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 37, 83), levels=levels)
     x, expert_index = samples.tokens(sample, 50, dtype=dtype)
-    found = run(matmul, route, interpret=True)(sample.packed, x, expert_index)
+    found = run(matmul, ROUTES["dense"][0], interpret=True)(sample.packed, x, expert_index)
     assert_products(found, sample, x, expert_index)
 
 
