@@ -61,20 +61,19 @@ def frozen(array: Any) -> np.ndarray:
 
 
 _Entries = tuple[UInt32[np.ndarray, "number"], UInt32[np.ndarray, "number"]]
-_recent: list[tuple[DecodeTable, np.dtype, _Entries]] = []
+_recent: list[tuple[tuple[Any, ...], _Entries]] = []
 
 
 def _entries(table: DecodeTable, code: np.dtype) -> _Entries:
     """The table's entries as a `Stream` wants them, from the last ones made where they are the same."""
-    entries = np.asarray(table.entries)
-    for known, known_code, found in _recent:
-        static = known.field_bits == table.field_bits and known.slots == table.slots and known_code == code
-        if static and np.array_equal(known.entries, entries):
+    key = code, table.field_bits, table.slots, table.words, np.asarray(table.entries).tobytes()
+    for known, found in _recent:
+        if known == key:
             return found
-    copy = DecodeTable(entries.copy(), table.field_bits, table.slots, table.max_length)
-    _recent.insert(0, (copy, code, (_moved(copy, code, 3), _moved(copy, code, 4))))
+    made = _moved(table, code, 3), _moved(table, code, 4)
+    _recent.insert(0, (key, made))
     del _recent[_RECENT:]
-    return _recent[0][2]
+    return made
 
 
 def _moved(table: DecodeTable, code: np.dtype, step: int) -> UInt32[np.ndarray, "number"]:
