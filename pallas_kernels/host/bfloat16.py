@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numba
-import numba.extending
 import numpy as np
 from jaxtyping import Float32, UInt16
 from llvmlite import ir
 from numba.core import types
 
-from pallas_kernels.host.compiled import compiled, parallel, threads
+from pallas_kernels.host.compiled import compiled, threads
+from pallas_kernels.host.share import share, take
+from pallas_kernels.host.simd import intrinsic
 
 ROWS = 8  # of the matrix, read side by side: as many streams as the processor's prefetchers follow
-COLUMNS = 1024  # whose sums (4 KB a token) and eight rows (16 KB) stay in the first cache
-
-intrinsic: Any = numba.extending.intrinsic
+LEAST_COLUMNS = 64  # of a piece: two cache lines of each row
+PIECES = 2  # for each thread, at least
+COLUMNS = 1024  # of a piece at most, whose sums (4 KB a token) and eight rows (16 KB) stay in the first cache
 
 
 @intrinsic
@@ -97,23 +95,23 @@ def _columns(w, x, start, stop, totals):
             _add_row(w, row, start, stop, x[token, row], totals[token])
 
 
-@parallel
-def _product(w, x, y, parts):
-    width = w.shape[1]
-    for part in numba.prange(parts):
-        totals = np.empty((len(x), COLUMNS), np.float32)
-        stop = width * (part + 1) // parts
-        for start in range(width * part // parts, stop, COLUMNS):
-            end = min(start + COLUMNS, stop)
-            _columns(w, x, start, end, totals)
-            y[:, start:end] = totals[:, : end - start]
+@compiled
+def _product(taken, w, x, y, each):
+    """y = x @ w: a piece is `each` columns."""
+    totals = np.empty((len(x), each), np.float32)
+    start = take(taken) * each
+    while start < w.shape[1]:
+        stop = min(start + each, w.shape[1])
+        _columns(w, x, start, stop, totals)
+        y[:, start:stop] = totals[:, : stop - start]
+        start = take(taken) * each
 
 
 def product(
     w: UInt16[np.ndarray, "in out"], x: Float32[np.ndarray, "t in"], y: Float32[np.ndarray, "t out"]
 ) -> None:
-    """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. A thread takes a share of the columns."""
-    _product(w, x, y, threads())
+    """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. Threads take columns."""
+    share(_product, w, x, y, min(COLUMNS, max(LEAST_COLUMNS, -(-w.shape[1] // (PIECES * threads())))))
 
 
 def compile_product() -> None:
