@@ -51,10 +51,10 @@ def speeds(rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
         assert (numpy_encode(digits, codebook) == encoded.codes).all()
         contenders = {
             "encode": lambda i, c=codebook: encode(digits, c),
-            "encode, vectorized": lambda i, c=codebook: encode(digits, c, backend="vectorized"),
+            "encode, reference": lambda i, c=codebook: encode(digits, c, backend="reference"),
             "encode, plain NumPy": lambda i, c=codebook: numpy_encode(digits, c),
             "decode": lambda i, c=codebook, e=encoded: decode(e, c, width),
-            "decode, vectorized": lambda i, c=codebook, e=encoded: decode(e, c, width, backend="vectorized"),
+            "decode, reference": lambda i, c=codebook, e=encoded: decode(e, c, width, backend="reference"),
         }
         for name, seconds in measuring.best_seconds(contenders, rounds).items():
             speed = round(digits.size / seconds / 1e6, 1)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from pallas_kernels import pytree
+from pallas_kernels.encode import EncodeTable
 from pallas_kernels.operands import DecodeTable
 
 MAX_CODEWORDS = 1 << 16
@@ -18,9 +19,7 @@ MAX_CODEWORDS = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Trie:
-    """The codewords as a tree of symbols; node 0 is the root.
-
-    A symbol is `symbol_digits` consecutive digits, the first the least significant in base 3.
+    """The codewords as a tree of symbols (see `EncodeTable`); node 0 is the root.
 
     Attributes:
       child: the node that a symbol leads to, -1 where there is none.
@@ -32,11 +31,6 @@ class Trie:
     child: Int32[np.ndarray, "node symbol"]
     code: Int32[np.ndarray, "node"]
     last_code: Int32[np.ndarray, "node"]
-
-    @functools.cached_property
-    def follow(self) -> Int32[np.ndarray, "node symbol"]:
-        """Where an encoder goes on: the child, or ~(the root's child) where the codeword ends before the symbol."""
-        return np.where(self.child >= 0, self.child, ~self.child[0])
 
 
 @pytree.register(leaves=("lengths", "digits"), static=("name", "symbol_digits"))
@@ -83,8 +77,15 @@ class Codebook:
 
     @functools.cached_property
     def trie(self) -> Trie:
-        """The codebook as an encoder sees it."""
+        """The codewords as a tree."""
         return _build_trie(self)
+
+    @functools.cached_property
+    def encode_table(self) -> EncodeTable:
+        """The codebook as encoders see it, in host memory."""
+        trie, dtype = self.trie, self.code_dtype
+        follow = np.where(trie.child >= 0, trie.child, ~trie.child[0])
+        return EncodeTable(follow, trie.code.astype(dtype), trie.last_code.astype(dtype), self.symbol_digits)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8, UInt16
 
 from pallas_kernels import PackedMatrix
+from pallas_kernels.backend import choose
+from pallas_kernels.encode import encode_rows
 from qmoe_jax.coding.codebook import Codebook
 
-Backend = Literal["walk", "vectorized"]
+AnyArray = jax.Array | np.ndarray
 
 
 class CorruptStream(ValueError):
@@ -28,37 +31,46 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    digits: UInt8[np.ndarray, "row width"], codebook: Codebook, *, backend: Backend | None = None
+    digits: UInt8[AnyArray, "row width"], codebook: Codebook, *, backend: str | None = None
 ) -> Encoded:
     """Codes each row by itself, greedily by the longest codeword that matches.
 
     Args:
-      digits: 0, 1 or 2 each; at least one row and column.
+      digits: 0, 1 or 2 each; at least one row and column. Digits on a GPU are encoded there.
       codebook: what to code with.
-      backend: "walk" (compiled by numba; the default where that is there) or "vectorized"; the same bytes from both.
+      backend: of `pallas_kernels.encode_rows`: "cpu" (compiled by numba), "pallas" or "reference"; by default the
+        first that can run on the platform. The same bytes from each.
 
     Raises:
       ValueError: a digit is not 0, 1 or 2, there is none, or more codewords than an int32 counts.
+      NotImplementedError: `backend` cannot run here.
     """
-    digits = np.ascontiguousarray(digits, np.uint8)
     if digits.ndim != 2 or 0 in digits.shape:
         raise ValueError(f"expected at least one row and column of digits, found {digits.shape}")
     if digits.max() > 2:
-        row, column = np.argwhere(digits > 2)[0]
+        row, column = np.argwhere(np.asarray(digits) > 2)[0]
         raise ValueError(
             f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
         )
-    codes, counts = _implementation(backend).encode(digits, codebook)
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
-    return Encoded(codes, offsets.astype(np.int32))
+    chosen = choose("encode", backend)
+    if chosen == "cpu":  # no array longer than the codes, and nothing to trace for a new shape
+        from pallas_kernels.encode.walk import walk
+
+        return Encoded(*walk(np.asarray(digits), codebook.encode_table))
+    codes, row_offsets = map(np.asarray, encode_rows(digits, codebook.encode_table, backend=chosen))
+    return Encoded(codes[: row_offsets[-1]].copy(), row_offsets)
 
 
 def decode(
-    encoded: Encoded, codebook: Codebook, width: int, *, backend: Backend | None = None
+    encoded: Encoded, codebook: Codebook, width: int, *, backend: Literal["cpu", "reference"] | None = None
 ) -> UInt8[np.ndarray, "row width"]:
     """The digits of every row.
+
+    Args:
+      encoded: a matrix, from anywhere.
+      codebook: what it was coded with.
+      width: digits of a row.
+      backend: "cpu" (compiled by numba; the default where that is there) or "reference".
 
     Raises:
       CorruptStream: offsets are not those of the codes, a code is none of the codebook's, or the codewords of a row
@@ -69,7 +81,10 @@ def decode(
     row_offsets = row_offsets.astype(np.int32)
     _check_codes(codes, row_offsets, codebook)
     _check_coverage(codes, row_offsets, codebook, width)
-    return _implementation(backend).decode(codes, row_offsets, codebook, width)
+    if backend is None:
+        backend = "cpu" if importlib.util.find_spec("numba") else "reference"
+    implementation = importlib.import_module(f"qmoe_jax.coding.{backend}")
+    return implementation.decode(codes, row_offsets, codebook, width)
 
 
 def pack(
@@ -82,12 +97,6 @@ def pack(
         row[: len(stream.codes)] = stream.codes
     offsets = np.stack([stream.row_offsets for stream in streams])
     return PackedMatrix(codes, offsets, np.asarray(levels), codebook.decode_table, width)
-
-
-def _implementation(backend: Backend | None) -> Any:
-    if backend is None:
-        backend = "walk" if importlib.util.find_spec("numba") else "vectorized"
-    return importlib.import_module(f"qmoe_jax.coding.{backend}")
 
 
 def _check_offsets(offsets: Int[np.ndarray, "bound"], codes: np.ndarray) -> None:

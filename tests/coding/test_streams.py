@@ -30,7 +30,7 @@ CODEBOOKS = {
     "tunstall-2": functools.partial(tunstall_codebook, code_bits=2),
     "tunstall-8-sparse": functools.partial(tunstall_codebook, 0.99),
 }
-BACKENDS = ["walk", "vectorized"]
+BACKENDS = ["cpu", "reference"]
 
 every_codebook = pytest.mark.parametrize("make", CODEBOOKS.values(), ids=CODEBOOKS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -87,7 +87,7 @@ def cases(folder) -> dict:
 def test_streams_are_upstreams(backend, data):
     codebook = upstream_codebook()
     with np.load(data / "pack_vectors.npz") as vectors:
-        for case in cases(data) if backend == "walk" else ["iid50_64x1024", "w31_32x31", "w1_32x1"]:
+        for case in cases(data) if backend == "cpu" else ["iid50_64x1024", "w31_32x31", "w1_32x1"]:
             digits, codes, offsets = (vectors[f"{case}.{name}"] for name in ("tern", "w_comp", "row_off"))
             rows = len(digits) // 32 * 32  # upstream leaves out the rows past a multiple of 32
             encoded = encode(digits[:rows], codebook, backend=backend)

@@ -1,4 +1,4 @@
-"""The loops of encoding and decoding, compiled by numba; rows in parallel.
+"""The walk along the trie on NumPy arrays, compiled by numba; rows in parallel.
 
 Encoding waits, for each symbol, for the load that the one before it led to. So a thread walks several rows in turn,
 and nothing branches on where a codeword ends: the code is always written, and written over unless one ended.
@@ -8,38 +8,47 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, UInt8, UInt16
 
+from pallas_kernels.encode.operands import AnyArray, EncodeTable
 from pallas_kernels.host.compiled import compiled, parallel
-from qmoe_jax.coding.codebook import Codebook
 
 _ROWS = 8  # walked in turn by one thread: enough for the loads' latency
 _index = np.uintp  # unsigned: numba checks signed indices for counting from the end
 
+Codes = UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
 
-def encode(digits: UInt8[np.ndarray, "row width"], codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, number of codewords of each row). Takes one code a symbol of scratch memory for the time."""
+
+def walk(
+    digits: UInt8[np.ndarray, "row width"], table: EncodeTable, most: int | None = None
+) -> tuple[Codes, Int32[np.ndarray, "bound"]]:
+    """(codes, row offsets) of a matrix, of the codes the first `most`. Takes a code a symbol of scratch memory.
+
+    The digits are known to be 0, 1 or 2: they lead through the table unchecked. Its arrays are NumPy's, anywhere
+    in memory.
+
+    Raises:
+      ValueError: more codewords than an int32 counts.
+    """
     rows, width = digits.shape
-    trie, dtype = codebook.trie, codebook.code_dtype
-    scratch = np.empty((rows, width // codebook.symbol_digits + 1), dtype)
-    counts = np.zeros(rows, np.int64)
-    tables = trie.follow.reshape(-1), trie.code.astype(dtype), trie.last_code.astype(dtype)
+    follow, code, last_code = map(_read_only, (table.follow, table.code, table.last_code))
+    scratch, counts = np.empty((rows, table.symbols(width)), code.dtype), np.zeros(rows, np.int64)
     # Its number of dimensions is compiled in, and with it the loop over a symbol's digits.
-    symbol = np.empty((0,) * codebook.symbol_digits, np.uint8)
-    _encode_rows(digits, tables, symbol, scratch, counts)
+    symbol = np.empty((0,) * table.symbol_digits, np.uint8)
+    _encode_rows(_read_only(digits), (follow.reshape(-1), code, last_code), symbol, scratch, counts)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    codes = np.empty(offsets[-1], dtype)
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
+    codes = np.empty(offsets[-1] if most is None else min(most, offsets[-1]), code.dtype)
     _join_rows(scratch, offsets, codes)
-    return codes, counts
+    return codes, offsets.astype(np.int32)
 
 
-def decode(
-    codes: np.ndarray, row_offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
-) -> UInt8[np.ndarray, "row width"]:
-    """The digits of rows whose codewords are known to cover them."""
-    digits = np.empty((len(row_offsets) - 1, width), np.uint8)
-    _decode_rows(codes, row_offsets, (codebook.lengths, codebook.digits), digits)
-    return digits
+def _read_only(array: AnyArray) -> np.ndarray:
+    """Contiguous and read-only, as XLA's arrays are, so that one compiled version serves everybody."""
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view
 
 
 @compiled
@@ -58,7 +67,7 @@ def _encode_some(digits, span, tables, symbol, scratch, counts):
     follow, code, last_code = tables
     step, fanout = _index(symbol.ndim), _index(3**symbol.ndim)
     nodes = np.zeros(_ROWS, np.int32)
-    for i in range((digits.shape[1] + symbol.ndim - 1) // symbol.ndim):
+    for i in range(scratch.shape[1]):
         for k in range(span[0], span[1]):
             row, node = _index(k), _index(nodes[_index(k - span[0])])
             reached = follow[node * fanout + _symbol_at(digits[row], _index(i) * step, symbol)]
@@ -82,19 +91,5 @@ def _encode_rows(digits, tables, symbol, scratch, counts):
 def _join_rows(scratch, offsets, codes):
     for row in numba.prange(len(offsets) - 1):
         start = offsets[row]
-        for i in range(offsets[row + 1] - start):
+        for i in range(min(offsets[row + 1], len(codes)) - start):
             codes[start + i] = scratch[row, i]
-
-
-@parallel
-def _decode_rows(codes, offsets, words, digits):
-    lengths, word_digits = words
-    width = digits.shape[1]
-    for row in numba.prange(len(digits)):
-        at = 0
-        for i in range(offsets[row], offsets[row + 1]):
-            code = _index(codes[i])
-            length = lengths[code]
-            for j in range(min(length, width - at)):
-                digits[row, at + j] = word_digits[code, _index(j)]
-            at += length
