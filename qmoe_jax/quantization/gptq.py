@@ -10,12 +10,13 @@ has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like th
 weights of later columns are not rewritten after every block.
 
 Here weights lie transposed, [in, out], so that a column is contiguous, and columns are taken in blocks
-(`block.py` rounds one): the pull of all earlier columns on a block is a few matrix products.
+(`pallas_kernels.quantize_block` rounds one): the pull of all earlier columns on a block is a few matrix products.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from qmoe_jax.quantization.block import dot, quantize_block
+from pallas_kernels.gptq_block import RoundedBlock, quantize_block
 from qmoe_jax.quantization.factorization import Factor, factorize
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import GroupSchedule, join_groups, split_groups
@@ -33,6 +34,9 @@ from qmoe_jax.quantization.quantized import Quantized
 AnyArray = jax.Array | np.ndarray
 Index = Int[Array, ""]
 Levels = Float[Array, "group out 2"]
+RoundBlock = Callable[..., RoundedBlock]
+
+_dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
 
 def gptq(
@@ -44,6 +48,8 @@ def gptq(
     block_size: int = 128,
     group_size: int | None = None,
     activation_order: bool = False,
+    backend: str | None = None,
+    interpret: bool = False,
 ) -> Quantized:
     """Quantizes the weights of several experts so that their outputs change least; float32 at full precision.
 
@@ -59,9 +65,12 @@ def gptq(
       block_size: columns between two looks back at all earlier ones. It changes the result only with groups.
       group_size: columns that share levels, found when their first column is reached; None: the whole row.
       activation_order: round the columns of the largest diagonal first. Groups then follow this order.
+      backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
+      interpret: run its Pallas kernel in interpret mode, anywhere.
 
     Raises:
       ValueError: shapes that do not fit each other, or an option out of its range.
+      NotImplementedError: `backend` cannot run here.
     """
     experts, _, width = w.shape
     if hessian.shape != (experts, width, width):
@@ -72,10 +81,18 @@ def gptq(
     if not damping >= 0:
         raise ValueError(f"gptq: damping must be >= 0, found {damping}.")
     factor = factorize(hessian, damping, activation_order=activation_order)
-    return gptq_with_factor(w, factor, grid, block_size=block_size, group_size=group_size)
+    return gptq_with_factor(
+        w,
+        factor,
+        grid,
+        block_size=block_size,
+        group_size=group_size,
+        backend=backend,
+        interpret=interpret,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "group_size"))
+@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend", "interpret"))
 def gptq_with_factor(
     w: Float[AnyArray, "expert out in"],
     factor: Factor,
@@ -83,11 +100,14 @@ def gptq_with_factor(
     *,
     block_size: int = 128,
     group_size: int | None = None,
+    backend: str | None = None,
+    interpret: bool = False,
 ) -> Quantized:
     """`gptq` on Hessians factored before: for several grids, or rates, over the same ones.
 
     Raises:
       ValueError: a block or group size below 1.
+      NotImplementedError: `backend` cannot run here.
     """
     if block_size < 1 or (group_size is not None and group_size < 1):
         raise ValueError(
@@ -95,7 +115,12 @@ def gptq_with_factor(
         )
     width = w.shape[2]
     schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
-    quantize_expert = functools.partial(_quantize_expert, grid=grid, schedule=schedule)
+    round_block = functools.partial(
+        quantize_block, rounding=grid.rounding, backend=backend, interpret=interpret
+    )
+    quantize_expert = functools.partial(
+        _quantize_expert, grid=grid, schedule=schedule, round_block=round_block
+    )
     values, digits, levels, error, column_group = jax.vmap(quantize_expert)(
         jnp.asarray(w, jnp.float32), factor.lower, factor.curvature, factor.order
     )
@@ -110,6 +135,7 @@ def _quantize_expert(
     *,
     grid: Grid,
     schedule: GroupSchedule,
+    round_block: RoundBlock,
 ) -> tuple[
     Float[Array, "out in"],
     UInt8[Array, "out in"],
@@ -120,7 +146,7 @@ def _quantize_expert(
     """Values, digits, levels, error and the columns' groups."""
     width, size = schedule.width, schedule.group_size
     ordered = w if order is None else w[:, order]
-    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule)
+    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule, round_block)
     values = join_groups(grid.dequantize(split_groups(digits, size), levels[:, :, None]), width)
     column_group = jnp.arange(width, dtype=jnp.int32) // size
     if order is not None:
@@ -135,6 +161,7 @@ def _quantize_columns(
     curvature: Float[Array, "in"],
     grid: Grid,
     schedule: GroupSchedule,
+    round_block: RoundBlock,
 ) -> tuple[UInt8[Array, "out in"], Float[Array, "out group 2"], Float[Array, ""]]:
     """Digits, levels and error, the columns taken as they stand."""
     out, width = w.shape
@@ -154,14 +181,13 @@ def _quantize_columns(
             find = functools.partial(_find_levels, block, state, lower, levels, grid=grid, schedule=schedule)
             levels = lax.cond(schedule.finds_levels(block), find, lambda: levels)
         take = functools.partial(lax.dynamic_slice_in_dim, start_index=block * size, slice_size=size)
-        digits, deviation, error = quantize_block(
+        digits, deviation, error = round_block(
             take(state),
             _pull(block, state, lower, size, size),
             take(take(lower), axis=1),
             take(curvature),
             levels=levels,
             group=take(group),
-            grid=grid,
         )
         state = lax.dynamic_update_slice_in_dim(state, deviation, block * size, axis=0)
         return (state, levels), (digits, error.sum())
@@ -179,7 +205,7 @@ def _pull(
 
     def add(earlier: Index, pull: Float[Array, "length out"]) -> Float[Array, "length out"]:
         factor = lax.dynamic_slice(lower, (block * block_size, earlier * block_size), (length, block_size))
-        return pull + dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
+        return pull + _dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
 
     return lax.fori_loop(0, block, add, jnp.zeros((length, state.shape[1])))
 

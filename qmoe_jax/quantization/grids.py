@@ -6,17 +6,17 @@ contract of `Grid` (held by `tests/quantization/test_grid_contract.py`) and need
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import pytree
+from pallas_kernels.gptq_block.rounding import Rounding, TernaryRounding, UniformRounding, divide
 
 
-@runtime_checkable
-class Grid(Protocol):
+class Grid(abc.ABC):
     """Levels of a group of weights in one row, and the digits that name them.
 
     The contract, beside the shapes: a grid is a pytree, so that its numbers can change without a new
@@ -24,9 +24,14 @@ class Grid(Protocol):
     (solvers pad with columns of zeros). All arithmetic is float32.
     """
 
+    @abc.abstractmethod
     def find_levels(self, w: Float[Array, "*row group"]) -> Float[Array, "*row 2"]:
         """The two numbers that describe the levels of each group of weights."""
-        ...
+
+    @property
+    @abc.abstractmethod
+    def rounding(self) -> Rounding:
+        """How a weight becomes a digit, given its levels: what the kernels take of a grid."""
 
     def quantize(
         self, w: Float[Array, "*shape"], levels: Float[Array, "*#shape 2"], curvature: Float[Array, ""]
@@ -36,18 +41,18 @@ class Grid(Protocol):
         `curvature` is what a squared deviation from `w` costs here: 1 / U[i, i]**2 in GPTQ's terms, 1 where
         nothing is known. A grid that takes the nearest level has no use for it.
         """
-        ...
+        return self.rounding.digit(w, (levels[..., 0], levels[..., 1]), curvature)
 
     def dequantize(
         self, digits: UInt8[Array, "*shape"], levels: Float[Array, "*#shape 2"]
     ) -> Float[Array, "*shape"]:
         """The value of each digit."""
-        ...
+        return self.rounding.value(digits, (levels[..., 0], levels[..., 1]))
 
 
 @pytree.register(leaves=(), static=())
 @dataclasses.dataclass(frozen=True)
-class TernaryGrid:
+class TernaryGrid(Grid):
     """Zero and the row's extremes: digit 0 is zero, 1 the row minimum (<= 0), 2 the row maximum (>= 0).
 
     `levels` holds (minimum, maximum). A weight becomes an extreme beyond half of it, strictly: a tie goes to
@@ -59,27 +64,15 @@ class TernaryGrid:
         """(minimum, maximum) of each group."""
         return jnp.stack(_extremes(w), axis=-1)
 
-    def quantize(
-        self, w: Float[Array, "*shape"], levels: Float[Array, "*#shape 2"], curvature: Float[Array, ""]
-    ) -> UInt8[Array, "*shape"]:
-        """The digit of the nearest level."""
-        low, high = levels[..., 0], levels[..., 1]
-        # A weight that error feedback moved above zero in a row whose maximum is zero has value zero, not
-        # digit 2.
-        is_high = (w > high / 2) & (high > 0)
-        is_low = (w < low / 2) & (low < 0)
-        return jnp.where(is_high, 2, jnp.where(is_low, 1, 0)).astype(jnp.uint8)
-
-    def dequantize(
-        self, digits: UInt8[Array, "*shape"], levels: Float[Array, "*#shape 2"]
-    ) -> Float[Array, "*shape"]:
-        """Zero, the minimum or the maximum."""
-        return jnp.where(digits == 2, levels[..., 1], jnp.where(digits == 1, levels[..., 0], 0.0))
+    @property
+    def rounding(self) -> TernaryRounding:
+        """To the nearest level."""
+        return TernaryRounding()
 
 
 @pytree.register(leaves=(), static=("bits",))
 @dataclasses.dataclass(frozen=True)
-class UniformGrid:
+class UniformGrid(Grid):
     """Evenly spaced levels from the row's minimum (<= 0) to its maximum (>= 0): value = step * (digit - zero
     point).
 
@@ -97,22 +90,14 @@ class UniformGrid:
     def find_levels(self, w: Float[Array, "*row group"]) -> Float[Array, "*row 2"]:
         """(step, zero point) of each group."""
         low, high = _extremes(w)
-        step = _divide(high - low, jnp.float32(self.max_digit))
+        step = divide(high - low, jnp.float32(self.max_digit))
         step = jnp.where(step > 0, step, 1.0)  # a range whose step underflows: all weights become zero
         return jnp.stack([step, jnp.round(-low / step)], axis=-1)
 
-    def quantize(
-        self, w: Float[Array, "*shape"], levels: Float[Array, "*#shape 2"], curvature: Float[Array, ""]
-    ) -> UInt8[Array, "*shape"]:
-        """The digit of the nearest level."""
-        step, zero_point = levels[..., 0], levels[..., 1]
-        return jnp.clip(jnp.round(_divide(w, step)) + zero_point, 0, self.max_digit).astype(jnp.uint8)
-
-    def dequantize(
-        self, digits: UInt8[Array, "*shape"], levels: Float[Array, "*#shape 2"]
-    ) -> Float[Array, "*shape"]:
-        """step * (digit - zero point)."""
-        return levels[..., 0] * (digits.astype(jnp.float32) - levels[..., 1])
+    @property
+    def rounding(self) -> UniformRounding:
+        """To the nearest level."""
+        return UniformRounding(self.max_digit)
 
 
 def ternary_grid() -> TernaryGrid:
@@ -138,13 +123,3 @@ def _extremes(w: Float[Array, "*row group"]) -> tuple[Float[Array, "*row"], Floa
     low, high = jnp.minimum(w.min(-1), 0.0), jnp.maximum(w.max(-1), 0.0)
     all_zero = (low == 0) & (high == 0)
     return jnp.where(all_zero, -1.0, low), jnp.where(all_zero, 1.0, high)
-
-
-def _divide(a: Float[Array, "*shape"], b: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
-    """a / b, correctly rounded, for finite a.
-
-    XLA turns a division by something broadcast into a multiplication by its reciprocal, which is one unit in the
-    last place off often enough to move weights across a rounding border. So b is made to depend on every a;
-    nothing less survives `vmap`.
-    """
-    return a / (b + 0 * a)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from pallas_kernels import pytree
-from qmoe_jax.quantization.grids import TernaryGrid
+from pallas_kernels.gptq_block.rounding import CostRounding
+from qmoe_jax.quantization.grids import Grid, TernaryGrid
 
 _TERNARY = TernaryGrid()
 
@@ -26,7 +27,7 @@ DEFAULT_BITS_PER_DIGIT = (-math.log2(0.885), -math.log2(0.0575), -math.log2(0.05
 
 @pytree.register(leaves=("rate", "bits_per_digit", "level_scale"), static=())
 @dataclasses.dataclass(frozen=True)
-class RateDistortionGrid:
+class RateDistortionGrid(Grid):
     """The digits and levels of `TernaryGrid`, with the digit chosen by error and rate.
 
     Attributes:
@@ -44,22 +45,11 @@ class RateDistortionGrid:
         """(minimum, maximum) of each group, times `level_scale`."""
         return self.level_scale * _TERNARY.find_levels(w)
 
-    def quantize(
-        self, w: Float[Array, "*shape"], levels: Float[Array, "*#shape 2"], curvature: Float[Array, ""]
-    ) -> UInt8[Array, "*shape"]:
-        """The digit of least cost; the lowest one in a tie."""
-        values = (jnp.zeros_like(levels[..., 0]), levels[..., 0], levels[..., 1])
-        costs = [
-            curvature * (w - v) ** 2 + self.rate * bits
-            for v, bits in zip(values, self.bits_per_digit, strict=True)
-        ]
-        return jnp.argmin(jnp.stack(costs), axis=0).astype(jnp.uint8)
-
-    def dequantize(
-        self, digits: UInt8[Array, "*shape"], levels: Float[Array, "*#shape 2"]
-    ) -> Float[Array, "*shape"]:
-        """Zero, the scaled minimum or the scaled maximum."""
-        return _TERNARY.dequantize(digits, levels)
+    @property
+    def rounding(self) -> CostRounding:
+        """To the digit of least cost; the lowest one in a tie."""
+        zero, low, high = self.rate * self.bits_per_digit
+        return CostRounding(zero, low, high)
 
 
 def rate_distortion_grid(
