@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.backend import triton_parameters
 from pallas_kernels.gptq_block.operands import Columns, RoundedBlock
 from pallas_kernels.gptq_block.rounding import Rounding
+from pallas_kernels.tiles import multiply_add
 
 WARPS = 4
 ROWS = 32 * WARPS  # of a program: one a thread
@@ -40,7 +41,9 @@ def gptq_block(
     columns, out = w.shape
     numbers, structure = jax.tree.flatten(rounding)
     results = pl.pallas_call(
-        functools.partial(_kernel, panel=math.gcd(columns, PANEL), structure=structure),
+        functools.partial(
+            _kernel, panel=math.gcd(columns, PANEL), structure=structure, compiled=not interpret
+        ),
         grid=(pl.cdiv(out, ROWS),),
         out_shape=(
             jax.ShapeDtypeStruct(w.shape, jnp.uint8),
@@ -54,12 +57,13 @@ def gptq_block(
     return RoundedBlock(*results)
 
 
-def _kernel(*refs: Any, panel: int, structure: Any) -> None:
+def _kernel(*refs: Any, panel: int, structure: Any, compiled: bool) -> None:
     w, pull, lower, curvature, levels, group, *numbers, digits, deviation, error = refs
     rounding = jax.tree.unflatten(structure, [number[0] for number in numbers])
     rows = pl.program_id(0) * ROWS + jnp.arange(ROWS)
     live = rows < w.shape[1]
     load = functools.partial(plt.load, mask=live, other=0)
+    add_product = functools.partial(multiply_add, compiled=compiled)
 
     def round_column(column: Any, pulled: Array, total: Array) -> tuple[Array, Array]:
         weight, cost = load(w.at[column, rows]), curvature[column]
@@ -76,14 +80,14 @@ def _kernel(*refs: Any, panel: int, structure: Any) -> None:
 
         def add_earlier(column: Any, pulls: list[Array]) -> list[Array]:
             deviated = load(deviation.at[column, rows])
-            return [pulls[i] + lower[first + i, column] * deviated for i in range(panel)]
+            return [add_product(deviated, lower[first + i, column], pulls[i]) for i in range(panel)]
 
         pulls = [load(pull.at[first + i, rows]) for i in range(panel)]
         pulls = jax.lax.fori_loop(0, first, add_earlier, pulls)
         for i in range(panel):
             deviated, total = round_column(first + i, pulls[i], total)
             for j in range(i + 1, panel):
-                pulls[j] += lower[first + j, first + i] * deviated
+                pulls[j] = add_product(deviated, lower[first + j, first + i], pulls[j])
         return total
 
     total = jax.lax.fori_loop(0, w.shape[0] // panel, round_panel, jnp.zeros(ROWS, jnp.float32))

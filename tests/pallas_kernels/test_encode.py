@@ -1,6 +1,7 @@
 """`encode_rows`, one suite for every backend, against a greedy encoder that looks codewords up in a dictionary."""
 
 import functools
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -38,15 +39,13 @@ def words(codebook: Codebook) -> dict[bytes, int]:
 
 def greedy(row: np.ndarray, codebook: Codebook) -> list[int]:
     """The longest codeword each time; where a row ends too early for any, the first that goes on with zeros."""
-    row = np.pad(row, (0, -len(row) % codebook.symbol_digits))
-    codes, at = [], 0
-    while at < len(row):
-        within = range(min(at + codebook.max_length, len(row)), at, -1)
-        beyond = range(len(row) + 1, at + codebook.max_length + 1)
-        tried = [np.pad(row[at:end], (0, max(0, end - len(row)))).tobytes() for end in (*within, *beyond)]
-        word = next(word for word in tried if word in words(codebook))
-        codes.append(words(codebook)[word])
-        at += len(word)
+    rest, code_of, codes = row.tobytes() + bytes(-len(row) % codebook.symbol_digits), words(codebook), []
+    while rest:
+        within = (rest[:end] for end in range(min(len(rest), codebook.max_length), 0, -1))
+        beyond = (rest + bytes(zeros) for zeros in range(1, codebook.max_length))
+        word = next(word for word in itertools.chain(within, beyond) if word in code_of)
+        codes.append(code_of[word])
+        rest = rest[len(word) :]
     return codes
 
 
@@ -74,26 +73,25 @@ def test_codes_and_offsets(chosen, book, shape):
 
 
 @every_backend
-@hypothesis.settings(deadline=None, max_examples=3, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=10, derandomize=True)
 @hypothesis.given(
-    width=st.integers(1, 90),
-    rows=st.integers(1, 40),
-    p_zero=st.sampled_from([0.0, 0.5, 1.0]),
-    book=st.sampled_from(list(samples.CODEBOOKS)),
+    p_zero=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    seed=st.integers(0, 2**32),
+    book=st.sampled_from(["tunstall-8", "upstream"]),
 )
-def test_any_shape_and_density(chosen, width, rows, p_zero, book):
-    codebook, digits = samples.CODEBOOKS[book](), random_digits((2, rows, width), p_zero)
+def test_any_digits(chosen, p_zero, seed, book):
+    """Of one shape, which each backend compiles once."""
+    codebook, digits = samples.CODEBOOKS[book](), random_digits((2, 33, 45), p_zero, seed)
     assert_encoded(pk.encode_rows(digits, codebook.encode_table, **chosen), digits, codebook)
 
 
-@every_backend
-def test_what_it_writes_unpacks_to_the_digits(chosen):
+def test_what_it_writes_unpacks_to_the_digits():
     codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 9, 70))
-    codes, row_offsets = pk.encode_rows(digits, codebook.encode_table, **chosen)
+    codes, row_offsets = pk.encode_rows(digits, codebook.encode_table)
     levels = np.broadcast_to(np.float32([1, 2]), (2, 9, 2))
     packed = pk.PackedMatrix(codes, row_offsets, levels, codebook.decode_table, 70)
     packed.validate()
-    np.testing.assert_array_equal(pk.unpack(packed, backend="reference"), digits)
+    np.testing.assert_array_equal(pk.unpack(packed), digits)
 
 
 @every_backend

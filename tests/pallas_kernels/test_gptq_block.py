@@ -95,12 +95,12 @@ def assert_rounded(problem: Block, rounding, digits: int, found: pk.RoundedBlock
 @every_backend
 @every_rounding
 def test_every_digit_is_the_best_given_those_before(chosen, rounding, digits):
-    """36 columns in panels of 4; rows of two programs, the second not full."""
-    problem = block(rounding, (36, 131), groups=3)
+    """34 columns in panels of 2; rows of two programs, the second not full."""
+    problem = block(rounding, (34, 131), groups=3)
     assert_rounded(problem, rounding, digits, problem.rounded(rounding, **chosen))
 
 
-@hypothesis.settings(deadline=None, max_examples=4, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=3, derandomize=True)
 @hypothesis.given(
     columns=st.sampled_from([1, 6, 16, 34]),
     out=st.sampled_from([1, 33, 128, 200]),
@@ -122,7 +122,7 @@ def test_interpret_mode_is_the_reference(columns, out, groups, name):
 @every_backend
 def test_experts_are_rounded_one_by_one_under_jit_and_vmap(chosen):
     rounding, digits = ROUNDINGS["uniform-2"]
-    problem = block(rounding, (3, 8, 20), groups=2)
+    problem = block(rounding, (3, 6, 20), groups=2)
     stacked = problem.rounded(rounding, **chosen)
     axes = Block(0, 0, 0, 0, 0, None)
     mapped = jax.jit(jax.vmap(lambda p: p.rounded(rounding, **chosen), in_axes=(axes,)))(problem)
@@ -145,11 +145,11 @@ def test_a_group_out_of_range_is_the_nearest(chosen, stray):
 
 
 @every_backend
-@pytest.mark.parametrize("name", ["ternary", "uniform-2", "cost"])
+@pytest.mark.parametrize("name", ["ternary", "uniform-2"])
 def test_whatever_the_numbers_the_digits_exist(chosen, name):
     """Infinite and not-a-number weights reach the digits, but nothing beside their own rows."""
     rounding, digits = ROUNDINGS[name]
-    problem = block(rounding, (8, 12))
+    problem = block(rounding, (6, 12))
     clean = problem.rounded(rounding, **chosen)
     problem.w[2, 3], problem.w[0, 5], problem.pull[1, 7] = np.nan, np.inf, -np.inf
     found = problem.rounded(rounding, **chosen)
@@ -176,8 +176,9 @@ def test_rounding_is_half_to_even():
     np.testing.assert_array_equal(round_half_to_even(jnp.float32([-3e38, 3e38])), [-(2.0**20), 2.0**20])
 
 
-@every_rounding
-def test_the_experts_of_a_layer_lower_to_one_triton_kernel(rounding, digits):
+@pytest.mark.parametrize("name", ["ternary", "uniform-4", "cost"])
+def test_the_experts_of_a_layer_lower_to_one_triton_kernel(name):
+    rounding, _ = ROUNDINGS[name]
     problem = block(rounding, (2, 128, 200), groups=3)
     axes = (0, 0, 0, 0, 0, None, None)
     program = lowered_for_cuda(jax.vmap(gptq_block, in_axes=axes), *problem, rounding)

@@ -11,8 +11,17 @@ import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from qmoe_jax.quantization import Quantized, gptq, round_to_nearest, ternary_grid, uniform_grid
+from qmoe_jax.quantization import (
+    Quantized,
+    factorize,
+    gptq,
+    gptq_with_factor,
+    round_to_nearest,
+    ternary_grid,
+    uniform_grid,
+)
 from qmoe_jax.quantization.reference import gptq_reference
 
 every_run = pytest.mark.parametrize("run", golden.RUNS, ids=lambda run: run.key)
@@ -136,6 +145,31 @@ def test_groups_that_straddle_blocks(block_size, group_size, activation_order):
         values, digits = gptq_reference(w[expert], hessian[expert], 4, **options)
         np.testing.assert_array_equal(q.digits[expert], digits)
         np.testing.assert_allclose(q.values[expert], values, rtol=1e-4, atol=1e-6)
+
+
+# The kernel of a block
+
+
+@pytest.mark.parametrize("bits, options", [(None, {}), (3, {"group_size": 12, "activation_order": True})])
+def test_the_pallas_kernel_gives_the_same_digits(bits, options):
+    w, hessian = example(2, 5, 40)
+    grid = ternary_grid() if bits is None else uniform_grid(bits)
+    options |= {"block_size": 10}
+    got = gptq(w, hessian, grid, **options, backend="pallas", interpret=True)
+    want = gptq(w, hessian, grid, **options)
+    np.testing.assert_array_equal(got.digits, want.digits)
+    np.testing.assert_allclose(got.values, want.values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.error, want.error, rtol=1e-5)
+
+
+def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
+    w, hessian = example(3, 5, 64)
+    h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    factor = factorize(hessian)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        traced = gptq_with_factor.trace(w, factor, ternary_grid(), block_size=16)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count('name = "gptq_block"') == 1
 
 
 # Invariances

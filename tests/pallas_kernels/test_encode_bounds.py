@@ -1,0 +1,22 @@
+"""Every load and store of the encoder is checked against its array, on bytes of which most are no digits."""
+
+import jax
+import numpy as np
+import packed_samples as samples
+import pytest
+from test_safety_bounds import checking, ran, strays, traced  # noqa: F401
+
+from pallas_kernels.encode.pallas import encode
+
+
+@pytest.mark.parametrize("book", ["upstream", "tunstall-8"])
+@pytest.mark.parametrize("capacity", [40])
+def test_no_byte_leads_out_of_an_array(book, capacity):
+    table = samples.CODEBOOKS[book]().encode_table
+    noise = np.random.default_rng(capacity).integers(0, 256, (2, 37, 19), dtype=np.uint8)
+    traced.clear()
+    codes, row_offsets = ran(jax.jit(lambda d: encode(d, table, capacity, interpret=True)), noise)
+    assert traced == {"load", "store"}
+    assert strays == []
+    assert codes.max() < len(table.code)
+    assert row_offsets[:, -1].min() > 37
