@@ -12,9 +12,8 @@ from pallas_kernels.host.share import share, take
 from pallas_kernels.host.simd import intrinsic
 
 ROWS = 8  # of the matrix, read side by side: as many streams as the processor's prefetchers follow
-LEAST_COLUMNS = 64  # of a piece: two cache lines of each row
 PIECES = 2  # for each thread, at least
-COLUMNS = 1024  # of a piece at most, whose sums (4 KB a token) and eight rows (16 KB) stay in the first cache
+COLUMNS = 4096  # read at a time: 8 KB of each row in one piece, and sums (16 KB a token) that stay in the first cache
 
 
 @intrinsic
@@ -81,37 +80,42 @@ def _add_row(w, row, start, stop, x, total):
 
 
 @compiled
-def _columns(w, x, start, stop, totals):
-    """`totals = x @ w[:, start:stop]`; the rows at hand come from memory once and stay in the first cache."""
-    whole, tokens = w.shape[0] // ROWS * ROWS, len(x)
-    totals[:] = np.float32(0)
-    for row in range(0, whole, ROWS):
+def _add_block(w, x, rows, columns, totals):
+    """Adds what some rows and columns of the matrix give; the rows at hand come from memory once."""
+    (low, high), (start, stop), tokens = rows, columns, len(x)
+    whole = low + (high - low) // ROWS * ROWS
+    for row in range(low, whole, ROWS):
         for token in range(0, tokens - 1, 2):
-            _add_rows_twice(w, row, start, stop, x[token : token + 2], totals[token : token + 2])
+            two = totals[token : token + 2, start:stop]
+            _add_rows_twice(w, row, start, stop, x[token : token + 2], two)
         if tokens % 2:
-            _add_rows(w, row, start, stop, x[tokens - 1], totals[tokens - 1])
-    for row in range(whole, w.shape[0]):
+            _add_rows(w, row, start, stop, x[tokens - 1], totals[tokens - 1, start:stop])
+    for row in range(whole, high):
         for token in range(tokens):
-            _add_row(w, row, start, stop, x[token, row], totals[token])
+            _add_row(w, row, start, stop, x[token, row], totals[token, start:stop])
 
 
 @compiled
-def _product(taken, w, x, y, each):
-    """y = x @ w: a piece is `each` columns."""
-    totals = np.empty((len(x), each), np.float32)
-    start = take(taken) * each
-    while start < w.shape[1]:
-        stop = min(start + each, w.shape[1])
-        _columns(w, x, start, stop, totals)
-        y[:, start:stop] = totals[:, : stop - start]
-        start = take(taken) * each
+def _product(taken, w, x, partial, each):
+    """A piece is `each` rows and all columns, read as they lie; a thread adds up its own."""
+    totals = partial[take(taken[1:])]
+    low = take(taken) * each
+    while low < w.shape[0]:
+        high = min(low + each, w.shape[0])
+        for start in range(0, w.shape[1], COLUMNS):
+            _add_block(w, x, (low, high), (start, min(start + COLUMNS, w.shape[1])), totals)
+        low = take(taken) * each
 
 
 def product(
     w: UInt16[np.ndarray, "in out"], x: Float32[np.ndarray, "t in"], y: Float32[np.ndarray, "t out"]
 ) -> None:
-    """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. Threads take columns."""
-    share(_product, w, x, y, min(COLUMNS, max(LEAST_COLUMNS, -(-w.shape[1] // (PIECES * threads())))))
+    """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. Threads take rows."""
+    partial = np.zeros((threads(), *y.shape), np.float32)
+    share(
+        _product, w, x, partial, max(ROWS, -(-w.shape[0] // (PIECES * threads() * ROWS)) * ROWS), counters=2
+    )
+    np.sum(partial, axis=0, out=y)
 
 
 def compile_product() -> None:
