@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,18 +20,17 @@ import ml_dtypes
 import numpy as np
 
 _METADATA_EXTENSION = 1
-_SCALAR_ATTRIBUTE, _STRING_ATTRIBUTE = 3, 4
 _INTERNAL_ERROR = 13
 _DTYPES = {
-    1: np.bool_,
-    2: np.int8,
-    4: np.int32,
-    5: np.int64,
-    6: np.uint8,
-    7: np.uint16,
-    8: np.uint32,
-    11: np.float32,
-    16: ml_dtypes.bfloat16,
+    1: np.dtype(np.bool_),
+    2: np.dtype(np.int8),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.uint8),
+    7: np.dtype(np.uint16),
+    8: np.dtype(np.uint32),
+    11: np.dtype(np.float32),
+    16: np.dtype(ml_dtypes.bfloat16),
 }
 
 
@@ -98,12 +99,8 @@ class _Buffers(ctypes.Structure):
 class _Span(ctypes.Structure):
     _fields_ = (("start", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
-    def __str__(self) -> str:
-        return ctypes.string_at(self.start, self.size).decode()
-
-
-class _Scalar(ctypes.Structure):
-    _fields_ = (("dtype", ctypes.c_int), ("value", ctypes.c_void_p))
+    def bytes(self) -> bytes:
+        return ctypes.string_at(self.start, self.size)
 
 
 class _Attributes(ctypes.Structure):
@@ -133,44 +130,27 @@ class _CallFrame(ctypes.Structure):
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_CallFrame))
 
 
-class _Memory:
-    """NumPy's array interface over memory that XLA owns."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], typestr: str, *, readonly: bool):
-        self.__array_interface__ = {
-            "data": (address, readonly),
-            "shape": shape,
-            "typestr": typestr,
-            "version": 3,
-        }
-
-
 def _view(buffer: _Buffer, *, readonly: bool) -> np.ndarray:
-    dtype, shape = np.dtype(_DTYPES[buffer.dtype]), tuple(buffer.dims[: buffer.rank])
+    dtype, shape = _DTYPES[buffer.dtype], tuple(buffer.dims[: buffer.rank])
     if 0 in shape:
         return np.empty(shape, dtype)
-    memory = _Memory(buffer.data, shape, f"|u{dtype.itemsize}", readonly=readonly)
-    return np.asarray(memory).view(dtype)
+    memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(buffer.data)
+    view = np.ndarray(shape, dtype, memory)
+    view.flags.writeable = not readonly
+    return view
 
 
 def _views(buffers: _Buffers, *, readonly: bool) -> list[np.ndarray]:
     return [_view(buffers.values[i].contents, readonly=readonly) for i in range(buffers.size)]
 
 
-def _attribute(kind: int, value: int) -> int | str:
-    if kind == _STRING_ATTRIBUTE:
-        return str(_Span.from_address(value))
-    assert kind == _SCALAR_ATTRIBUTE, kind
-    scalar = _Scalar.from_address(value)
-    dtype = np.dtype(_DTYPES[scalar.dtype])
-    return int(np.frombuffer(ctypes.string_at(scalar.value, dtype.itemsize), dtype)[0])
+def _keywords(attributes: _Attributes) -> dict[str, Any]:
+    return _parsed(_Span.from_address(attributes.values[0]).bytes())
 
 
-def _keywords(attributes: _Attributes) -> dict[str, int | str]:
-    return {
-        str(attributes.names[i].contents): _attribute(attributes.types[i], attributes.values[i])
-        for i in range(attributes.size)
-    }
+@functools.lru_cache
+def _parsed(text: bytes) -> dict[str, Any]:
+    return json.loads(text)
 
 
 def _handler(function: Callable[..., None]) -> Any:
@@ -224,8 +204,8 @@ class HostFunction:
         **static: int | str,
     ) -> Any:
         """Arrays of the shapes `results`, filled by the function; under vmap it runs element by element."""
-        attributes = {k: np.int64(v) if isinstance(v, int) else v for k, v in static.items()}
-        return jax.ffi.ffi_call(self.target, results, vmap_method="sequential")(*arguments, **attributes)
+        call = jax.ffi.ffi_call(self.target, results, vmap_method="sequential")
+        return call(*arguments, static=json.dumps(static, sort_keys=True))
 
 
 _registered: list[Any] = []  # XLA keeps the pointers as long as the process lives
