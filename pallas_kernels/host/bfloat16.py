@@ -13,7 +13,9 @@ from pallas_kernels.host.simd import intrinsic
 
 ROWS = 8  # of the matrix, read side by side: as many streams as the processor's prefetchers follow
 PIECES = 2  # for each thread, at least
-COLUMNS = 4096  # read at a time: 8 KB of each row in one piece, and sums (16 KB a token) that stay in the first cache
+# Columns read at a time: 8 KB of each row in one piece for one token, and fewer for more, so that their sums (16 KB in
+# all) and the rows at hand stay in the first cache.
+COLUMNS, LEAST_COLUMNS = 4096, 256
 
 
 @intrinsic
@@ -50,7 +52,7 @@ def _add_rows(w, row, start, stop, x, total):
 
 
 @compiled
-def _add_rows_twice(w, row, start, stop, x, totals):
+def _add_rows_twice(w, row, start, stop, x, total, total1):
     """The same for two tokens, which share the widening."""
     a, b, c, d = w[row, start:stop], w[row + 1, start:stop], w[row + 2, start:stop], w[row + 3, start:stop]
     e, f, g, h = (
@@ -63,7 +65,6 @@ def _add_rows_twice(w, row, start, stop, x, totals):
     t, u, v, z = x[0, row + 4], x[0, row + 5], x[0, row + 6], x[0, row + 7]
     p1, q1, r1, s1 = x[1, row], x[1, row + 1], x[1, row + 2], x[1, row + 3]
     t1, u1, v1, z1 = x[1, row + 4], x[1, row + 5], x[1, row + 6], x[1, row + 7]
-    total, total1 = totals[0], totals[1]
     for j in range(stop - start):
         k, o, m, n = _widen(a[j]), _widen(b[j]), _widen(c[j]), _widen(d[j])
         k1, l1, m1, n1 = _widen(e[j]), _widen(f[j]), _widen(g[j]), _widen(h[j])
@@ -86,8 +87,8 @@ def _add_block(w, x, rows, columns, totals):
     whole = low + (high - low) // ROWS * ROWS
     for row in range(low, whole, ROWS):
         for token in range(0, tokens - 1, 2):
-            two = totals[token : token + 2, start:stop]
-            _add_rows_twice(w, row, start, stop, x[token : token + 2], two)
+            near, far = totals[token, start:stop], totals[token + 1, start:stop]
+            _add_rows_twice(w, row, start, stop, x[token : token + 2], near, far)
         if tokens % 2:
             _add_rows(w, row, start, stop, x[tokens - 1], totals[tokens - 1, start:stop])
     for row in range(whole, high):
@@ -99,11 +100,12 @@ def _add_block(w, x, rows, columns, totals):
 def _product(taken, w, x, partial, each):
     """A piece is `each` rows and all columns, read as they lie; a thread adds up its own."""
     totals = partial[take(taken[1:])]
+    columns = max(LEAST_COLUMNS, COLUMNS // len(x))
     low = take(taken) * each
     while low < w.shape[0]:
         high = min(low + each, w.shape[0])
-        for start in range(0, w.shape[1], COLUMNS):
-            _add_block(w, x, (low, high), (start, min(start + COLUMNS, w.shape[1])), totals)
+        for start in range(0, w.shape[1], columns):
+            _add_block(w, x, (low, high), (start, min(start + columns, w.shape[1])), totals)
         low = take(taken) * each
 
 
@@ -111,6 +113,8 @@ def product(
     w: UInt16[np.ndarray, "in out"], x: Float32[np.ndarray, "t in"], y: Float32[np.ndarray, "t out"]
 ) -> None:
     """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. Threads take rows."""
+    if len(x) == 0:
+        return
     partial = np.zeros((threads(), *y.shape), np.float32)
     share(
         _product, w, x, partial, max(ROWS, -(-w.shape[0] // (PIECES * threads() * ROWS)) * ROWS), counters=2
