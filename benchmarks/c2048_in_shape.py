@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,25 @@ def packed_runs(
     }
 
 
+def memory_rate(config: qj.SwitchConfig) -> float:
+    """Bytes a second at which XLA reads a dense float32 matrix of this model to multiply one token by it."""
+    product = jax.jit(lambda x, w: x @ w)
+    x, w = jnp.ones((1, config.d_model)), jnp.ones((config.d_model, config.vocab_size))
+    run = {"product": lambda i: product(x, w).block_until_ready()}
+    return w.nbytes / measuring.best_seconds(run, 10)["product"]
+
+
+def disk_rate(root: Path) -> float:
+    """Bytes a second of single experts read one after another, nothing of them in the page cache."""
+    reader = qj.open_checkpoint(root, check=False)
+    forget_files(root)
+    chosen = np.random.default_rng(1).integers(reader.config.num_experts, size=64)
+    extents = [reader.expert_extent("encoder", i % 5, int(e)) for i, e in enumerate(chosen)]
+    began = time.perf_counter()
+    nbytes = sum(len(extent.read()) for extent in extents)
+    return nbytes / (time.perf_counter() - began)
+
+
 def sampling_seconds(batch: int, vocabulary: int) -> float:
     """What drawing a token for each row takes by itself."""
     choose = jax.jit(Sampling(1.0).choose)
@@ -153,6 +173,8 @@ def main() -> None:
         "expert_files_bytes": sum(file.stat().st_size for file in files),
         "expert_cache_bytes": int(options.expert_cache * 1e9),
         "peak_resident_bytes": resident,
+        "memory_gigabytes_a_second": memory_rate(config) / 1e9,
+        "disk_gigabytes_a_second": disk_rate(options.folder) / 1e9,
         "prompt_tokens": options.prompt,
         "new_tokens": options.new,
         "runs": [
@@ -190,7 +212,8 @@ def show(result: dict[str, Any]) -> None:
         ),
         title=f"{result['expert_parameters'] / 1e12:.2f} T expert parameters, {gigabytes:.1f} GB of files for "
         f"{result['layers_with_files_of_their_own']} of 30 layers; peak resident "
-        f"{result['peak_resident_bytes'] / 1e9:.2f} GB",
+        f"{result['peak_resident_bytes'] / 1e9:.2f} GB; memory {result['memory_gigabytes_a_second']:.0f} GB/s, "
+        f"disk {result['disk_gigabytes_a_second']:.1f} GB/s",
     )
     for row in result["runs"]:
         writing = row["writing"]
