@@ -92,6 +92,7 @@ def pack(
 ) -> PackedMatrix:
     """The matrices of several experts side by side, as the kernels take them, in host memory."""
     capacity = max(len(stream.codes) for stream in streams)
+    capacity += capacity % 2  # a GPU reads more than 2 GiB of byte codes in pairs
     codes = np.zeros((len(streams), capacity), codebook.code_dtype)
     for row, stream in zip(codes, streams, strict=True):
         row[: len(stream.codes)] = stream.codes
