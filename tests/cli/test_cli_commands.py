@@ -94,7 +94,9 @@ def test_evaluate_cuts_texts_evenly(model, texts):
 def test_a_compressed_model_stays_packed(artifact, texts, monkeypatch):
     loaded = []
     load = qj.load_compressed
-    monkeypatch.setattr(qj, "load_compressed", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(
+        qj, "load_compressed", lambda *args, **options: loaded.append(args) or load(*args, **options)
+    )
     found = answer("evaluate", artifact, "--text", texts, "--samples", 20)
     assert found["format"] == "qmoe"
     assert len(loaded) == 1

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.experimental import pallas as pl
 
+import pallas_kernels as pk
 from pallas_kernels.backend import triton_parameters
 from qmoe_jax import SwitchConfig
 from qmoe_jax.models import SwitchTransformer
@@ -79,6 +80,39 @@ def model() -> dict[str, list[str]]:
     }
 
 
+def compression() -> dict[str, list[dict[str, object]]]:
+    """The kernels that compress experts of c-2048: a block of GPTQ, and rows to codewords."""
+    array, (width, rows) = jax.ShapeDtypeStruct, gpu_compile.SHAPES["c-2048"]
+    columns = array((16, 128, rows), jnp.float32)
+    factor = array((16, 128, 128), jnp.float32), array((16, 128), jnp.float32)
+    levels, group = array((16, 1, rows, 2), jnp.float32), array((128,), jnp.int32)
+
+    def block(w, pull, lower, curvature, levels, group):
+        return pk.quantize_block(
+            w,
+            pull,
+            lower,
+            curvature,
+            levels=levels,
+            group=group,
+            rounding=pk.TernaryRounding(),
+            backend="pallas",
+        )
+
+    def encode(digits):
+        table = gpu_compile.codebooks()["tunstall-8"].encode_table
+        return pk.encode_rows(digits, table, backend="pallas")
+
+    programs = {
+        "quantize_block": (block, (columns, columns, *factor, levels, group)),
+        "encode_rows": (encode, (array((4, rows, width), jnp.uint8),)),
+    }
+    return {
+        name: [gpu_compile.describe(launch) for launch in deviceless.launches(*program, H100)]
+        for name, program in programs.items()
+    }
+
+
 def packed_like(kernel: jax.ShapeDtypeStruct):
     """The same experts packed: dense ones are [expert, in, out]."""
     _, width, rows = kernel.shape
@@ -93,6 +127,7 @@ if __name__ == "__main__":
             "spilling": [gpu_compile.describe(launch) for launch in deviceless.launches(*spilling, H100)],
             "overflowing": refused(*overflowing),
             "model": model(),
+            "compression": compression(),
         },
         sys.stdout,
     )

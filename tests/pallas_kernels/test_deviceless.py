@@ -12,6 +12,7 @@ import pytest
 # A thread's. A multiprocessor has 65,536: room for 28 warps that gather. Tensor cores' sums may take all that a thread
 # can have, which leaves room for 8 warps.
 REGISTERS = {"packed_matvec": 64, "packed_decode": 64, "packed_matmul": 72, "packed_matmul_tensor_core": 255}
+COMPRESSION_REGISTERS = 96
 SHARED_BYTES = 48 << 10  # a program's, without asking for more
 
 if reason := deviceless.refusal():
@@ -54,6 +55,18 @@ def test_registers_stay_under_the_ceiling(made):
 def test_shared_memory_stays_within_the_budget(made):
     for row in made["rows"]:
         assert max(kernel["shared_bytes"] for kernel in row["kernels"]) <= SHARED_BYTES, row
+
+
+@pytest.mark.parametrize(
+    ("op", "kernels"),
+    [("quantize_block", {"gptq_block"}), ("encode_rows", {"encode_count", "encode_write"})],
+)
+def test_kernels_of_compression_spill_nothing(made, op, kernels):
+    found = {kernel["name"]: kernel for kernel in made["compression"][op]}  # XLA's own fusions among them
+    assert kernels <= found.keys()
+    for name in kernels:
+        assert found[name]["stack_bytes"] == 0
+        assert found[name]["registers"] <= COMPRESSION_REGISTERS
 
 
 def test_a_kernel_that_spills_would_be_seen(made):
