@@ -98,15 +98,14 @@ def _add_block(w, x, rows, columns, totals):
 
 @compiled
 def _product(taken, w, x, partial, each):
-    """A piece is `each` rows and all columns, read as they lie; a thread adds up its own."""
-    totals = partial[take(taken[1:])]
+    """A piece is `each` rows and all columns, read as they lie, with sums of its own, in one order always."""
     columns = max(LEAST_COLUMNS, COLUMNS // len(x))
-    low = take(taken) * each
-    while low < w.shape[0]:
-        high = min(low + each, w.shape[0])
+    piece = take(taken)
+    while piece < len(partial):
+        low, high, totals = piece * each, min((piece + 1) * each, w.shape[0]), partial[piece]
         for start in range(0, w.shape[1], columns):
             _add_block(w, x, (low, high), (start, min(start + columns, w.shape[1])), totals)
-        low = take(taken) * each
+        piece = take(taken)
 
 
 def product(
@@ -115,10 +114,9 @@ def product(
     """Writes `x @ w` into `y`; `w` are the bits of bfloat16 numbers. Threads take rows."""
     if len(x) == 0:
         return
-    partial = np.zeros((threads(), *y.shape), np.float32)
-    share(
-        _product, w, x, partial, max(ROWS, -(-w.shape[0] // (PIECES * threads() * ROWS)) * ROWS), counters=2
-    )
+    each = max(ROWS, -(-w.shape[0] // (PIECES * threads() * ROWS)) * ROWS)
+    partial = np.zeros((-(-w.shape[0] // each), *y.shape), np.float32)
+    share(_product, w, x, partial, each)
     np.sum(partial, axis=0, out=y)
 
 

@@ -21,13 +21,12 @@ from pallas_kernels.host.compiled import MOST_THREADS, threads
 from pallas_kernels.host.simd import intrinsic
 
 
-def share(kernel: Callable[..., None], *args: Any, counters: int = 1) -> None:
+def share(kernel: Callable[..., None], *args: Any) -> None:
     """Runs `kernel(taken, *args)` in as many threads as kernels use, this one among them, until all have returned.
 
-    The kernel takes pieces by `take(taken)` until there are none; further `counters` give what else there is of each
-    kind one of, such as a buffer for each thread. Any number of threads may call this at once.
+    The kernel takes pieces by `take(taken)` until there are none. Any number of threads may call this at once.
     """
-    taken = np.zeros(counters, np.int64)
+    taken = np.zeros(1, np.int64)
     helpers = [_pool().submit(kernel, taken, *args) for _ in range(threads() - 1)]
     kernel(taken, *args)
     for helper in helpers:

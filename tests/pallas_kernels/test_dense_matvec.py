@@ -56,6 +56,13 @@ def test_under_jit_and_vmap(backend):
         assert_product(found, x, factor * w)
 
 
+def test_the_same_bits_every_time():
+    x, w = operands(3, (2080, 96))
+    first = np.asarray(dense_matvec(x, w, backend="cpu"))
+    for _ in range(30):
+        np.testing.assert_array_equal(dense_matvec(x, w, backend="cpu"), first)
+
+
 def test_what_does_not_fit_is_refused():
     x, w = operands(2, (16, 20))
     with pytest.raises(ValueError, match=r"found \(2, 16\) and \(20, 16\)"):
