@@ -146,8 +146,9 @@ class DiskExperts(ExpertStore):
         ready = {expert: slot for expert in experts if (slot := cache.find(layer, expert)) is not None}
         missing = [expert for expert in experts if expert not in ready]
         self.statistics.hits += len(ready)
-        pending = self._start(layer, cache, missing)
+        pending: _Pending = {}
         try:
+            self._start(layer, cache, missing, pending)
             if ready:
                 yield ready
             while pending:
@@ -158,19 +159,17 @@ class DiskExperts(ExpertStore):
             for slot, _, _ in pending.values():
                 cache.give_back(slot)
 
-    def _start(self, layer: LayerKey, cache: ExpertCache, experts: Sequence[int]) -> _Pending:
-        """Begins to read experts, in the order of their places on the disk."""
+    def _start(self, layer: LayerKey, cache: ExpertCache, experts: Sequence[int], pending: _Pending) -> None:
+        """Begins to read experts, in the order of their places on the disk, and notes each in `pending`."""
         stored: ExpertLayer = self._source.layers[layer]
         extents = sorted((stored.extent(expert) for expert in experts), key=lambda e: (e.path, e.offset))
         pieces = -(-READS_IN_FLIGHT // max(1, len(extents)))
-        pending: _Pending = {}
         for extent in extents:
             slot, evicted = cache.take()
             self.statistics.evictions += evicted
             read = cache.pool.fill(slot, extent)
             futures = [self._readers.submit(part.run) for part in read.read.split(pieces)]
             pending[extent.expert] = slot, read, futures
-        return pending
 
     def _next(self, pending: _Pending) -> list[int]:
         """The experts that have been read, at least one of them."""
