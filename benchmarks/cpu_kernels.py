@@ -123,7 +123,7 @@ def bandwidth(threads: int) -> float:
     """Bytes a second that so many threads read from memory."""
     import numba
 
-    from pallas_kernels.host.share import share, take
+    from pallas_kernels.cpu.threads import share, take
 
     @numba.njit(nogil=True, fastmath=True)
     def read(taken, array, sums):

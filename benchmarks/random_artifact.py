@@ -28,7 +28,6 @@ import qmoe_jax as qj
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import expert_matrices
 from qmoe_jax.artifact.dense import save_dense
-from qmoe_jax.artifact.files import FileRecord, record_of, record_of_pieces, write_durably
 from qmoe_jax.artifact.groups import GroupKey, render_group
 from qmoe_jax.artifact.kinds import Ternary
 from qmoe_jax.artifact.manifest import MANIFEST, RUN, GroupRecord, Manifest, Run, canonical
@@ -37,6 +36,7 @@ from qmoe_jax.artifact.store import REPORT
 from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
 from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.coding import Codebook, tunstall_codebook
+from qmoe_jax.files.durable import FileRecord, record_of, record_of_pieces, write_durably
 from qmoe_jax.models import SwitchTransformer
 
 P_ZERO = 0.885

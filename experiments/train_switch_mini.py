@@ -42,7 +42,7 @@ from jax import numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qmoe_jax import SwitchConfig
-from qmoe_jax.checkpoints.t5x_writer import write_t5x
+from qmoe_jax.checkpoints.t5x.writer import write_t5x
 from qmoe_jax.data import Example, Sentinels, Tokenizer, batches, span_corruption
 from qmoe_jax.data.text import text_files
 from qmoe_jax.models import GroupCapacity, SwitchTransformer

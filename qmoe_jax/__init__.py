@@ -5,7 +5,6 @@ from qmoe_jax.artifact.verify import Verification as Verification
 from qmoe_jax.artifact.verify import verify as verify
 from qmoe_jax.checkpoints.convert import convert as convert
 from qmoe_jax.checkpoints.inspect import inspect as inspect
-from qmoe_jax.checkpoints.reader import CheckpointError as CheckpointError
 from qmoe_jax.compression import CompressionConfig as CompressionConfig
 from qmoe_jax.compression import CompressionReport as CompressionReport
 from qmoe_jax.compression import ProgressBar as ProgressBar
@@ -16,6 +15,7 @@ from qmoe_jax.evaluation import Comparison as Comparison
 from qmoe_jax.evaluation import Evaluation as Evaluation
 from qmoe_jax.evaluation import compare as compare
 from qmoe_jax.evaluation import evaluate as evaluate
+from qmoe_jax.files.errors import CheckpointError as CheckpointError
 from qmoe_jax.inference import Sampling as Sampling
 from qmoe_jax.inference import decompress as decompress
 from qmoe_jax.inference import expert_statistics as expert_statistics

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")

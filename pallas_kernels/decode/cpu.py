@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.host.call import HostFunction
-from pallas_kernels.host.dense import dense
-from pallas_kernels.host.packed import arrays_of, integers_of, rebuilt
+from pallas_kernels.cpu.ffi import HostFunction
+from pallas_kernels.cpu.operands import arrays_of, integers_of, rebuilt
+from pallas_kernels.cpu.unpack_rows import dense
 from pallas_kernels.operands import PackedMatrix
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float32
 
-from pallas_kernels.host.bfloat16 import compile_product, product
-from pallas_kernels.host.call import HostFunction
+from pallas_kernels.cpu.dense_product import compile_product, product
+from pallas_kernels.cpu.ffi import HostFunction
 
 
 def dense_matvec(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
+from pallas_kernels.cpu.ffi import HostFunction
 from pallas_kernels.encode.operands import EncodedRows, EncodeTable
 from pallas_kernels.encode.walk import walk
-from pallas_kernels.host.call import HostFunction
 
 
 def encode(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:

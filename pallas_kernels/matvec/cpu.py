@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.host.multiply import multiply
+from pallas_kernels.cpu.matmul import multiply
 from pallas_kernels.operands import PackedMatrix
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.host.call import HostFunction
-from pallas_kernels.host.experts import expert_mlp
-from pallas_kernels.host.packed import NUM_ARRAYS, arrays_of, integers_of, rebuilt
-from pallas_kernels.host.rows import compile_for
+from pallas_kernels.cpu.ffi import HostFunction
+from pallas_kernels.cpu.mlp import expert_mlp
+from pallas_kernels.cpu.operands import NUM_ARRAYS, arrays_of, integers_of, rebuilt
+from pallas_kernels.cpu.product import compile_for
 from pallas_kernels.operands import PackedMatrix
 
 _NAMES = ("wi", "gate")

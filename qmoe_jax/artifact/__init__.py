@@ -13,7 +13,6 @@ Everything but `dense/`, `report.json` and `SHA256SUMS` is the same to the byte 
 
 from qmoe_jax.artifact.codebook_file import read_codebooks as read_codebooks
 from qmoe_jax.artifact.completeness import expert_matrices as expert_matrices
-from qmoe_jax.artifact.files import ArtifactError as ArtifactError
 from qmoe_jax.artifact.groups import Expert as Expert
 from qmoe_jax.artifact.groups import ExpertExtent as ExpertExtent
 from qmoe_jax.artifact.groups import GroupKey as GroupKey
@@ -35,3 +34,4 @@ from qmoe_jax.artifact.sizes import measure as measure
 from qmoe_jax.artifact.store import ArtifactWriter as ArtifactWriter
 from qmoe_jax.artifact.verify import Verification as Verification
 from qmoe_jax.artifact.verify import verify as verify
+from qmoe_jax.files.errors import CheckpointError as CheckpointError

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from qmoe_jax.artifact.bits import pack_bits, smallest_dtype, unpack_bits
-from qmoe_jax.artifact.files import ArtifactError, read_exactly
-from qmoe_jax.artifact.safetensors_header import read_header, render_header
 from qmoe_jax.coding import Codebook
+from qmoe_jax.files.durable import read_exactly
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.safetensors_header import read_header, render_header
 
 CODEBOOKS = "codebooks.safetensors"
 DIGIT_BITS = 2
@@ -39,7 +40,7 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
     """The codebooks of a file, by name.
 
     Raises:
-      ArtifactError: the file is missing or damaged, or something in it is no codebook.
+      CheckpointError: the file is missing or damaged, or something in it is no codebook.
     """
     header = read_header(path)
     arrays = {}
@@ -54,5 +55,5 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
             stored = {"lengths": arrays[f"{index}.lengths"], "digits": digits, "symbol_digits": symbol_digits}
             codebooks[fields["name"]] = Codebook.from_arrays(fields["name"], stored)
     except (KeyError, ValueError, TypeError) as error:
-        raise ArtifactError("holds no codebook", path=path, found=repr(error)) from error
+        raise CheckpointError("holds no codebook", path=path, found=repr(error)) from error
     return codebooks

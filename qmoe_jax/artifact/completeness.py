@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
 from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.manifest import Run
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.errors import CheckpointError
 
 
 def expert_matrices(config: SwitchConfig) -> dict[str, tuple[int, int]]:
@@ -22,7 +22,7 @@ def find_groups(root: Path) -> list[GroupKey]:
     """The expert groups on the disk, whichever host wrote them.
 
     Raises:
-      ArtifactError: there is a file among them that is none.
+      CheckpointError: there is a file among them that is none.
     """
     keys = []
     for path in sorted((root / EXPERTS).rglob("*")):
@@ -30,7 +30,7 @@ def find_groups(root: Path) -> list[GroupKey]:
             continue
         key = GroupKey.from_path(path.relative_to(root).as_posix())
         if key is None:
-            raise ArtifactError("is no expert group", path=path, remedy="remove it")
+            raise CheckpointError("is no expert group", path=path, remedy="remove it")
         keys.append(key)
     return keys
 
@@ -47,14 +47,14 @@ def check_complete(
       dense: the dense parameters by name; the kernels of a layer left uncompressed are among them.
 
     Raises:
-      ArtifactError: an expert is missing or twice there, or groups of one layer are packed differently.
+      CheckpointError: an expert is missing or twice there, or groups of one layer are packed differently.
     """
     by_layer: dict[tuple[str, int], list[GroupKey]] = {
         (stack, layer): [] for stack in ("encoder", "decoder") for layer in run.config.sparse_layers(stack)
     }
     for key in sorted(keys):
         if (key.stack, key.layer) not in by_layer:
-            raise ArtifactError("is a group of a layer without experts", path=root / key.path)
+            raise CheckpointError("is a group of a layer without experts", path=root / key.path)
         by_layer[key.stack, key.layer].append(key)
     kinds: dict[str, Kind] = {}
     for (stack, layer), groups in by_layer.items():
@@ -66,7 +66,7 @@ def check_complete(
             group = GroupFile.open(root, key)
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
                 if kinds.setdefault(name := key.kernel(matrix), kind) != kind:
-                    raise ArtifactError(
+                    raise CheckpointError(
                         "is packed unlike its layer", path=root / key.path, expected=kinds[name], found=kind
                     )
     return kinds
@@ -77,7 +77,7 @@ def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupK
     position = 0
     for key in groups:
         if key.start != position:
-            raise ArtifactError(
+            raise CheckpointError(
                 "experts are missing" if key.start > position else "experts are there twice",
                 path=root / key.path,
                 key=layer,
@@ -86,7 +86,7 @@ def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupK
             )
         position = key.stop
     if position != num_experts:
-        raise ArtifactError(
+        raise CheckpointError(
             "experts are missing", path=root, key=layer, expected=f"{num_experts} experts", found=position
         )
 
@@ -97,15 +97,15 @@ def check_matrices(
     """How the matrices of a group (kind and shape of each) are packed, after a check that they fit the run.
 
     Raises:
-      ArtifactError: they are not the model's matrices, or need a codebook that the run has not; names `path`.
+      CheckpointError: they are not the model's matrices, or need a codebook that the run has not; names `path`.
     """
     found = {matrix: shape for matrix, (_, shape) in matrices.items()}
     if found != (expected := expert_matrices(run.config)):
-        raise ArtifactError("holds matrices of other shapes", path=path, expected=expected, found=found)
+        raise CheckpointError("holds matrices of other shapes", path=path, expected=expected, found=found)
     kinds = {matrix: kind for matrix, (kind, _) in matrices.items()}
     for kind in kinds.values():
         if isinstance(kind, Ternary) and kind.codebook not in run.codebooks:
-            raise ArtifactError(
+            raise CheckpointError(
                 "needs a codebook that the run lacks",
                 path=path,
                 expected=f"one of {sorted(run.codebooks)}",

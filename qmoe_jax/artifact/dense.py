@@ -19,8 +19,9 @@ import numpy as np
 import tensorstore as ts
 from flax import traverse_util
 
-from qmoe_jax.artifact.files import ArtifactError, sync_folder
 from qmoe_jax.artifact.manifest import ArrayRecord
+from qmoe_jax.files.durable import sync_folder
+from qmoe_jax.files.errors import CheckpointError
 
 DENSE = "dense"
 
@@ -83,7 +84,7 @@ class DenseTensor:
         return self._read(slice(None), dtype)
 
     def content(self) -> ArrayRecord:
-        """What the array on the disk is found to be. Raises `ArtifactError` where it cannot be read."""
+        """What the array on the disk is found to be. Raises `CheckpointError` where it cannot be read."""
         return _record_of(self.read(slice(None)))
 
     def _read(self, rows: slice, dtype: np.dtype) -> np.ndarray:
@@ -102,8 +103,8 @@ class DenseTensor:
         ) as error:  # tensorstore: missing, truncated, or not what its checksums say
             raise self._error(None, str(error).split("\n", 1)[0]) from error
 
-    def _error(self, expected: str | None, found: str) -> ArtifactError:
-        return ArtifactError(
+    def _error(self, expected: str | None, found: str) -> CheckpointError:
+        return CheckpointError(
             "a dense parameter cannot be read",
             path=self.root / DENSE,
             key=self.name,

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qmoe_jax.artifact.files import ArtifactError, read_exactly
 from qmoe_jax.artifact.kinds import PARTS, Kind, kind_from_json, kind_to_json
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
-from qmoe_jax.artifact.safetensors_header import ALIGNMENT, Header, TensorEntry, read_header, render_header
+from qmoe_jax.files.durable import read_exactly
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.safetensors_header import ALIGNMENT, Header, TensorEntry, read_header, render_header
 
 FORMAT = "qmoe-experts-1"
 EXPERTS = "experts"
@@ -135,7 +136,7 @@ class ExpertExtent:
     expert: int
 
     def read(self) -> bytes:
-        """The expert's bytes. Raises `ArtifactError` where the file is missing or cut short."""
+        """The expert's bytes. Raises `CheckpointError` where the file is missing or cut short."""
         return read_exactly(self.path, self.offset, self.nbytes)
 
     def parse(self, buffer: bytes | bytearray | memoryview) -> dict[str, PackedExpertMatrix]:
@@ -176,15 +177,17 @@ class GroupFile:
           location: their file, relative to `root`; `key.path` unless a manifest says otherwise.
 
         Raises:
-          ArtifactError: the file is missing, cut short, not a group file, or of a kind unknown here.
+          CheckpointError: the file is missing, cut short, not a group file, or of a kind unknown here.
         """
         location = location or key.path
         path = root / location
         header = read_header(path)
         if (found := header.metadata.get("format")) != FORMAT:
-            raise ArtifactError("is no expert group of this version", path=path, expected=FORMAT, found=found)
+            raise CheckpointError(
+                "is no expert group of this version", path=path, expected=FORMAT, found=found
+            )
         if (found := header.metadata.get("group")) != location:
-            raise ArtifactError("holds other experts", path=path, expected=location, found=found)
+            raise CheckpointError("holds other experts", path=path, expected=location, found=found)
         try:
             packed = json.loads(header.metadata["matrices"])
             matrices = {
@@ -199,7 +202,7 @@ class GroupFile:
             if {slot.matrix for slot in slots} != matrices.keys():
                 raise ValueError(f"tensors of other matrices than {sorted(matrices)}")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ArtifactError("has a damaged header", path=path, found=repr(error)) from error
+            raise CheckpointError("has a damaged header", path=path, found=repr(error)) from error
         return cls(path, key, run, matrices, slots, header.data_begin, offsets)
 
     @property

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from qmoe_jax.artifact.bits import pack_bits, packed_bytes, smallest_dtype, unpack_bits
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.coding import Codebook, Encoded, decode, encode
+from qmoe_jax.files.errors import CheckpointError
 
 Codebooks = Mapping[str, Codebook]
 """By name."""
@@ -192,12 +192,12 @@ def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
     """The kind that a manifest or a group file names; `path` is for the error.
 
     Raises:
-      ArtifactError: the name or one of the options is unknown to this version.
+      CheckpointError: the name or one of the options is unknown to this version.
     """
     name, options = str(fields.get("name")), {key: value for key, value in fields.items() if key != "name"}
     remedy = "read it with a newer version of qmoe_jax"
     if name not in KINDS:
-        raise ArtifactError(
+        raise CheckpointError(
             "unknown kind of packing",
             path=path,
             expected=f"one of {sorted(KINDS)}",
@@ -206,7 +206,7 @@ def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
         )
     known = {field.name for field in dataclasses.fields(KINDS[name])}
     if options.keys() != known or options["level_dtype"] not in LEVEL_DTYPES:
-        raise ArtifactError(
+        raise CheckpointError(
             "unknown options of packing",
             path=path,
             key=name,

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qmoe_jax.artifact.files import ArtifactError, FileRecord, read_whole
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.durable import FileRecord, read_whole
+from qmoe_jax.files.errors import CheckpointError
 
 FORMAT = "qmoe"
 VERSION = 1
@@ -58,7 +59,7 @@ class Run:
 
     @classmethod
     def read(cls, root: Path) -> Run:
-        """The run that began an artifact. Raises `ArtifactError` where its file is damaged."""
+        """The run that began an artifact. Raises `CheckpointError` where its file is damaged."""
         path = root / RUN
         try:
             return cls.from_json(read_canonical(path))
@@ -148,11 +149,11 @@ class Manifest:
         """Reads and checks the manifest of an artifact.
 
         Raises:
-          ArtifactError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
+          CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
         """
         path = root / MANIFEST
         if (root / RUN).exists() and not path.exists():
-            raise ArtifactError(
+            raise CheckpointError(
                 "is unfinished",
                 path=root,
                 expected=MANIFEST,
@@ -161,11 +162,11 @@ class Manifest:
             )
         content = read_canonical(path)
         if content.get("format") != FORMAT:
-            raise ArtifactError(
+            raise CheckpointError(
                 "is no qmoe artifact", path=path, expected=FORMAT, found=content.get("format")
             )
         if content.get("version") != VERSION:
-            raise ArtifactError(
+            raise CheckpointError(
                 "is of a version unknown here",
                 path=path,
                 expected=f"version {VERSION}",
@@ -196,7 +197,7 @@ def read_canonical(path: Path) -> dict[str, Any]:
     """Reads a JSON object and checks that the file is exactly what it would be written as.
 
     Raises:
-      ArtifactError: the file is missing or no JSON object, or differs by as much as a space.
+      CheckpointError: the file is missing or no JSON object, or differs by as much as a space.
     """
     data = read_whole(path)
     try:
@@ -220,8 +221,8 @@ def _group_from_json(fields: Mapping[str, Any]) -> GroupRecord:
     return GroupRecord(key, fields["path"], FileRecord(fields["bytes"], fields["sha256"]))
 
 
-def _damaged(path: Path, expected: str, found: str) -> ArtifactError:
-    return ArtifactError(
+def _damaged(path: Path, expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
         "is damaged", path=path, expected=expected, found=found, remedy="copy the artifact again"
     )
 

@@ -18,7 +18,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, check: bool = True) -> Dens
 
     Raises:
       CheckpointError: nothing is there, nothing of a known format (the error says what was looked for),
-        something damaged, or (an `ArtifactError`) an artifact that is unfinished.
+        something damaged, or (an `CheckpointError`) an artifact that is unfinished.
     """
     if not is_artifact(path):
         return open_dense(path, check=check)

@@ -18,13 +18,14 @@ from pallas_kernels import PackedMatrix
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, read_codebooks
 from qmoe_jax.artifact.completeness import expert_matrices
 from qmoe_jax.artifact.dense import DenseTensor
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, GroupKey
 from qmoe_jax.artifact.kinds import Codebooks, Kind, Ternary
 from qmoe_jax.artifact.manifest import GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
-from qmoe_jax.checkpoints.reader import DenseReader, Shard, Tensor
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.coding import pack
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.tensor import Shard, Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class ExpertLayer:
             file = GroupFile.open(self.root, group.key, group.path)
             expected, found = (group.record.bytes, self.run), (file.nbytes, file.run)
             if found != expected:
-                raise ArtifactError(
+                raise CheckpointError(
                     "is not the file that the manifest lists",
                     path=file.path,
                     expected="{} bytes, run {}".format(*expected),
@@ -92,7 +93,7 @@ class PackedKernel:
         return np.dtype(np.float32)
 
     def read(self, rows: slice) -> Float32[np.ndarray, "expert in out"]:
-        """The experts of a range. Raises `ArtifactError` naming the expert whose codes are damaged."""
+        """The experts of a range. Raises `CheckpointError` naming the expert whose codes are damaged."""
         start, stop, _ = rows.indices(self.shape[0])
         values = np.empty((max(0, stop - start), *self.shape[1:]), np.float32)
         for index, expert in enumerate(self.layer.read(rows)):
@@ -101,7 +102,7 @@ class PackedKernel:
             except ValueError as error:
                 path = self.layer.extent(start + index).path
                 key = f"expert {start + index}, {self.matrix}"
-                raise ArtifactError("is damaged", path=path, key=key, found=str(error)) from error
+                raise CheckpointError("is damaged", path=path, key=key, found=str(error)) from error
         return values
 
 
@@ -110,7 +111,7 @@ class ArtifactReader(DenseReader):
     """An artifact: a `Reader` whose expert kernels come back dequantized, and more.
 
     Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
-    is an `ArtifactError` that names it, with the bytes expected and found.
+    is an `CheckpointError` that names it, with the bytes expected and found.
 
     Attributes:
       manifest: what the artifact is.
@@ -127,7 +128,7 @@ class ArtifactReader(DenseReader):
         """Opens an artifact.
 
         Raises:
-          ArtifactError: it is unfinished, damaged, or of a version or kind unknown here.
+          CheckpointError: it is unfinished, damaged, or of a version or kind unknown here.
         """
         root = Path(path)
         manifest = Manifest.read(root)
@@ -135,7 +136,7 @@ class ArtifactReader(DenseReader):
         found = {name: codebook.digest for name, codebook in codebooks.items()}
         if found != manifest.run.codebooks:
             expected = manifest.run.codebooks
-            raise ArtifactError("is damaged", path=root / CODEBOOKS, expected=expected, found=found)
+            raise CheckpointError("is damaged", path=root / CODEBOOKS, expected=expected, found=found)
         layers = _layers(root, manifest)
         tensors: dict[str, Tensor] = {
             name: DenseTensor(root, name, record) for name, record in manifest.dense.items()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qmoe_jax.artifact.files import truncated, unreadable
 from qmoe_jax.artifact.groups import ExpertExtent, Slot
+from qmoe_jax.files.durable import truncated, unreadable
 
 Destination = Callable[[Slot, int], np.ndarray]
 """Given a tensor of the expert and its number of elements: the contiguous array that it is read into."""
@@ -48,7 +48,7 @@ class ScatterRead:
         """Reads; the GIL is free meanwhile.
 
         Raises:
-          ArtifactError: the file is missing, of another size than it was, or cannot be read.
+          CheckpointError: the file is missing, of another size than it was, or cannot be read.
         """
         try:
             descriptor = os.open(self.path, os.O_RDONLY)

@@ -67,7 +67,7 @@ class Sizes:
 
 
 def measure(path: str | Path) -> Sizes:
-    """Measures an artifact's files. Raises `ArtifactError` as opening it does."""
+    """Measures an artifact's files. Raises `CheckpointError` as opening it does."""
     root = Path(path)
     reader = ArtifactReader.open(root)
     size = {name: (root / name).stat().st_size for name in [*listed_files(root), SUMS] if name != REPORT}

@@ -17,16 +17,6 @@ from typing import Any
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
 from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
-from qmoe_jax.artifact.files import (
-    ArtifactError,
-    FileRecord,
-    make_folder,
-    record_of,
-    record_of_pieces,
-    sync_folder,
-    temporary_files,
-    write_durably,
-)
 from qmoe_jax.artifact.groups import Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
     MANIFEST,
@@ -41,6 +31,16 @@ from qmoe_jax.artifact.matrices import PackedExpertMatrix
 from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
 from qmoe_jax.coding import Codebook
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.durable import (
+    FileRecord,
+    make_folder,
+    record_of,
+    record_of_pieces,
+    sync_folder,
+    temporary_files,
+    write_durably,
+)
+from qmoe_jax.files.errors import CheckpointError
 
 REPORT = "report.json"
 
@@ -76,7 +76,7 @@ class ArtifactWriter:
           host: `jax.process_index()` where several hosts write.
 
         Raises:
-          ArtifactError: the directory holds something else or another run's artifact, or another process
+          CheckpointError: the directory holds something else or another run's artifact, or another process
             writes it.
         """
         codebooks = list(codebooks)
@@ -119,7 +119,7 @@ class ArtifactWriter:
         """Whether experts `start` to `stop - 1` are written; if so, every byte of their file is checked.
 
         Raises:
-          ArtifactError: there is such a file, but it is damaged or another run's.
+          CheckpointError: there is such a file, but it is damaged or another run's.
         """
         key = GroupKey(stack, layer, start, stop)
         if key in self._groups:
@@ -133,7 +133,7 @@ class ArtifactWriter:
         """Writes the experts from `start` on; when this returns they are durable.
 
         Raises:
-          ArtifactError: they are not this model's, need a codebook that the run lacks, or cannot be written.
+          CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be written.
           ValueError: they are not all packed in one way.
         """
         key = GroupKey(stack, layer, start, start + len(experts))
@@ -176,14 +176,14 @@ class ArtifactWriter:
           report: what differs from run to run, such as times; goes into `report.json`.
 
         Raises:
-          ArtifactError: experts or dense parameters are missing, a group is damaged or another run's, or there
+          CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or there
             is a file that does not belong here.
         """
         for key in find_groups(self.root):
             self.has_group(key.stack, key.layer, key.start, key.stop)
         groups = tuple(GroupRecord(key, key.path, record) for key, record in sorted(self._groups.items()))
         if self._dense is None:
-            raise ArtifactError("has no dense parameters", path=self.root, remedy="call write_dense first")
+            raise CheckpointError("has no dense parameters", path=self.root, remedy="call write_dense first")
         kinds = check_complete(self.root, self.run, self._groups, self._dense)
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
@@ -194,10 +194,10 @@ class ArtifactWriter:
         return manifest
 
     def _require_no_other_file(self, known: set[str]) -> None:
-        """Raises `ArtifactError` where a file lies here that `verify` would complain of."""
+        """Raises `CheckpointError` where a file lies here that `verify` would complain of."""
         for path in listed_files(self.root):
             if path not in known | {REPORT, MANIFEST} and not path.startswith(f"{DENSE}/"):
-                raise ArtifactError("is no part of the artifact", path=self.root / path, remedy="remove it")
+                raise CheckpointError("is no part of the artifact", path=self.root / path, remedy="remove it")
 
     def _render_sums(self, manifest: Manifest) -> bytes:
         """The checksum of every file; those that this process has written or checked are not read again."""
@@ -217,7 +217,7 @@ class ArtifactWriter:
         """Reads a group's file and checks that it is this run's, and what its content would be written as."""
         path, group = self.root / key.path, GroupFile.open(self.root, key)
         if group.run != self._digest:
-            raise ArtifactError(
+            raise CheckpointError(
                 "belongs to another run",
                 path=path,
                 expected=f"run {self._digest}",
@@ -226,7 +226,7 @@ class ArtifactWriter:
             )
         expected = record_of_pieces(render_group(key, group.read(key.start, key.stop), self._digest))
         if (found := record_of(path)) != expected:
-            raise ArtifactError(
+            raise CheckpointError(
                 "is damaged",
                 path=path,
                 expected=expected,
@@ -236,13 +236,13 @@ class ArtifactWriter:
         return found
 
     def _require_ours(self) -> None:
-        """Raises `ArtifactError` where the directory holds anything but this run."""
+        """Raises `CheckpointError` where the directory holds anything but this run."""
         found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
         found = {name for name in found if not re.fullmatch(r"\.lock-\d+|\..*\.\d+\.tmp", name)}
         if not found:
             return
         if RUN not in found:
-            raise ArtifactError(
+            raise CheckpointError(
                 "holds something else",
                 path=self.root,
                 expected="an empty directory, or an artifact of the same run",
@@ -252,7 +252,7 @@ class ArtifactWriter:
         differences = self.run.differences(Run.read(self.root))
         if differences:
             ours, theirs = zip(*differences.values(), strict=True)
-            raise ArtifactError(
+            raise CheckpointError(
                 "holds an artifact of another run",
                 path=self.root,
                 expected=_settings(differences, ours),
@@ -279,7 +279,7 @@ def _lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ArtifactError(
+        raise CheckpointError(
             "is being written by another process", path=path.parent, remedy="wait for it, or stop it"
         ) from error
     return descriptor

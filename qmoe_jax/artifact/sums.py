@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qmoe_jax.artifact.files import ArtifactError, read_whole
+from qmoe_jax.files.durable import read_whole
+from qmoe_jax.files.errors import CheckpointError
 
 SUMS = "SHA256SUMS"
 
@@ -35,12 +36,12 @@ def read_sums(root: Path) -> dict[str, str]:
     """The checksums by relative path.
 
     Raises:
-      ArtifactError: the file is missing, or differs in any way from what `render_sums` writes.
+      CheckpointError: the file is missing, or differs in any way from what `render_sums` writes.
     """
     path = root / SUMS
     data = read_whole(path)
     lines = [line.partition("  ") for line in data.decode(errors="replace").splitlines()]
     sums = {name: sha256 for sha256, _, name in lines}
     if render_sums(sums) != data:
-        raise ArtifactError("is damaged", path=path, expected="lines of a checksum and a path, sorted")
+        raise CheckpointError("is damaged", path=path, expected="lines of a checksum and a path, sorted")
     return sums

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qmoe_jax.artifact.dense import DENSE, DenseTensor
-from qmoe_jax.artifact.files import ArtifactError, FileRecord, record_of
 from qmoe_jax.artifact.kinds import Codebooks
 from qmoe_jax.artifact.manifest import MANIFEST, GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.artifact.store import REPORT
 from qmoe_jax.artifact.sums import SUMS, listed_files, read_sums
+from qmoe_jax.files.durable import FileRecord, record_of
+from qmoe_jax.files.errors import CheckpointError
 
 Progress = Callable[[int, int], object]
 """Told of the bytes checked so far, and of all."""
@@ -47,7 +48,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
     root = Path(path)
     try:
         manifest, sums = Manifest.read(root), read_sums(root)
-    except ArtifactError as error:
+    except CheckpointError as error:
         return Verification(False, (str(error),))
     found = listed_files(root)
     problems = [*_misplaced(manifest, sums, found)]
@@ -85,7 +86,7 @@ def _check_files(
         for name, record in zip(
             names, pool.map(lambda name: _record(root / name, count), names), strict=True
         ):
-            if isinstance(record, ArtifactError):
+            if isinstance(record, CheckpointError):
                 problems.append(str(record))
                 continue
             records.append(record)
@@ -96,10 +97,10 @@ def _check_files(
     return records, problems
 
 
-def _record(path: Path, count: Callable[[int], object]) -> FileRecord | ArtifactError:
+def _record(path: Path, count: Callable[[int], object]) -> FileRecord | CheckpointError:
     try:
         return record_of(path, count)
-    except ArtifactError as error:
+    except CheckpointError as error:
         return error
 
 
@@ -108,7 +109,7 @@ def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
     for name, expected in manifest.dense.items():
         try:
             content = DenseTensor(root, name, expected).content()
-        except ArtifactError as error:
+        except CheckpointError as error:
             yield str(error)
             continue
         if content != expected:
@@ -119,7 +120,7 @@ def _check_experts(root: Path) -> Iterator[str]:
     """Each expert's codes: every row must decode to exactly the width of its matrix."""
     try:
         reader = ArtifactReader.open(root)
-    except ArtifactError as error:
+    except CheckpointError as error:
         yield str(error)
         return
     for layer in reader.layers.values():
@@ -134,5 +135,5 @@ def _check_group(layer: ExpertLayer, group: GroupRecord, codebooks: Codebooks) -
             for matrix in expert.values():
                 unpack_digits(matrix, codebooks)
             number += 1
-    except (ArtifactError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:
         yield f"{group.path}: expert {number}: {error}"

@@ -3,7 +3,7 @@
 from qmoe_jax.checkpoints.convert import convert as convert
 from qmoe_jax.checkpoints.open import FORMATS as FORMATS
 from qmoe_jax.checkpoints.open import open_dense as open_dense
-from qmoe_jax.checkpoints.reader import CheckpointError as CheckpointError
 from qmoe_jax.checkpoints.reader import DenseReader as DenseReader
 from qmoe_jax.checkpoints.reader import Reader as Reader
-from qmoe_jax.checkpoints.t5x_writer import write_t5x as write_t5x
+from qmoe_jax.checkpoints.t5x.writer import write_t5x as write_t5x
+from qmoe_jax.files.errors import CheckpointError as CheckpointError

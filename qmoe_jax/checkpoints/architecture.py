@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from qmoe_jax.checkpoints.reader import CheckpointError
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

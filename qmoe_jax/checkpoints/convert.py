@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qmoe_jax.checkpoints.huggingface_writer import write_huggingface
+from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
 from qmoe_jax.checkpoints.reader import Reader, is_expert
-from qmoe_jax.checkpoints.t5x_writer import write_t5x
+from qmoe_jax.checkpoints.t5x.writer import write_t5x
 
 WritableFormat = Literal["t5x", "huggingface"]
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from qmoe_jax.checkpoints.architecture import STACKS
-from qmoe_jax.checkpoints.reader import Reader, Shard, is_expert
+from qmoe_jax.checkpoints.reader import Reader, is_expert
 from qmoe_jax.config import PRESETS, SwitchConfig
+from qmoe_jax.files.tensor import Shard
 
 _BFLOAT16_BYTES = 2
 # Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are

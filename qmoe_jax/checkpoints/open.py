@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from qmoe_jax.checkpoints.huggingface import open_huggingface
-from qmoe_jax.checkpoints.location import Location
-from qmoe_jax.checkpoints.reader import CheckpointError, DenseReader
-from qmoe_jax.checkpoints.t5x import find_t5x, open_t5x
-from qmoe_jax.checkpoints.upstream import DENSE_FILE, open_upstream
-from qmoe_jax.checkpoints.weights import WEIGHT_FILES, find_weights
+from qmoe_jax.checkpoints.huggingface.reader import open_huggingface
+from qmoe_jax.checkpoints.huggingface.weights import WEIGHT_FILES, find_weights
+from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.t5x.reader import find_t5x, open_t5x
+from qmoe_jax.checkpoints.upstream.reader import DENSE_FILE, open_upstream
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.location import Location
 
 
 @dataclasses.dataclass(frozen=True)

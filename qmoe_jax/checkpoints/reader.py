@@ -10,74 +10,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from qmoe_jax.config import SwitchConfig
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read or written, as data: where, what was expected and found, a remedy."""
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        path: object,
-        key: str | None = None,
-        expected: object = None,
-        found: object = None,
-        remedy: str | None = None,
-    ):
-        self.problem, self.path, self.key = problem, str(path), key
-        self.expected, self.found, self.remedy = expected, found, remedy
-        details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
-        lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
-        super().__init__("\n".join([f"{path}: {problem}", *lines]))
-
-
-class Tensor(Protocol):
-    """One stored tensor. Its shape and dtype are known without reading its data."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Axes as T5X has them: kernels [in, out], expert kernels [expert, in, out]."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype it is stored in (`ml_dtypes.bfloat16` among them)."""
-        ...
-
-    def read(self, rows: slice) -> np.ndarray:
-        """A copy of rows `rows` (a range of the first axis; of a scalar: all), read without the rest."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayTensor:
-    """A tensor that already lies in memory."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's shape."""
-        return self.array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The array's dtype."""
-        return self.array.dtype
-
-    def read(self, rows: slice) -> np.ndarray:
-        """A copy of the rows."""
-        return np.array(self.array[rows] if self.array.ndim else self.array)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file of a checkpoint: its size on disk (None: unknown), and what is wrong with it, if anything."""
-
-    name: str
-    nbytes: int | None
-    problem: str | None = None
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.tensor import Shard, Tensor
 
 
 @runtime_checkable

@@ -19,8 +19,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from qmoe_jax.checkpoints.reader import DenseReader, Tensor, is_expert
-from qmoe_jax.checkpoints.safetensors_file import read_into
+from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.files.safetensors import read_into
+from qmoe_jax.files.tensor import Tensor
 
 
 @runtime_checkable

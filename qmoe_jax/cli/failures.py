@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 def describe(error: Exception) -> dict[str, Any]:
     """An error as data: `type`, `problem`, and where they are known `path`, `key`, `expected`, `found`, `remedy`."""
-    from qmoe_jax.checkpoints.reader import CheckpointError
+    from qmoe_jax.files.errors import CheckpointError
 
     kind = type(error).__name__
     if isinstance(error, CheckpointError):

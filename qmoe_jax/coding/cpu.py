@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from pallas_kernels.host.compiled import parallel
+from pallas_kernels.cpu.compiled import parallel
 from qmoe_jax.coding.codebook import Codebook
 
 _index = np.uintp  # unsigned: numba checks signed indices for counting from the end

@@ -16,10 +16,10 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import load, save
 
-from qmoe_jax.artifact.files import write_durably
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Codebooks, Ternary
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
+from qmoe_jax.files.durable import write_durably
 
 FOLDER = ".exact-levels"
 

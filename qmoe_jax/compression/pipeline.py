@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from qmoe_jax.artifact.files import ArtifactError, write_durably
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind
 from qmoe_jax.artifact.open import open_checkpoint
@@ -39,6 +38,8 @@ from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.report import CompressionReport, GroupRecord
 from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebooks
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.durable import write_durably
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.blockwise.experts import run_experts, wide_names
 from qmoe_jax.inference.blockwise.layers import DecoderLayers, EncoderLayers
 from qmoe_jax.inference.blockwise.progress import Silent, Watcher
@@ -273,7 +274,7 @@ def _earlier_records(writer: ArtifactWriter) -> dict[tuple[str, int, int], Group
     """The records of groups that a stopped run had finished.
 
     Raises:
-      ArtifactError: the report is there, but is not one.
+      CheckpointError: the report is there, but is not one.
     """
     path = writer.root / REPORT
     if not path.exists():
@@ -281,5 +282,5 @@ def _earlier_records(writer: ArtifactWriter) -> dict[tuple[str, int, int], Group
     try:
         records = [GroupRecord.from_json(fields) for fields in json.loads(path.read_bytes())["groups"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError("is damaged", path=path, found=str(error), remedy="remove it") from error
+        raise CheckpointError("is damaged", path=path, found=str(error), remedy="remove it") from error
     return {(record.stack, record.layer, record.start): record for record in records}

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from qmoe_jax.checkpoints.huggingface import EMBEDDING, LOGITS
+from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING, LOGITS
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.inference.blockwise.states import HiddenStates
 from qmoe_jax.models.layers import Embedding, Kernel

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Float64
 
-from qmoe_jax.checkpoints.huggingface import EMBEDDING
+from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING
 from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.evaluation.loss import Example

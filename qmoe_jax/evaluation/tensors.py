@@ -17,11 +17,13 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
-from qmoe_jax.checkpoints.huggingface import EMBEDDING, LOGITS
+from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING, LOGITS
 from qmoe_jax.checkpoints.params import nest, parameter_dtype
-from qmoe_jax.checkpoints.reader import CheckpointError, DenseReader, Tensor, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader, is_expert
 from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.tensor import Tensor
 
 Weights = dict[str, Array]
 """Matrices of a range of experts by name, float32 `[expert, in, out]` as T5X has them."""

@@ -99,7 +99,7 @@ def read_variant(name: str, path: str | Path, evaluation: Evaluation) -> Variant
     """An artifact's row, from its files and the report its compression left.
 
     Raises:
-      ArtifactError: it cannot be opened.
+      CheckpointError: it cannot be opened.
     """
     report = json.loads((Path(path) / REPORT).read_bytes())
     sizes = measure(path)

@@ -11,12 +11,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import PackedMatrix
 from pallas_kernels.backend import platform
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
 from qmoe_jax.checkpoints.reader import DenseReader, is_expert
-from qmoe_jax.checkpoints.upstream import UpstreamReader
+from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement import (
     DiskExperts,
     ExpertStore,
@@ -88,7 +88,7 @@ def load_compressed(
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
     reader = open_checkpoint(path)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
-        raise ArtifactError(
+        raise CheckpointError(
             "is not compressed",
             path=path,
             found=f"a {reader.format} checkpoint",
@@ -121,7 +121,7 @@ def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placemen
     if experts in (None, "device"):
         return _device_params(reader, dtype, packed)
     if experts == "disk":
-        raise ArtifactError(
+        raise CheckpointError(
             "cannot be left on disk",
             path=reader.path,
             expected="a qmoe artifact, in which an expert is one range of bytes",

@@ -5,10 +5,10 @@ import pathlib
 import shutil
 from collections.abc import Callable
 
-import artifact_samples as samples
 import pytest
 
 from qmoe_jax.artifact import Kind
+from tests.helpers import artifact_samples as samples
 
 
 @pytest.fixture(scope="session")

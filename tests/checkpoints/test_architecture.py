@@ -4,13 +4,13 @@ import dataclasses
 import math
 
 import pytest
-from checkpoint_samples import TINY, TINY_GATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax.checkpoints import CheckpointError
 from qmoe_jax.checkpoints.architecture import expected_shapes, infer_config
 from qmoe_jax.config import PRESETS, SwitchConfig
+from tests.helpers.checkpoint_samples import TINY, TINY_GATED
 
 # Parameters of the published models, counted from their own files and papers.
 PARAMETERS = {

@@ -11,13 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_samples import BFLOAT16, EXPERTS, LAYOUTS, TINY, nested, random_parameters, rewrite_json
 from flax import serialization
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
-from qmoe_jax.checkpoints.flax_msgpack import decode_tree
-from qmoe_jax.checkpoints.t5x import open_t5x
-from qmoe_jax.checkpoints.torch_file import open_torch
+from qmoe_jax.checkpoints.t5x.reader import open_t5x
+from qmoe_jax.files.msgpack import decode_tree
+from qmoe_jax.files.torch_pickle import open_torch
+from tests.helpers.checkpoint_samples import (
+    BFLOAT16,
+    EXPERTS,
+    LAYOUTS,
+    TINY,
+    nested,
+    random_parameters,
+    rewrite_json,
+)
 
 CHUNK = f"target.{EXPERTS.replace('/', '.')}/0.0.0"
 

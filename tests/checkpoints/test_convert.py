@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
 
 from qmoe_jax.checkpoints import Reader, convert, open_dense
+from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
 
 ORIGINALS = ("hf_tiny_a", "t5x/switch_c_tiny_f32")
 

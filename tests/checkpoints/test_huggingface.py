@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_samples import (
+from safetensors.numpy import load_file
+
+from qmoe_jax.checkpoints import CheckpointError, convert, open_dense
+from qmoe_jax.checkpoints.huggingface import names
+from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
+from qmoe_jax.checkpoints.reader import is_expert
+from qmoe_jax.files.torch_writer import save_torch
+from tests.helpers.checkpoint_samples import (
     BFLOAT16,
     DATA,
     EXPERTS,
@@ -20,12 +27,6 @@ from checkpoint_samples import (
     random_parameters,
     rewrite_json,
 )
-from safetensors.numpy import load_file
-
-from qmoe_jax.checkpoints import CheckpointError, convert, names, open_dense
-from qmoe_jax.checkpoints.huggingface_writer import write_huggingface
-from qmoe_jax.checkpoints.reader import is_expert
-from qmoe_jax.checkpoints.torch_writer import save_torch
 
 GOLDEN = ("hf_tiny_a", "hf_tiny_fullsparse")
 

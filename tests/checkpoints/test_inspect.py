@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore as ts
-from checkpoint_samples import LAYOUTS, TINY, random_parameters
 from flax import serialization
 
 from qmoe_jax.checkpoints import open_dense
 from qmoe_jax.checkpoints.architecture import expected_shapes
 from qmoe_jax.checkpoints.inspect import inspect
-from qmoe_jax.checkpoints.t5x import open_t5x, stored_name
-from qmoe_jax.checkpoints.t5x_writer import chunk_shape
+from qmoe_jax.checkpoints.t5x.reader import open_t5x, stored_name
+from qmoe_jax.checkpoints.t5x.writer import chunk_shape
 from qmoe_jax.config import PRESETS
+from tests.helpers.checkpoint_samples import LAYOUTS, TINY, random_parameters
 
 WI = "decoder/layers_14/mlp/expert/wi/kernel"
 

@@ -1,13 +1,13 @@
 """Hugging Face's names and T5X's: a bijection on every published model, and on names that torch gave."""
 
 import pytest
-from checkpoint_samples import DATA
 
-from qmoe_jax.checkpoints import names
 from qmoe_jax.checkpoints.architecture import expected_shapes
+from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.reader import is_expert
-from qmoe_jax.checkpoints.safetensors_file import open_safetensors
 from qmoe_jax.config import PRESETS
+from qmoe_jax.files.safetensors import open_safetensors
+from tests.helpers.checkpoint_samples import DATA
 
 MODELS = ("hf_tiny_a", "hf_tiny_fullsparse")
 # Tensors of a published model in Hugging Face's form, the embedding and its copies not counted.

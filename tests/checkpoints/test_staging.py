@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore as ts
-from checkpoint_samples import EXPERTS, TINY, nested, random_parameters
 
 from qmoe_jax.checkpoints import CheckpointError, DenseReader, write_t5x
 from qmoe_jax.checkpoints.staging import staged
-from qmoe_jax.checkpoints.t5x import open_t5x, stored_name
+from qmoe_jax.checkpoints.t5x.reader import open_t5x, stored_name
+from tests.helpers.checkpoint_samples import EXPERTS, TINY, nested, random_parameters
 
 CHUNKS = [2, 3, 5]  # of [5, 8, 12]: no axis divides evenly
 

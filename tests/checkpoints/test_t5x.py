@@ -13,14 +13,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_samples import BFLOAT16, DATA, EXPERTS, TINY, nested, random_parameters
 from flax import serialization
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
-from qmoe_jax.checkpoints.flax_msgpack import decode_tree
-from qmoe_jax.checkpoints.t5x import open_t5x
-from qmoe_jax.checkpoints.t5x_writer import chunk_shape
+from qmoe_jax.checkpoints.t5x.reader import open_t5x
+from qmoe_jax.checkpoints.t5x.writer import chunk_shape
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.msgpack import decode_tree
+from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, TINY, nested, random_parameters
 
 GOLDEN = {name: DATA / "t5x" / name for name in ("switch_base_tiny_f32", "switch_c_tiny_f32")}
 

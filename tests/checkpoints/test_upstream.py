@@ -7,15 +7,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_samples import BFLOAT16, DATA, rewrite_json
 
-from qmoe_jax.checkpoints import CheckpointError, names, open_dense
+from qmoe_jax.checkpoints import CheckpointError, open_dense
+from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.reader import is_expert
-from qmoe_jax.checkpoints.torch_file import TorchTensor, open_torch
-from qmoe_jax.checkpoints.torch_writer import save_torch
-from qmoe_jax.checkpoints.upstream import UpstreamReader, open_upstream
-from qmoe_jax.checkpoints.upstream_writer import write_upstream
+from qmoe_jax.checkpoints.upstream.reader import UpstreamReader, open_upstream
+from qmoe_jax.checkpoints.upstream.writer import write_upstream
 from qmoe_jax.coding import Encoded, decode, upstream_codebook
+from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
+from qmoe_jax.files.torch_writer import save_torch
+from tests.helpers.checkpoint_samples import BFLOAT16, DATA, rewrite_json
 
 GOLDEN = DATA / "upstream_ckpt_tiny_a"
 WI = "encoder/layers_1/mlp/expert/wi/kernel"

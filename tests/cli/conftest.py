@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import sentencepiece
-from cli_runs import answer, compress_arguments
+
+from tests.helpers.cli_runs import answer, compress_arguments
 
 
 @pytest.fixture(scope="session")

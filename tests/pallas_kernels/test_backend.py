@@ -6,12 +6,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import packed_samples as samples
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels as pk
 from pallas_kernels import backend
+from tests.helpers import packed_samples as samples
 
 
 @pytest.fixture

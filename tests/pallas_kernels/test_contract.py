@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
 
 import pallas_kernels as pk
+from tests.helpers import packed_samples as samples
 
 # A row for each implementer: the arguments that select it.
 BACKENDS = {

@@ -26,7 +26,7 @@ def made():
     environment = deviceless.environment()
     environment["PYTHONPATH"] += "".join(f":{folder}" for folder in folders)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "deviceless_programs"],
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.deviceless_programs"],
         env=environment,
         capture_output=True,
         text=True,

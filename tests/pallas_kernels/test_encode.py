@@ -8,13 +8,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
-from test_lowering import kernels, lowered_for_cuda
 
 import pallas_kernels as pk
 from pallas_kernels.encode.pallas import encode
 from qmoe_jax.coding import Codebook
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
 
 BACKENDS = {
     "reference": {"backend": "reference"},

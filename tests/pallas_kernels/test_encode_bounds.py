@@ -2,11 +2,11 @@
 
 import jax
 import numpy as np
-import packed_samples as samples
 import pytest
-from test_safety_bounds import checking, ran, strays, traced  # noqa: F401
 
 from pallas_kernels.encode.pallas import encode
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_safety_bounds import checking, ran, strays, traced  # noqa: F401
 
 
 @pytest.mark.parametrize("book", ["upstream", "tunstall-8"])

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_lowering import kernels, lowered_for_cuda
 
 import pallas_kernels as pk
 from pallas_kernels.gptq_block.pallas import gptq_block
 from pallas_kernels.gptq_block.rounding import round_half_to_even
+from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
 
 BACKENDS = {
     "reference": {"backend": "reference"},

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from test_gptq_block import ROUNDINGS, block
-from test_safety_bounds import checking, ran, strays, traced  # noqa: F401
+
+from tests.pallas_kernels.test_gptq_block import ROUNDINGS, block
+from tests.pallas_kernels.test_safety_bounds import checking, ran, strays, traced  # noqa: F401
 
 
 @pytest.mark.parametrize("name", ["ternary", "uniform-4"])

@@ -8,13 +8,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import backend, tuning
 from pallas_kernels.matmul.pallas import matmul
 from pallas_kernels.matmul.routes import Overrides
+from tests.helpers import packed_samples as samples
 
 pytestmark = [
     pytest.mark.gpu,

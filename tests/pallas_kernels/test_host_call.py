@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.host.call import HostFunction
+from pallas_kernels.cpu.ffi import HostFunction
 
 seen = {}
 

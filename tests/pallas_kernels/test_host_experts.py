@@ -5,13 +5,13 @@ import dataclasses
 import threading
 
 import numpy as np
-import packed_samples as samples
 import pytest
 
-from pallas_kernels.host import compiled
-from pallas_kernels.host.blocks import MAX_LANES, grouped
-from pallas_kernels.host.experts import expert_mlp
-from pallas_kernels.host.share import share
+from pallas_kernels.cpu import compiled
+from pallas_kernels.cpu.mlp import expert_mlp
+from pallas_kernels.cpu.threads import share
+from pallas_kernels.cpu.token_blocks import MAX_LANES, grouped
+from tests.helpers import packed_samples as samples
 
 BOOK = samples.CODEBOOKS["tunstall-8"]()
 WI, WO = samples.sample(BOOK, (3, 50, 90)), samples.sample(BOOK, (3, 90, 50), seed=1)

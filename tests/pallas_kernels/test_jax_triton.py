@@ -5,16 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
-import triton_interpreter
-from test_contract import CASES, assert_products
-from test_safety import corrupted
+
+from tests.helpers import triton_interpreter  # isort: skip - skips this module where jax-triton is not installed
 
 from pallas_kernels.matmul.jax_triton import matmul
 from pallas_kernels.matvec.jax_triton import matvec
 from pallas_kernels.mlp.jax_triton import mlp
 from pallas_kernels.mlp.reference import mlp as reference_mlp
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_contract import CASES, assert_products
+from tests.pallas_kernels.test_safety import corrupted
 
 every_op = pytest.mark.parametrize("op", [matvec, matmul])
 

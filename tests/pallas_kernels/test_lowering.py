@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import packed_samples as samples
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -12,6 +11,7 @@ from pallas_kernels.decode.pallas import decode
 from pallas_kernels.matmul.pallas import matmul
 from pallas_kernels.matvec.pallas import matvec
 from pallas_kernels.mlp.pallas import mlp
+from tests.helpers import packed_samples as samples
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-import packed_samples as samples
 import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import DecodeTable
+from tests.helpers import packed_samples as samples
 
 
 def words_of(table: DecodeTable, count: int) -> list[list[int]]:

@@ -5,10 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
-from test_contract import assert_products
-from test_lowering import kernels, lowered_for_cuda
 
 from pallas_kernels import tuning
 from pallas_kernels.epilogue import Epilogue
@@ -17,6 +14,9 @@ from pallas_kernels.matmul.routes import Overrides, route_for
 from pallas_kernels.matmul.tensor_core import _bfloat16_parts
 from pallas_kernels.matvec.pallas import matvec
 from pallas_kernels.mlp.pallas import mlp
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_contract import assert_products
+from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
 
 # A row for each way: how tokens are made to take it, and the kernel that then runs.
 ROUTES = {

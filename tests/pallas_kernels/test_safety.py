@@ -10,13 +10,13 @@ import mmap
 
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
-from test_contract import BACKENDS, OPS
 
 import pallas_kernels as pk
-from pallas_kernels.host.blocks import grouped
-from pallas_kernels.host.rows import product
+from pallas_kernels.cpu.product import product
+from pallas_kernels.cpu.token_blocks import grouped
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_contract import BACKENDS, OPS
 
 
 def corrupted(packed: pk.PackedMatrix, seed: int) -> pk.PackedMatrix:

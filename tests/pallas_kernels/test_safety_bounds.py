@@ -9,7 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import packed_samples as samples
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from pallas_kernels.decode.pallas import decode
 from pallas_kernels.matmul.pallas import matmul
 from pallas_kernels.matvec.pallas import matvec
 from pallas_kernels.mlp.pallas import mlp
+from tests.helpers import packed_samples as samples
 
 EXPERTS, D_MODEL, D_FF, TOKENS = 2, 11, 21, 3
 BOOK = samples.CODEBOOKS["tunstall-12-dense"]()  # two words an entry

@@ -8,13 +8,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import packed_samples as samples
 import pytest
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
-from test_contract import BACKENDS, OPS, assert_products
 
 import pallas_kernels as pk
+from tests.helpers import packed_samples as samples
+from tests.pallas_kernels.test_contract import BACKENDS, OPS, assert_products
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
 
@@ -91,7 +91,7 @@ SHARDED = """
 import functools, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import packed_samples as samples
+from tests.helpers import packed_samples as samples
 import pallas_kernels as pk
 
 mesh = Mesh(np.array(jax.devices()), ("shard",))

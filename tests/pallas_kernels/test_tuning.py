@@ -5,11 +5,11 @@ import json
 
 import jax
 import jax.numpy as jnp
-import packed_samples as samples
 import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.tuning import MatvecConfig, Problem
+from tests.helpers import packed_samples as samples
 
 PROBLEM = Problem("matvec", 2080, 6144, "256x1x2", "bfloat16")
 CANDIDATES = [MatvecConfig(rows, 32, 4) for rows in (1, 2, 4, 8)]

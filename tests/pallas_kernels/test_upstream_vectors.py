@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from test_contract import BACKENDS
 
 import pallas_kernels as pk
 from qmoe_jax.coding import Encoded, pack, upstream_codebook
+from tests.pallas_kernels.test_contract import BACKENDS
 
 CASES = ("iid885_96x3072", "iid885_32x2080", "iid50_64x1024", "rowdensity_64x1536")
 

@@ -1,11 +1,11 @@
 """The factor of a Hessian, against upstream's Cholesky of the inverse."""
 
-import golden
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qmoe_jax.quantization import damping_term, factorize
+from tests.helpers import golden
 
 A, S = golden.hessian("A"), golden.hessian("S")
 

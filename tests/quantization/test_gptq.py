@@ -2,7 +2,6 @@
 
 import functools
 
-import golden
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -23,6 +22,7 @@ from qmoe_jax.quantization import (
     uniform_grid,
 )
 from qmoe_jax.quantization.reference import gptq_reference
+from tests.helpers import golden
 
 every_run = pytest.mark.parametrize("run", golden.RUNS, ids=lambda run: run.key)
 some = hypothesis.settings(deadline=None, max_examples=10, derandomize=True)

@@ -1,12 +1,12 @@
 """The grids' numerics, against upstream's quantizer."""
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qmoe_jax.quantization import ternary_grid, uniform_grid
+from tests.helpers import golden
 
 VECTORS = np.load(golden.DATA / "quantizer_vectors.npz")
 ONE = jnp.float32(1)

@@ -1,6 +1,5 @@
 """Hessians of routed tokens, streamed."""
 
-import golden
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +8,7 @@ import pytest
 
 from qmoe_jax.quantization import add_tokens, empty_hessians, upstream_hessian
 from qmoe_jax.quantization import hessian as hessian_module
+from tests.helpers import golden
 
 VECTORS = np.load(golden.DATA / "hessian_vectors.npz")
 

@@ -1,11 +1,11 @@
 """Rounding to nearest."""
 
-import golden
 import ml_dtypes
 import numpy as np
 import pytest
 
 from qmoe_jax.quantization import round_to_nearest, ternary_grid, uniform_grid
+from tests.helpers import golden
 
 W = golden.vectors["A.W"]
 

@@ -1,6 +1,5 @@
 """The grid that weighs error against bits."""
 
-import golden
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from qmoe_jax.quantization import (
     round_to_nearest,
     ternary_grid,
 )
+from tests.helpers import golden
 
 W, H = golden.vectors["A.W"], golden.hessian("A")
 

@@ -72,7 +72,7 @@ class DiskExperts(ExpertStore):
         """Reads the headers of all expert files.
 
         Raises:
-          ArtifactError: a file is missing or damaged.
+          CheckpointError: a file is missing or damaged.
           ValueError: the budget has no room for one expert.
         """
         self._source = source
@@ -183,7 +183,7 @@ class DiskExperts(ExpertStore):
             wait(going, return_when=FIRST_COMPLETED)
 
     def _finish(self, layer: LayerKey, cache: ExpertCache, expert: int, pending: _Pending) -> int:
-        """The slot of an expert that has been read. Raises `ArtifactError` where that went wrong."""
+        """The slot of an expert that has been read. Raises `CheckpointError` where that went wrong."""
         slot, read, futures = pending[expert]
         for future in futures:
             future.result()

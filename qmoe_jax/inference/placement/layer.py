@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels import PackedMatrix, packed_mlp
 from pallas_kernels.backend import platform
-from pallas_kernels.host.call import HostFunction
+from pallas_kernels.cpu.ffi import HostFunction
 from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, store_number
 
 

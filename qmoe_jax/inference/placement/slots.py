@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from pallas_kernels import DecodeTable, PackedMatrix
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, Slot
 from qmoe_jax.artifact.scatter import ScatterRead, scatter_read
+from qmoe_jax.files.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +67,13 @@ class SlotLayout:
         """Room for any expert of some group files, all packed in one way (ternary, levels a row).
 
         Raises:
-          ArtifactError: they are not.
+          CheckpointError: they are not.
         """
         joined: SlotLayout | None = None
         for file in files:
             found = _layout(file)
             if joined is not None and not joined.similar(found):
-                raise ArtifactError("differs from its layer's other groups", path=file.path)
+                raise CheckpointError("differs from its layer's other groups", path=file.path)
             joined = found if joined is None else joined.join(found)
         if joined is None:
             raise ValueError("expected one group file or more, found none")
@@ -161,7 +161,7 @@ class SlotRead:
         self.finish()
 
     def finish(self) -> None:
-        """Makes row offsets of the counts. Raises `ArtifactError` where they are not those of the codewords."""
+        """Makes row offsets of the counts. Raises `CheckpointError` where they are not those of the codewords."""
         group = self.extent.group
         begins = group.offsets[self.extent.expert - group.key.start]
         for tensor, begin, end in zip(group.slots, begins[:-2], begins[1:-1], strict=True):
@@ -169,7 +169,7 @@ class SlotRead:
                 offsets, stored = self.offsets[tensor.matrix], int(end - begin) // tensor.dtype.itemsize
                 np.cumsum(self.counts[tensor.matrix], dtype=np.int32, out=offsets[1:])
                 if offsets[-1] != stored:
-                    raise ArtifactError(
+                    raise CheckpointError(
                         "is damaged",
                         path=self.extent.path,
                         key=f"expert {self.extent.expert}, {tensor.matrix}",

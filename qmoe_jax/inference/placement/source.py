@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TypeGuard
 
 from pallas_kernels import DecodeTable
-from qmoe_jax.artifact.files import ArtifactError
 from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.store import LayerKey
 
 
@@ -30,13 +30,13 @@ class PlacedSource:
         """Of all compressed layers.
 
         Raises:
-          ArtifactError: a matrix is not ternary with levels a row, which is what runs packed.
+          CheckpointError: a matrix is not ternary with levels a row, which is what runs packed.
         """
         tables: dict[LayerKey, dict[str, DecodeTable]] = {}
         for name, kind in reader.manifest.kinds.items():
             stack, layer, _, _, matrix, _ = name.split("/")
             if not runs_packed(kind):
-                raise ArtifactError(
+                raise CheckpointError(
                     "cannot be left on the host or on disk",
                     path=reader.path,
                     key=name,

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from pallas_kernels import PackedMatrix
-from pallas_kernels.host.experts import expert_mlp
+from pallas_kernels.cpu.mlp import expert_mlp
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
 
 LayerKey = tuple[str, int]

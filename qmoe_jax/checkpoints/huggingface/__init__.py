@@ -1,0 +1,1 @@
+"""Hugging Face directories: safetensors or `.bin`, sharded or not."""

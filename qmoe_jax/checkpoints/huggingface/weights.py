@@ -1,0 +1,113 @@
+"""A Hugging Face directory's weight files, one or many, safetensors or torch's, as one table of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.safetensors import open_safetensors
+from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
+
+# In the order of preference: a directory may hold the same weights several times.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Tensors by their names in the files, and the files."""
+
+    tensors: Mapping[str, Tensor]
+    files: tuple[Path, ...]
+
+    def shards(self) -> list[Shard]:
+        """The files as they are on disk now."""
+        return [
+            Shard(file.name, file.stat().st_size) if file.is_file() else Shard(file.name, None, "missing")
+            for file in self.files
+        ]
+
+
+def find_weights(directory: Path) -> Path | None:
+    """The file to begin with, an index or the only weight file; None if there is neither."""
+    return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+
+
+def open_weights(file: Path) -> Weights:
+    """The weights in `file` or, if that is an index, in the files it lists. Reads their headers alone.
+
+    Raises:
+        CheckpointError: a file that the index lists is missing, cut short or damaged, or lacks a tensor that
+            it should hold; no file has a tensor twice.
+    """
+    if file.suffix != ".json":
+        return Weights(_opener(file)(file), (file,))
+    by_file: dict[str, list[str]] = {}
+    for key, name in _weight_map(file).items():
+        by_file.setdefault(name, []).append(key)
+    files = {name: file.parent / name for name in sorted(by_file)}
+    if missing := [name for name in files if not files[name].is_file()]:
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} shards are missing",
+            path=file.parent,
+            key=by_file[missing[0]][0],
+            expected=f"the files that {file.name} lists",
+            found=f"no {', '.join(missing[:3])}",
+            remedy="download them again",
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, keys in by_file.items():
+        stored = _opener(files[name])(files[name])
+        if absent := sorted(set(keys) - stored.keys()):
+            raise CheckpointError(
+                "a shard lacks a tensor that the index promises",
+                path=files[name],
+                key=absent[0],
+                found="nothing",
+            )
+        tensors |= {key: stored[key] for key in keys}
+    return Weights(tensors, (file, *files.values()))
+
+
+def _weight_map(file: Path) -> dict[str, str]:
+    index = read_json(file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("no index of weights", path=file, key="weight_map", expected="names to files")
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise CheckpointError("the index points outside its directory", path=file, found=outside[0])
+    # An early conversion script separated the parts of a name by "/" in the index, by "." in the files.
+    return {key.replace("/", "."): name for key, name in weight_map.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file with an object. Raises `CheckpointError` if it has none."""
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError("cannot be read", path=file, found=error.strerror) from error
+    except ValueError as error:
+        raise CheckpointError("no readable JSON", path=file, found=error) from error
+    if not isinstance(value, dict):
+        raise CheckpointError("no JSON object", path=file, found=type(value).__name__)
+    return value
+
+
+def _opener(file: Path) -> Callable[[Path], Mapping[str, Tensor]]:
+    return open_safetensors if file.suffix == ".safetensors" else _open_state_dict
+
+
+def _open_state_dict(file: Path) -> dict[str, Tensor]:
+    saved = open_torch(file)
+    if other := [key for key, value in saved.items() if not isinstance(value, TorchTensor)]:
+        raise CheckpointError("not a tensor", path=file, key=other[0], found=type(saved[other[0]]).__name__)
+    return saved

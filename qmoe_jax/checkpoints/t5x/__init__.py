@@ -1,0 +1,1 @@
+"""T5X checkpoints: legacy, Orbax and OCDBT."""

@@ -1,0 +1,1 @@
+"""Compressed directories of the original QMoE."""

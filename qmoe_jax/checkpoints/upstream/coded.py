@@ -1,0 +1,78 @@
+"""Expert kernels as codewords of upstream QMoE: decoded as they are read, or packed as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import BFloat16
+
+from pallas_kernels import PackedMatrix
+from qmoe_jax.coding import Encoded, decode, pack, upstream_codebook
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.torch_pickle import TorchTensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CodedMatrix:
+    """One expert's matrix [out, in] as it is stored."""
+
+    codes: TorchTensor
+    offsets: TorchTensor
+    levels: TorchTensor
+
+    @property
+    def rows(self) -> int:
+        """Its output features."""
+        return self.offsets.shape[0] - 1
+
+    def read(self) -> tuple[Encoded, BFloat16[np.ndarray, "out 2"]]:
+        """The codewords, and the minimum and maximum of each row."""
+        codes, offsets, levels = (
+            t.read(slice(0, t.shape[0])) for t in (self.codes, self.offsets, self.levels)
+        )
+        return Encoded(codes.view(np.uint16), offsets), levels.reshape(-1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedKernel:
+    """A layer's experts, seen as a dense bfloat16 tensor [expert, in, out] that is decoded as it is read."""
+
+    experts: Sequence[CodedMatrix]
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as seen."""
+        return (len(self.experts), self.width, self.experts[0].rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the levels."""
+        return np.dtype(ml_dtypes.bfloat16)
+
+    def read(self, rows: slice) -> np.ndarray:
+        """The experts `rows`, dequantized. Raises `CheckpointError` where codewords are damaged."""
+        experts = self.experts[rows]
+        array = np.empty((len(experts), *self.shape[1:]), self.dtype)
+        for values, expert in zip(array, experts, strict=True):
+            values[:] = self._decode(expert).T
+        return array
+
+    def pack(self, rows: slice) -> PackedMatrix:
+        """The experts `rows` as they are, codewords and levels, for the kernels that decode on the way."""
+        streams, levels = zip(*(expert.read() for expert in self.experts[rows]), strict=True)
+        return pack(streams, np.stack(levels), upstream_codebook(), self.width)
+
+    def _decode(self, expert: CodedMatrix) -> BFloat16[np.ndarray, "out in"]:
+        encoded, levels = expert.read()
+        try:
+            digits = decode(encoded, upstream_codebook(), self.width)
+        except ValueError as error:
+            raise CheckpointError(
+                "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
+            ) from error
+        values = np.concatenate([np.zeros((len(levels), 1), levels.dtype), levels], axis=1)
+        return np.take_along_axis(values, np.asarray(digits, np.intp), axis=1)

@@ -1,0 +1,23 @@
+"""The error for a checkpoint or artifact that cannot be read or written."""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or written, as data: where, what was expected and found, a remedy."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: object,
+        key: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+    ):
+        self.problem, self.path, self.key = problem, str(path), key
+        self.expected, self.found, self.remedy = expected, found, remedy
+        details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
+        lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
+        super().__init__("\n".join([f"{path}: {problem}", *lines]))

@@ -1,0 +1,104 @@
+"""Where a checkpoint lies: a local directory, or a URL that one of tensorstore's key-value drivers opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from qmoe_jax.files.errors import CheckpointError
+
+# Six tries over about 20 seconds; tensorstore's own default keeps on for a quarter of an hour when a host is
+# down.
+_RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A directory: `path` is a `Path` if it is local, else the URL. `store` reads keys relative to it.
+
+    `context` is what tensorstore opens its arrays with: one a checkpoint, since tensorstore keeps an array's
+    metadata in it and would not notice that another checkpoint now lies at the same path.
+    """
+
+    path: Path | str
+    store: ts.KvStore
+    context: ts.Context
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Location:
+        """The directory at a local path (`~` stands for the home directory) or URL (gs://, s3://, http://,
+        file://).
+
+        Raises `CheckpointError` if no driver takes the URL. Nothing is read, so a local path need not exist.
+        """
+        text = os.fspath(path)
+        context = ts.Context({f"{driver}_request_retries": _RETRIES for driver in ("http", "gcs", "s3")})
+        if match := re.match(r"([a-z0-9+.-]+)://", text):
+            url = text.rstrip("/") + "/"
+            try:
+                store = ts.KvStore.open(url, context=context).result()
+            except ValueError as error:
+                raise CheckpointError(
+                    f"no driver opens {match[1]}:// URLs",
+                    path=text,
+                    expected="a local path, or gs://, s3://, http(s)://, file://",
+                    found=first_line(error),
+                ) from error
+            return cls(Path(text[7:]) if match[1] == "file" else url.rstrip("/"), store, context)
+        local = Path(text).expanduser()
+        spec = {"driver": "file", "path": f"{os.path.abspath(local)}/"}
+        return cls(local, ts.KvStore.open(spec, context=context).result(), context)
+
+    def __truediv__(self, name: str) -> Location:
+        """A directory below this one."""
+        path = self.path / name if isinstance(self.path, Path) else f"{self.path}/{name}"
+        return Location(path, self.store / f"{name}/", self.context)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return str(self.path).rsplit("/", maxsplit=1)[-1]
+
+    @property
+    def parent(self) -> Location:
+        """The directory above."""
+        return Location.of(str(self.path).rsplit("/", maxsplit=1)[0] or "/")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The `kvstore` member of a tensorstore spec for an array in this directory."""
+        return self.store.spec().to_json()
+
+    def read(self, key: str) -> bytes | None:
+        """A whole file, or None if there is none. Raises `CheckpointError` if it cannot be read."""
+        try:
+            result = self.store.read(key).result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                "cannot be read", path=f"{self.path}/{key}", found=first_line(error)
+            ) from error
+        return result.value if result.state == "value" else None
+
+    def directories(self) -> list[str]:
+        """The names of the directories in this one; none where the driver cannot list (http)."""
+        if isinstance(self.path, Path):
+            return (
+                sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
+                if self.path.is_dir()
+                else []
+            )
+        try:
+            keys = self.store.list().result()
+        except (NotImplementedError, ValueError):
+            return []
+        return sorted({key.decode().split("/")[0] for key in keys if b"/" in key})
+
+
+def first_line(error: Exception) -> str:
+    """What tensorstore complains of, without the specs that it appends."""
+    return re.split(r" \[\w+='", str(error))[0].splitlines()[0]

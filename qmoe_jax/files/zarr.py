@@ -1,0 +1,192 @@
+"""Arrays that tensorstore reads: zarr directories, local, remote, or inside an OCDBT database."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.location import Location, first_line
+from qmoe_jax.files.msgpack import dtype_of
+from qmoe_jax.files.tensor import Shard
+from qmoe_jax.files.zarr_chunks import check_chunks
+
+Metadata = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ZarrTensor:
+    """An array in the directory `location`. `metadata` is its .zarray (empty for zarr 3: tensorstore has it).
+
+    Reading a range of rows decodes the chunks that hold it and no others. Memory: the range, and the decoded
+    chunks under way (64 MiB each as T5X writes them, as many as there are processors).
+    """
+
+    location: Location
+    store: ts.TensorStore
+    metadata: Metadata
+    bfloat16_bits: bool = False  # stored as uint16: what T5X did before its version 3
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of what `read` returns."""
+        return np.dtype(ml_dtypes.bfloat16) if self.bfloat16_bits else self.store.dtype.numpy_dtype
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """The rows a chunk spans: to read fewer at a time is to read the chunk several times."""
+        chunk = self.store.chunk_layout.read_chunk.shape
+        return int(chunk[0] or 1) if chunk else 1
+
+    @property
+    def has_chunk_files(self) -> bool:
+        """Whether its chunks are local files that `metadata` describes: what `shards` needs."""
+        return bool(self.metadata) and self.location.spec["driver"] == "file"
+
+    def read(self, rows: slice) -> np.ndarray:
+        """The rows, from the chunks that hold them. Raises `CheckpointError` if one is missing or damaged."""
+        return self._read(self.store[rows.start : rows.stop] if self.store.rank else self.store)
+
+    def read_columns(self, rows: slice) -> Iterator[np.ndarray]:
+        """The rows in pieces of as many of the second axis as a chunk spans. Raises as `read` does."""
+        step = int((self.store.chunk_layout.read_chunk.shape or ())[1] or 1)
+        for start in range(0, self.shape[1], step):
+            stop = min(start + step, self.shape[1])
+            yield self._read(self.store[rows.start : rows.stop, start:stop])
+
+    def _read(self, part: ts.TensorStore) -> np.ndarray:
+        try:
+            array = part.read().result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(
+                "a chunk is missing or damaged",
+                path=self.location.path,
+                found=first_line(error),
+                remedy="copy the checkpoint again",
+            ) from error
+        return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
+
+    def shards(self) -> Iterator[Shard]:
+        """The chunk files, each with what is wrong with it. Only where `has_chunk_files`."""
+        return check_chunks(Path(self.location.path), self.metadata, self.store.dtype.numpy_dtype.itemsize)
+
+
+def open_arrays(
+    directory: Location, declared: Mapping[str, Metadata | None], *, uint16_is_bfloat16: bool = False
+) -> dict[str, ZarrTensor]:
+    """The zarr 2 arrays in the directories `declared` names below `directory`, opened at once.
+
+    An array is described by its own .zarray; where there is none, by what is declared of it elsewhere (a
+    tensorstore spec). Its chunks and compressor are the .zarray's, whatever is declared: T5X does the same.
+
+    Raises:
+        CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
+            each other.
+    """
+    files = {name: directory.store.read(f"{name}/.zarray") for name in declared}
+    metadata = {}
+    for name, file in files.items():
+        with _refusing(directory / name):
+            zarray = file.result().value
+        metadata[name] = _metadata(directory / name, zarray, declared[name])
+    specs = {name: _zarr_spec(metadata[name]) for name in declared}
+    return {
+        name: ZarrTensor(
+            directory / name, store, metadata[name], uint16_is_bfloat16 and store.dtype == ts.uint16
+        )
+        for name, store in _open_all(directory, specs).items()
+    }
+
+
+def open_zarr3(directory: Location, names: list[str]) -> dict[str, ZarrTensor]:
+    """The zarr 3 arrays in the directories `names` of `directory`. Raises as `open_arrays` does."""
+    stores = _open_all(directory, {name: {"driver": "zarr3"} for name in names})
+    return {name: ZarrTensor(directory / name, store, {}) for name, store in stores.items()}
+
+
+def _zarr_spec(metadata: Metadata) -> Metadata:
+    return {
+        "driver": "zarr",
+        "metadata": metadata,
+        "assume_metadata": True,
+        # Without a fill value every chunk was written, zeros too: one that is missing was lost.
+        "fill_missing_data_reads": metadata.get("fill_value") is not None,
+    }
+
+
+def _open_all(directory: Location, specs: Mapping[str, Metadata]) -> dict[str, ts.TensorStore]:
+    opening, stores = {}, {}
+    for name, spec in specs.items():
+        with _refusing(directory / name):
+            opening[name] = ts.open(
+                {**spec, "open": True, "kvstore": (directory / name).spec},
+                read=True,
+                context=directory.context,
+            )
+    for name, future in opening.items():
+        with _refusing(directory / name):
+            stores[name] = future.result()
+    return stores
+
+
+@contextlib.contextmanager
+def _refusing(location: Location) -> Iterator[None]:
+    """Turns tensorstore's errors into a `CheckpointError`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            "an array that tensorstore cannot open", path=location.path, found=first_line(error)
+        ) from error
+
+
+def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> Metadata:
+    if not zarray:
+        return _declared_metadata(location, declared)
+    try:
+        metadata = json.loads(zarray)
+        shape = list(metadata["shape"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            "no readable JSON that describes an array", path=f"{location.path}/.zarray", found=repr(error)
+        ) from error
+    stated = None if declared is None else declared["metadata"].get("shape")
+    if stated is not None and list(stated) != shape:
+        raise CheckpointError(
+            "the array is not of the shape that the checkpoint's index tells",
+            path=f"{location.path}/.zarray",
+            expected=stated,
+            found=shape,
+        )
+    return metadata
+
+
+def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
+    """A .zarray out of a tensorstore spec, its dtype a NumPy name or, in older ones, a zarr string below."""
+    members = dict(spec["metadata"]) if spec else {}
+    name = spec.get("dtype", members.get("dtype")) if spec else None
+    if name is None or not {"shape", "chunks"} <= members.keys():
+        raise CheckpointError("an array without a description", path=location.path, expected="a file .zarray")
+    return {
+        "compressor": None,
+        "dimension_separator": ".",
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        **members,
+        "dtype": "bfloat16" if name == "bfloat16" else dtype_of(name).str,
+        "zarr_format": 2,
+    }

@@ -1,0 +1,63 @@
+"""The chunk files of a zarr array in a local directory: which are missing, and which are cut short."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qmoe_jax.files.tensor import Shard
+
+# Threads that wait for the disk; more do not make a local one faster.
+_THREADS = 8
+_SMALLEST_GZIP = 18  # bytes of header and trailer
+
+
+def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) -> Iterator[Shard]:
+    """Every chunk file that `metadata` (a .zarray) asks for, each with what is wrong with it.
+
+    Looks at sizes and last bytes alone: what a file decompresses to is seen when it is read. A chunk that is
+    missing holds the fill value, or was lost if there is none.
+    """
+    separator = metadata.get("dimension_separator", ".")
+    grid = [range(-(-n // chunk)) for n, chunk in zip(metadata["shape"], metadata["chunks"], strict=True)]
+    names = [separator.join(map(str, index)) or "0" for index in itertools.product(*grid)]
+    sizes = _file_sizes(directory)
+    present = [name for name in names if name in sizes]
+    if metadata.get("fill_value") is not None:
+        names = present
+    compressor = (metadata.get("compressor") or {}).get("id")
+    expected = math.prod(metadata["chunks"]) * itemsize
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda name: _problem(directory / name, sizes[name], compressor, expected), present)
+        problems = dict(zip(present, found, strict=True))
+    for name in names:
+        yield Shard(f"{directory.name}/{name}", sizes.get(name), problems.get(name, "missing"))
+
+
+def _problem(file: Path, size: int, compressor: str | None, expected: int) -> str | None:
+    if compressor is None and size != expected:
+        return f"{size:,} bytes instead of {expected:,}"
+    if compressor == "gzip":
+        if size < _SMALLEST_GZIP:
+            return f"cut short: {size} bytes"
+        # It ends with the size of what it holds, modulo 2^32; one that was cut short does not.
+        if (found := _last_word(file)) != expected % 2**32:
+            return f"cut short or damaged: ends with {found:,} instead of its {expected:,} bytes"
+    return None
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """The files below a directory by their paths in it; none if there is no such directory."""
+    files = (Path(root, name) for root, _, names in os.walk(directory) for name in names)
+    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+
+
+def _last_word(file: Path) -> int:
+    with open(file, "rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        return int.from_bytes(stream.read(4), "little")

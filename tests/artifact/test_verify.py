@@ -1,0 +1,108 @@
+"""`verify` finds a flipped bit anywhere, and every file that is cut short, missing or one too many."""
+
+import pathlib
+import random
+import shutil
+
+import pytest
+
+from qmoe_jax.artifact import ArtifactReader, CheckpointError, Manifest, verify
+from qmoe_jax.artifact.manifest import canonical, digest
+
+GROUP = "experts/encoder.layers_01/experts-00002-00003.safetensors"
+
+
+def test_an_intact_artifact_is(whole: pathlib.Path) -> None:
+    heard: list[tuple[int, int]] = []
+    found = verify(whole, progress=lambda done, total: heard.append((done, total)))
+    files = [path for path in whole.rglob("*") if path.is_file() and path.name != "SHA256SUMS"]
+    assert found.ok
+    assert found.problems == ()
+    assert found.files == len(files)
+    assert found.bytes == sum(path.stat().st_size for path in files)
+    assert heard[-1] == (found.bytes, found.bytes)
+
+
+def test_a_flipped_bit_is_found_in_every_file(artifact: pathlib.Path) -> None:
+    rng = random.Random(0)
+    for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
+        original = path.read_bytes()
+        for position in {0, len(original) - 1, rng.randrange(len(original))}:
+            broken = bytearray(original)
+            broken[position] ^= 1 << rng.randrange(8)
+            path.write_bytes(broken)
+            found = verify(artifact)
+            assert not found.ok, f"{path}, byte {position}"
+            assert any(path.name in problem for problem in found.problems), found.problems
+        path.write_bytes(original)
+    assert verify(artifact).ok
+
+
+def test_every_bit_of_the_manifest_counts(artifact: pathlib.Path) -> None:
+    path, rng = artifact / "manifest.json", random.Random(0)
+    original = path.read_bytes()
+    for position in range(0, len(original), 7):
+        broken = bytearray(original)
+        broken[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            Manifest.read(artifact)
+
+
+@pytest.mark.parametrize("target", [GROUP, "codebooks.safetensors", "run.json", "SHA256SUMS", "report.json"])
+def test_a_file_cut_short_is_found(artifact: pathlib.Path, target: str) -> None:
+    path = artifact / target
+    path.write_bytes(path.read_bytes()[:-3])
+    assert any(path.name in problem for problem in verify(artifact).problems)
+
+
+@pytest.mark.parametrize("target", [GROUP, "codebooks.safetensors", "dense/manifest.ocdbt", "report.json"])
+def test_a_missing_file_is_found(artifact: pathlib.Path, target: str) -> None:
+    (artifact / target).unlink()
+    assert any(f"{target}: expected a file, found none" in problem for problem in verify(artifact).problems)
+
+
+@pytest.mark.parametrize("target", ["experts/encoder.layers_01/notes.txt", "dense/d/more", "model.bin"])
+def test_a_file_too_many_is_found(artifact: pathlib.Path, target: str) -> None:
+    (artifact / target).write_text("not ours")
+    assert verify(artifact).problems == (f"{target}: expected no such file, found one",)
+
+
+def test_what_hubs_add_is_no_problem(artifact: pathlib.Path) -> None:
+    (artifact / "README.md").write_text("# A model")
+    (artifact / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert verify(artifact).ok
+
+
+def test_a_file_of_another_artifact_is_found_even_when_listed(
+    artifact: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Whoever puts a file in another's place may rewrite SHA256SUMS too, but not the manifest."""
+    from qmoe_jax.artifact.sums import read_sums, render_sums
+    from qmoe_jax.files.durable import record_of
+
+    other = GROUP.replace("encoder.layers_01", "decoder.layers_00")
+    shutil.copy(artifact / other, artifact / GROUP)
+    sums = read_sums(artifact) | {GROUP: record_of(artifact / GROUP).sha256}
+    (artifact / "SHA256SUMS").write_bytes(render_sums(sums))
+    found = verify(artifact)
+    assert not found.ok
+    assert any(GROUP in problem for problem in found.problems)
+
+
+def test_a_manifest_from_the_future_is_refused(artifact: pathlib.Path) -> None:
+    path = artifact / "manifest.json"
+    import json
+
+    content = json.loads(path.read_bytes()) | {"version": 2}
+    del content["checksum"]
+    path.write_bytes(canonical({"checksum": digest(content), **content}))
+    with pytest.raises(CheckpointError, match="version unknown here") as caught:
+        ArtifactReader.open(artifact)
+    assert "newer version" in str(caught.value)
+
+
+def test_a_directory_that_is_no_artifact(tmp_path: pathlib.Path) -> None:
+    found = verify(tmp_path)
+    assert not found.ok
+    assert "manifest.json" in found.problems[0]

@@ -1,6 +1,0 @@
-"""Lets the contracts import what the tests above them share."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,0 +1,138 @@
+"""inspect, verify, evaluate and convert on a real model and its artifact."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qmoe_jax as qj
+from qmoe_jax.data import Tokenizer, read_documents, segments, short_texts, span_corruption
+from tests.helpers.cli_runs import answer, qmoe
+
+
+def test_inspect_tells_what_a_checkpoint_holds(data):
+    found = answer("inspect", data / "t5x/switch_c_tiny_f32/checkpoint_1000")
+    assert found["format"] == "t5x"
+    assert found["config"]["num_experts"] == 8
+    assert found["parameters"] == sum(found["dtypes"].values())
+    shown = qmoe("inspect", data / "t5x/switch_c_tiny_f32/checkpoint_1000").stdout
+    assert f"{found['parameters']:,}" in shown
+    assert "encoder 0-3" in shown
+
+
+def test_inspect_measures_an_artifact(artifact, compressed):
+    found = answer("inspect", artifact)["compression"]
+    assert found["bits_per_expert_parameter"] == compressed[1]["bits_per_expert_parameter"]
+    assert found["options"]["bits"] == "ternary"
+    shown = qmoe("inspect", artifact).stdout
+    assert f"{found['bits_per_expert_parameter']:.4f} an expert parameter" in shown
+
+
+def test_inspect_names_damaged_files(artifact, tmp_path):
+    damaged = shutil.copytree(artifact, tmp_path / "damaged")
+    group = next(damaged.glob("experts/*/*"))
+    group.write_bytes(group.read_bytes()[:-8])
+    found = answer("inspect", damaged)
+    assert [shard["name"] for shard in found["damaged"]] == [str(group.relative_to(damaged))]
+    assert "compression" not in found
+    assert str(group.relative_to(damaged)) in qmoe("inspect", damaged).stdout
+
+
+def test_verify_says_that_all_is_well(artifact):
+    result = qmoe("verify", artifact)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "all is well" in result.stdout
+    assert answer("verify", artifact)["bytes"] > 0
+
+
+def test_verify_names_a_flipped_bit(artifact, tmp_path):
+    damaged = shutil.copytree(artifact, tmp_path / "damaged")
+    group = next(damaged.glob("experts/*/*"))
+    content = bytearray(group.read_bytes())
+    content[-100] ^= 1
+    group.write_bytes(content)
+    found = answer("verify", damaged, exit_code=3)
+    assert not found["ok"]
+    assert any(str(group.relative_to(damaged)) in problem for problem in found["problems"])
+    assert str(group.relative_to(damaged)) in qmoe("verify", damaged).stdout
+
+
+def test_verify_wants_an_artifact(model, tmp_path):
+    result = qmoe("verify", model)
+    assert result.exit_code == 1
+    assert f"error: {model}: is no artifact" in result.stderr
+    assert qmoe("verify", tmp_path / "missing").exit_code == 1
+
+
+def test_evaluate_is_the_api_on_the_same_samples(model, texts):
+    tokenizer = Tokenizer(model)
+    kept = short_texts(read_documents(texts), tokenizer, 568, 20)
+    expected = qj.evaluate(*qj.load_model(model), span_corruption(kept, tokenizer.sentinels, seed=3))
+    found = answer("evaluate", model, "--text", texts, "--samples", 20, "--seed", 3)
+    assert (found["samples"], found["tokens"]) == (20, expected.tokens)
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert (
+        f"{expected.loss:.4f} nats"
+        in qmoe("evaluate", model, "--text", texts, "--samples", 20, "--seed", 3).stdout
+    )
+
+
+def test_evaluate_cuts_texts_evenly(model, texts):
+    tokenizer = Tokenizer(model)
+    pieces = segments(read_documents(texts, "test"), tokenizer, 16)[::40]
+    expected = [example.decoder for example in span_corruption(pieces, tokenizer.sentinels)]
+    arguments = ("--text", texts, "--segment", 16, "--split", "test", "--samples", len(expected))
+    found = answer("evaluate", model, *arguments)
+    assert found["samples"] <= len(expected)
+    assert found["tokens"] == pytest.approx(sum(map(len, expected)) - len(expected), rel=0.2)
+
+
+def test_a_compressed_model_stays_packed(artifact, texts, monkeypatch):
+    loaded = []
+    load = qj.load_compressed
+    monkeypatch.setattr(
+        qj, "load_compressed", lambda *args, **options: loaded.append(args) or load(*args, **options)
+    )
+    found = answer("evaluate", artifact, "--text", texts, "--samples", 20)
+    assert found["format"] == "qmoe"
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("form", ["t5x", "huggingface"])
+def test_decompressed_is_what_the_artifact_says(artifact, tmp_path, form):
+    found = answer("convert", artifact, tmp_path / "out", "--to", form)
+    dense, packed = qj.open_checkpoint(found["output"]), qj.open_checkpoint(artifact)
+    assert dense.format == form
+    for name in packed.names():
+        np.testing.assert_array_equal(dense.read(name), packed.read(name))
+    assert Path(found["tokenizer"]).read_bytes() == (artifact / "tokenizer.model").read_bytes()
+
+
+def test_upstreams_format_has_the_same_weights(artifact, tmp_path):
+    answer("convert", artifact, tmp_path / "out", "--to", "upstream")
+    upstream, ours = qj.open_checkpoint(tmp_path / "out"), qj.open_checkpoint(artifact)
+    assert upstream.format == "upstream"
+    experts = [name for name in ours.names() if "/expert/" in name]
+    assert len(experts) == 8
+    for name in experts:
+        np.testing.assert_array_equal(upstream.read(name), ours.read(name))
+
+
+def test_upstreams_format_takes_only_ternary_artifacts(model, tmp_path):
+    result = qmoe("convert", model, tmp_path / "out", "--to", "upstream")
+    assert result.exit_code == 1
+    assert "found: a huggingface checkpoint" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_process_answers_quietly(data):
+    executable = Path(sys.executable).with_name("qmoe")
+    arguments = [executable, "inspect", data / "no" / "such"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {data / 'no' / 'such'}: no such file or directory\n")
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,127 @@
+"""qmoe compress: what it says, what it refuses before any work, and that it goes on where it was stopped."""
+
+import shutil
+
+import pytest
+from rich.console import Console
+
+import qmoe_jax as qj
+from qmoe_jax.artifact.sizes import measure
+from qmoe_jax.cli.compress import result_table, under_calibrated
+from qmoe_jax.compression import pipeline
+from qmoe_jax.compression.experts import MatrixRecord
+from qmoe_jax.compression.report import GroupRecord
+from qmoe_jax.data import Tokenizer
+from tests.helpers.cli_runs import answer, compress_arguments, qmoe
+
+
+def test_the_answer_is_what_lies_on_the_disk(compressed):
+    artifact, found = compressed
+    assert qj.verify(artifact).ok
+    sizes = found["sizes"]
+    expert_bytes = sum(path.stat().st_size for path in artifact.glob("experts/*/*"))
+    assert sum(sizes["expert_parts"].values()) == expert_bytes
+    bits = 8 * (expert_bytes + sizes["codebook_bytes"]) / sizes["expert_parameters"]
+    assert found["bits_per_expert_parameter"] == pytest.approx(bits)
+    assert 0.5 < found["sparsity"] < 1
+    assert found["samples"] == 24
+    assert found["rounded_to_nearest"] == []
+
+
+def test_the_tokenizer_travels_along(artifact, model):
+    assert (artifact / "tokenizer.model").read_bytes() == (model / "spiece.model").read_bytes()
+    start = qj.open_checkpoint(artifact).manifest.run.options["sentinel_start"]
+    assert start == Tokenizer(model).sentinels.start
+
+
+def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, texts, tmp_path, monkeypatch):
+    arguments = compress_arguments(model, texts, tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["/bin/qmoe", *map(str, arguments)])
+    calls = []
+
+    def stop_at_the_third(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compress_group(*args, **kwargs)
+
+    compress_group = pipeline.compress_group
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "compress_group", stop_at_the_third)
+        result = qmoe(*arguments)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert f"safe in {tmp_path / 'out'}" in result.stderr
+    assert result.stderr.splitlines()[-1].strip().startswith(f"qmoe compress '{model}'")
+    assert qmoe("verify", tmp_path / "out").exit_code == 3
+
+    groups = sorted((tmp_path / "out").glob("experts/*/*"))
+    written = [path.stat().st_mtime_ns for path in groups]
+    assert len(groups) == 2
+    answer(*arguments)
+    assert [path.stat().st_mtime_ns for path in groups] == written
+    manifests = [path / "manifest.json" for path in (tmp_path / "out", compressed[0])]
+    assert manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--codebook", "huffman"], "codebook: expected one of"),
+        (["--max-tokens", "5"], "no text of under 5 tokens; cut longer ones by --segment"),
+        (["--segment", "1000"], "no text of at least 500 tokens, half of --segment"),
+        (["--split", "dev"], 'no text with "split": "dev"'),
+        (["--extra-ids", "300"], "expected at most 512 ids, the model's vocabulary"),
+        (["--tokenizer", "no.model"], "no.model: no sentencepiece model there"),
+        (["--calibration", "no.jsonl"], "no.jsonl: no text found"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(model, texts, tmp_path, options, told):
+    result = qmoe(*compress_arguments(model, texts, tmp_path / "out"), *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert told in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_is_looked_for_above_the_checkpoint(data, folder, texts, tmp_path):
+    t5x = shutil.copytree(data / "t5x/switch_c_tiny_f32/checkpoint_1000", tmp_path / "checkpoint_1000")
+    arguments = compress_arguments(t5x, texts, tmp_path / "out")
+    result = qmoe(*arguments)
+    assert result.exit_code == 1
+    assert "no tokenizer.model or spiece.model there or above; pass it by --tokenizer" in result.stderr
+    shutil.copyfile(folder / "tokenizer.model", tmp_path / "tokenizer.model")
+    result = qmoe(*arguments, "--max-tokens", 5)
+    assert "no text of under 5 tokens" in result.stderr
+
+
+def test_a_damaged_tokenizer_is_named(model, texts, tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    result = qmoe(*compress_arguments(model, texts, tmp_path / "out"), "--tokenizer", tmp_path / "bad.model")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'bad.model'}: expected a sentencepiece model" in result.stderr
+
+
+def test_a_tokenizer_far_smaller_than_the_vocabulary_is_doubted(model, texts, tmp_path):
+    arguments = compress_arguments(model, texts, tmp_path / "out")
+    result = qmoe(*arguments, "--extra-ids", 8, "--max-tokens", 5)
+    assert "the model 512: is it the one the model was trained with?" in result.stderr
+
+
+def group(start: int, calibrated: list[int], fallback: list[bool]) -> GroupRecord:
+    nothing = [0.0] * len(calibrated)
+    matrix = MatrixRecord(nothing, nothing, nothing, [0] * len(calibrated), fallback)
+    return GroupRecord("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
+
+
+def test_starved_experts_are_named_with_their_tokens(compressed):
+    groups = (group(0, [100, 5], [False, False]), group(2, [0, 95], [True, False]))
+    report = qj.CompressionReport(compressed[0], measure(compressed[0]), groups, 1.0)
+    assert under_calibrated(report) == {"encoder 1": {2: 0}}
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(result_table(report))
+    rows = dict(line.split("  ", 1) for line in capture.get().splitlines() if "  " in line.strip())
+    assert (
+        "1 expert, for want of calibration tokens: encoder 1 expert 2 (0 tokens)"
+        in rows["rounded to nearest"]
+    )
+    assert "1 expert, under 10% of the even share: encoder 1 expert 2 (0 tokens)" in rows["under-calibrated"]

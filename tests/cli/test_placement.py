@@ -1,0 +1,59 @@
+"""--experts and --expert-cache, and qmoe bench, which tells what they cost."""
+
+import pytest
+
+from tests.helpers.cli_runs import answer, qmoe
+
+TEXT = "bado ___ lita, <extra_id_3> mo."
+
+
+def test_what_is_written_does_not_depend_on_where_experts_live(artifact):
+    wanted = answer("generate", artifact, TEXT)
+    found = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", "14KB", "--stats")
+    assert found.stdout.splitlines() == [text["filled"] for text in wanted["texts"]]
+    assert wanted["stats"]["experts"] is None
+    assert "experts on disk: " in found.stderr
+    assert "MB read in" in found.stderr
+
+
+def test_evaluate_takes_them_too(artifact, texts):
+    found = answer("evaluate", artifact, "--text", texts, "--samples", 8, "--experts", "host")
+    assert found["experts"]["placement"] == "host"
+    assert found["experts"]["uses"] > 0
+
+
+def test_a_cache_without_room_is_refused(artifact):
+    result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", "100")
+    assert result.exit_code == 1
+    assert "room for one expert" in result.stderr
+
+
+@pytest.mark.parametrize("size", ["much", "2XB", "1.2.3GB"])
+def test_a_size_that_is_none_is_wrong_usage(artifact, size):
+    result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", size)
+    assert result.exit_code == 2
+    assert "2GB or 500MB" in result.stderr
+
+
+def test_a_dense_checkpoint_has_its_experts_on_the_device(model):
+    result = qmoe("generate", model, TEXT, "--experts", "disk")
+    assert result.exit_code == 1
+    assert "compress it first" in result.stderr
+
+
+def test_bench_tells_every_round(artifact):
+    options = "--prompt", 8, "--new-tokens", 4, "--batch-size", 2, "--experts", "disk"
+    found = answer("bench", artifact, *options)
+    assert [(run["batch"], run["round"]) for run in found["runs"]] == [(2, 1), (2, 2)]
+    first = found["runs"][0]
+    assert first["reading"]["tokens"] == 16
+    assert 0 < first["writing"]["tokens"] <= 8
+    parts = first["reading"]["milliseconds_a_token"].values()
+    assert sum(parts) == pytest.approx(1e3 * first["reading"]["seconds"] / 16)
+    assert first["reading"]["experts"]["reads"] > 0
+
+
+def test_bench_prints_a_table(model):
+    shown = qmoe("bench", model, "--prompt", 8, "--new-tokens", 2, "--batch-size", 1, "--rounds", 1).stdout
+    assert "tokens/s" in shown
+    assert "experts on device" in shown

@@ -1,0 +1,1 @@
+"""Sample data and checks that several tests share."""
