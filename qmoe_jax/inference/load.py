@@ -14,7 +14,7 @@ from pallas_kernels.backend import platform
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement import (
@@ -31,6 +31,7 @@ from qmoe_jax.inference.placement import (
 )
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
+from qmoe_jax.parameters import ExpertKernel, is_expert
 
 
 def load_model(
@@ -130,8 +131,8 @@ def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placemen
         )
     layers: dict[LayerKey, dict[str, PackedMatrix]] = {}
     for name in packed:
-        stack, layer, _, _, matrix, _ = name.split("/")
-        layers.setdefault((stack, int(layer.removeprefix("layers_"))), {})[matrix] = reader.packed(name)
+        kernel = ExpertKernel.parse(name)
+        layers.setdefault((kernel.stack, kernel.layer), {})[kernel.matrix] = reader.packed(name)
     params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
     return _with_placed(params, HostExperts(layers, reader.config.activation), layers)
 

@@ -14,14 +14,10 @@ from jax.typing import ArrayLike
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.experts import ACTIVATIONS, grouped_mlp
+from qmoe_jax.parameters import expert_matrices, split_matrices
 
 CHUNK = 8192
 """Tokens that go through a range of experts at a time."""
-
-
-def wide_names(model: SwitchConfig) -> tuple[str, ...]:
-    """The first matrices of an expert."""
-    return ("wi_0", "wi_1") if model.gated else ("wi",)
 
 
 def token_chunks(tokens: int) -> Iterator[tuple[slice, int]]:
@@ -52,8 +48,7 @@ def run_experts(
       `[token, d_model]`, of x's dtype.
     """
     out = np.empty_like(x)
-    wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
-    narrow = jnp.asarray(weights["wo"])
+    wide, narrow = split_matrices({name: jnp.asarray(weights[name]) for name in expert_matrices(model)})
     for part, pad in token_chunks(len(expert)):
         rows = np.pad(x[part], ((0, pad), (0, 0)))
         result: Any = _outputs(rows, np.pad(expert[part], (0, pad)), wide, narrow, model.activation)

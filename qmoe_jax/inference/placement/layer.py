@@ -24,6 +24,7 @@ from pallas_kernels import PackedMatrix, packed_mlp
 from pallas_kernels.backend import platform
 from pallas_kernels.cpu.ffi import HostFunction
 from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, store_number
+from qmoe_jax.parameters import split_matrices
 
 
 @jax.tree_util.register_pytree_node_class
@@ -80,9 +81,9 @@ class PlacedLayer:
             name: PackedMatrix(*parts, table=jax.tree.map(jnp.asarray, m.table), width=m.width)
             for (name, m), parts in zip(stored.items(), handed, strict=True)
         }
-        wide = tuple(matrices[name] for name in sorted(matrices) if name != "wo")
+        wide, wo = split_matrices(matrices)
         wi: Any = wide if len(wide) > 1 else wide[0]
-        return packed_mlp(wi, matrices["wo"], x, slot.astype(jnp.int32), scale, self.store.activation)
+        return packed_mlp(wi, wo, x, slot.astype(jnp.int32), scale, self.store.activation)
 
 
 @HostFunction

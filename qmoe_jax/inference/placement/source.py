@@ -11,6 +11,7 @@ from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.store import LayerKey
+from qmoe_jax.parameters import ExpertKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,6 @@ class PlacedSource:
         """
         tables: dict[LayerKey, dict[str, DecodeTable]] = {}
         for name, kind in reader.manifest.kinds.items():
-            stack, layer, _, _, matrix, _ = name.split("/")
             if not runs_packed(kind):
                 raise CheckpointError(
                     "cannot be left on the host or on disk",
@@ -44,8 +44,10 @@ class PlacedSource:
                     found=kind,
                     remedy="load it with experts='device'",
                 )
-            key = stack, int(layer.removeprefix("layers_"))
-            tables.setdefault(key, {})[matrix] = reader.codebooks[kind.codebook].decode_table
+            kernel = ExpertKernel.parse(name)
+            tables.setdefault((kernel.stack, kernel.layer), {})[kernel.matrix] = reader.codebooks[
+                kind.codebook
+            ].decode_table
         return cls(reader.layers, tables)
 
 

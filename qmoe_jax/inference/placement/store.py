@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int32
 from pallas_kernels import PackedMatrix
 from pallas_kernels.cpu.mlp import expert_mlp
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
+from qmoe_jax.parameters import split_matrices
 
 LayerKey = tuple[str, int]
 """Stack ('encoder' or 'decoder') and number of a layer."""
@@ -88,8 +89,8 @@ class ExpertStore(abc.ABC):
     ) -> None:
         """The experts in some slots on their tokens, timed."""
         began = time.perf_counter()
-        wide = tuple(matrices[name] for name in sorted(matrices) if name != "wo")
-        expert_mlp(wide, matrices["wo"], x, slot, scale, y, activation=self.activation)
+        wi, wo = split_matrices(matrices)
+        expert_mlp(wi, wo, x, slot, scale, y, activation=self.activation)
         self.statistics.computed += time.perf_counter() - began
 
 
