@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = {
     "pallas_kernels": 0,
     "qmoe_jax.config": 1,
+    "qmoe_jax.progress": 1,
     "qmoe_jax.files": 1,
     "qmoe_jax.parameters": 2,
     "qmoe_jax.quantization": 1,
