@@ -52,7 +52,7 @@ def encode(
         raise ValueError(
             f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
         )
-    chosen = choose("encode", backend)
+    chosen = choose("encode_rows", backend)
     if chosen == "cpu":  # no array longer than the codes, and nothing to trace for a new shape
         from pallas_kernels.encode_rows.walk import walk
 
