@@ -1,4 +1,4 @@
-"""The numba kernel on a CPU: both products in one call, the activations never leave the token blocks."""
+"""An expert on a CPU by the numba kernels: one host call, in which activations stay in the blocks of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pallas_kernels.operands import PackedMatrix
 _NAMES = ("wi", "gate")
 
 
-def mlp(
+def packed_mlp(
     wi: tuple[PackedMatrix, ...],
     wo: PackedMatrix,
     x: Float[Array, "t d_model"],
@@ -27,7 +27,7 @@ def mlp(
     *,
     activation: str,
 ) -> Float[Array, "t d_model"]:
-    """See `packed_mlp`."""
+    """Compute `pallas_kernels.packed_mlp`; activations between two products are float32."""
     arrays, integers = list(arrays_of(wo)), integers_of(wo, "wo")
     for name, matrix in zip(_NAMES, wi, strict=False):
         arrays += arrays_of(matrix)

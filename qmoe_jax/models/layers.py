@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.backend import platform
-from pallas_kernels.dense_matvec import dense_matvec
+from pallas_kernels.dense_matmul import dense_matmul
 
 FEW_TOKENS = 32
 """Number of tokens up to which, on a CPU, a product that widens bfloat16 weights as it reads them beats XLA, which
@@ -44,7 +44,7 @@ class Dense(nn.Module):
         )
         x = x.astype(self.dtype)
         if _widen_while_reading(x, kernel):
-            rows = dense_matvec(x.reshape(-1, x.shape[-1]), kernel)
+            rows = dense_matmul(x.reshape(-1, x.shape[-1]), kernel)
             return rows.reshape(*x.shape[:-1], self.features)
         return x @ kernel.astype(self.dtype)
 

@@ -26,12 +26,7 @@ class HostExperts(ExpertStore):
             layers: packed matrices by name for each layer.
             activation: activation between an expert's matrices, "relu" or "gelu".
         """
-        nbytes = sum(
-            array.nbytes
-            for matrices in layers.values()
-            for matrix in matrices.values()
-            for array in (matrix.codes, matrix.row_offsets, matrix.levels)
-        )
+        nbytes = sum(matrix.nbytes for matrices in layers.values() for matrix in matrices.values())
         super().__init__(activation, ExpertStatistics("host", nbytes))
         self._layers = layers
 

@@ -106,7 +106,4 @@ def get_store(number: int) -> ExpertStore:
 
 def take_experts(matrices: Matrices, index: Int32[np.ndarray, "n"]) -> Matrices:
     """Return copies of the experts at `index`."""
-    return {
-        name: PackedMatrix(m.codes[index], m.row_offsets[index], m.levels[index], m.table, m.width)
-        for name, m in matrices.items()
-    }
+    return {name: matrix[index] for name, matrix in matrices.items()}
