@@ -140,7 +140,9 @@ def _cpu_refusal(here: str) -> str | None:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba cannot be imported ({error})"
-    return None
+    from pallas_kernels.cpu.xla_c_api import version_refusal
+
+    return version_refusal()
 
 
 def choose_backend(op: Op, backend: str | None = None) -> str:

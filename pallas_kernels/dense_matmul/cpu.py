@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float32
 
-from pallas_kernels.cpu.dense_product import compile_product, product
+from pallas_kernels.cpu.dense_product import dense_product, precompile
 from pallas_kernels.cpu.ffi import HostFunction
 
 
@@ -21,9 +21,9 @@ def dense_matmul(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Flo
 
 @HostFunction
 def _on_host(x: np.ndarray, w: np.ndarray, y: np.ndarray) -> None:
-    product(w.view(np.uint16), x, y)
+    dense_product(w.view(np.uint16), x, y)
 
 
 @functools.cache
 def _compile() -> None:
-    compile_product()
+    precompile()
