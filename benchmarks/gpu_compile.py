@@ -136,7 +136,7 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def weights_per_pass(case: Case, kernel: str) -> float | None:
     """Weights times tokens that a warp is done with after a pass of its loop; None for tensor cores' many loops."""
-    kinds = {"packed_matvec": "matvec", "packed_matmul": "gather", "packed_decode": "decode"}
+    kinds = {"packed_matvec": "matvec", "packed_matmul": "gather", "unpack": "decode"}
     if (kind := kinds.get(kernel.split("__", 1)[0])) is None:
         return None
     tile = jax_triton_tile(case.op) if case.backend == "jax_triton" else pallas_tile(case, kind)
@@ -164,7 +164,7 @@ def compiled(case: Case) -> dict[str, Any]:
     """The case, with the kernels of this repository in it (XLA's own are left out)."""
     function, arguments = program(case)
     launches = deviceless.launches(function, arguments, deviceless.GPUS[case.gpu])
-    ours = [launch for launch in launches if launch.kernel.name.startswith("packed_")]
+    ours = [launch for launch in launches if launch.kernel.name.startswith(("packed_", "unpack"))]
     kernels = []
     for launch in ours:
         kernel = describe(launch)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import packed_matvec, tuning
-from pallas_kernels.matmul.pallas import matmul
+from pallas_kernels.matmul.pallas import packed_matmul as matmul
 from pallas_kernels.matmul.routes import Overrides
 from pallas_kernels.matvec.pallas import matvec
 

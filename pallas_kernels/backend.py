@@ -146,7 +146,8 @@ def choose(op: str, backend: str | None = None, *, interpret: bool = False) -> s
 def face(op: str, backend: str | None = None, *, interpret: bool = False) -> Callable[..., Any]:
     """The function that runs `op`; raises as `choose` does."""
     chosen = choose(op, backend, interpret=interpret)
-    function = getattr(importlib.import_module(f"pallas_kernels.{op}.{chosen}"), op)
+    module = importlib.import_module(f"pallas_kernels.{op}.{chosen}")
+    function = getattr(module, {"matmul": "packed_matmul", "mlp": "packed_mlp"}.get(op, op))
     return functools.partial(function, interpret=interpret) if chosen == "pallas" else function
 
 

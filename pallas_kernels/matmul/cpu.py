@@ -8,7 +8,7 @@ from pallas_kernels.cpu.matmul import multiply
 from pallas_kernels.operands import PackedMatrix
 
 
-def matmul(
+def packed_matmul(
     packed: PackedMatrix, x: Float[Array, "t in"], expert_index: Int32[Array, "t"]
 ) -> Float[Array, "t out"]:
     """See `packed_matmul`."""

@@ -16,7 +16,7 @@ TILE = 32  # codewords at a time; with eight tokens each a thread holds eight su
 LANES = 8  # tokens of a block: a codeword's column is then one load of 16 or 32 bytes
 
 
-def matmul(
+def packed_matmul(
     packed: PackedMatrix, x: Float[Array, "t in"], expert_index: Int32[Array, "t"]
 ) -> Float[Array, "t out"]:
     """See `packed_matmul`."""
@@ -28,13 +28,13 @@ def matmul(
     operands = groups.expert, groups.spread(x).transpose(0, 2, 1)  # tokens side by side
     result = jax.ShapeDtypeStruct((blocks, packed.rows, LANES), x.dtype)
     tiles = {"TILE": TILE, "LANES": LANES}
-    y = call(packed_matmul, packed, operands, programs=packed.rows * blocks, result=result, **tiles)
+    y = call(packed_matmul_gather, packed, operands, programs=packed.rows * blocks, result=result, **tiles)
     return groups.collect(y.transpose(0, 2, 1))
 
 
 @triton.jit
 @no_type_check
-def packed_matmul(
+def packed_matmul_gather(
     codes,
     offsets,
     entries,

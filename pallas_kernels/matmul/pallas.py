@@ -9,7 +9,7 @@ from pallas_kernels.matmul.routes import Overrides, route_for
 from pallas_kernels.operands import PackedMatrix
 
 
-def matmul(
+def packed_matmul(
     packed: PackedMatrix,
     x: Float[Array, "t in"],
     expert_index: Int32[Array, "t"],

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.decode.reference import decode_expert
 from pallas_kernels.grouping import group_tokens, lanes_for
 from pallas_kernels.operands import PackedMatrix
+from pallas_kernels.unpack.reference import decode_expert
 
 MOST_LANES = 256  # beyond it the product costs so much more than decoding that sharing that gains nothing
 
 
-def matmul(
+def packed_matmul(
     packed: PackedMatrix, x: Float[Array, "t in"], expert_index: Int32[Array, "t"]
 ) -> Float[Array, "t out"]:
     """See `packed_matmul`."""

@@ -18,7 +18,7 @@ from pallas_kernels.operands import PackedMatrix
 _NAMES = ("wi", "gate")
 
 
-def mlp(
+def packed_mlp(
     wi: tuple[PackedMatrix, ...],
     wo: PackedMatrix,
     x: Float[Array, "t d_model"],

@@ -10,7 +10,7 @@ from pallas_kernels.matmul.routes import Overrides, route_for
 from pallas_kernels.operands import PackedMatrix
 
 
-def mlp(
+def packed_mlp(
     wi: tuple[PackedMatrix, ...],
     wo: PackedMatrix,
     x: Float[Array, "t d_model"],

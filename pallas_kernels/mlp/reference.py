@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.matmul.reference import matmul
+from pallas_kernels.matmul.reference import packed_matmul as matmul
 from pallas_kernels.matvec.reference import matvec
 from pallas_kernels.mlp.composed import composed_mlp
 from pallas_kernels.operands import PackedMatrix
@@ -12,7 +12,7 @@ from pallas_kernels.operands import PackedMatrix
 MATMUL_FROM = 4
 
 
-def mlp(
+def packed_mlp(
     wi: tuple[PackedMatrix, ...],
     wo: PackedMatrix,
     x: Float[Array, "t d_model"],

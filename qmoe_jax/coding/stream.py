@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Int32, UInt8, UInt16
 
 from pallas_kernels import PackedMatrix
 from pallas_kernels.backend import choose
-from pallas_kernels.encode import encode_rows
+from pallas_kernels.encode_rows import encode_rows
 from qmoe_jax.coding.codebook import Codebook
 
 AnyArray = jax.Array | np.ndarray
@@ -54,7 +54,7 @@ def encode(
         )
     chosen = choose("encode", backend)
     if chosen == "cpu":  # no array longer than the codes, and nothing to trace for a new shape
-        from pallas_kernels.encode.walk import walk
+        from pallas_kernels.encode_rows.walk import walk
 
         return Encoded(*walk(np.asarray(digits), codebook.encode_table))
     codes, row_offsets = map(np.asarray, encode_rows(digits, codebook.encode_table, backend=chosen))

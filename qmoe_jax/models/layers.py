@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.backend import platform
-from pallas_kernels.dense_matvec import dense_matvec
+from pallas_kernels.dense_matmul import dense_matmul
 
 FEW_TOKENS = 32
 """Up to as many, a CPU multiplies by a kernel in bfloat16 sooner than XLA, which widens it into memory first."""
@@ -39,7 +39,7 @@ class Kernel(nn.Module):
         )
         x = x.astype(self.dtype)
         if _better_narrow(x, kernel):
-            rows = dense_matvec(x.reshape(-1, x.shape[-1]), kernel)
+            rows = dense_matmul(x.reshape(-1, x.shape[-1]), kernel)
             return rows.reshape(*x.shape[:-1], self.features)
         return x @ kernel.astype(self.dtype)
 

@@ -25,7 +25,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from pallas_kernels.gptq_block import RoundedBlock, quantize_block
+from pallas_kernels.quantize_block import RoundedBlock, quantize_block
 from qmoe_jax.quantization.factorization import Factor, factorize
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import GroupSchedule, join_groups, split_groups

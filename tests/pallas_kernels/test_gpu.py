@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import backend, tuning
-from pallas_kernels.matmul.pallas import matmul
+from pallas_kernels.matmul.pallas import packed_matmul as matmul
 from pallas_kernels.matmul.routes import Overrides
 from tests.helpers import packed_samples as samples
 
@@ -41,7 +41,7 @@ def assert_products(found, sample, x, expert_index, bound):
 
 
 def test_the_pallas_kernels_are_the_default_here():
-    for op in ("matvec", "matmul", "mlp", "decode"):
+    for op in ("matvec", "matmul", "mlp", "unpack"):
         assert backend.choose(op) == "pallas"
 
 

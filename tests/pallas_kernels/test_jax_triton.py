@@ -9,10 +9,10 @@ import pytest
 
 from tests.helpers import triton_interpreter  # isort: skip - skips this module where jax-triton is not installed
 
-from pallas_kernels.matmul.jax_triton import matmul
+from pallas_kernels.matmul.jax_triton import packed_matmul as matmul
 from pallas_kernels.matvec.jax_triton import matvec
-from pallas_kernels.mlp.jax_triton import mlp
-from pallas_kernels.mlp.reference import mlp as reference_mlp
+from pallas_kernels.mlp.jax_triton import packed_mlp as mlp
+from pallas_kernels.mlp.reference import packed_mlp as reference_mlp
 from tests.helpers import packed_samples as samples
 from tests.pallas_kernels.test_contract import CASES, assert_products
 from tests.pallas_kernels.test_safety import corrupted

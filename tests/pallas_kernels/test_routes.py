@@ -9,11 +9,11 @@ import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.epilogue import Epilogue
-from pallas_kernels.matmul.pallas import matmul
+from pallas_kernels.matmul.pallas import packed_matmul as matmul
 from pallas_kernels.matmul.routes import Overrides, route_for
 from pallas_kernels.matmul.tensor_core import _bfloat16_parts
 from pallas_kernels.matvec.pallas import matvec
-from pallas_kernels.mlp.pallas import mlp
+from pallas_kernels.mlp.pallas import packed_mlp as mlp
 from tests.helpers import packed_samples as samples
 from tests.pallas_kernels.test_contract import assert_products
 from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda

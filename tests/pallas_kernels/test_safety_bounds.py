@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 import pallas_kernels as pk
-from pallas_kernels.decode.pallas import decode
-from pallas_kernels.matmul.pallas import matmul
+from pallas_kernels.matmul.pallas import packed_matmul as matmul
 from pallas_kernels.matvec.pallas import matvec
-from pallas_kernels.mlp.pallas import mlp
+from pallas_kernels.mlp.pallas import packed_mlp as mlp
+from pallas_kernels.unpack.pallas import unpack as decode
 from tests.helpers import packed_samples as samples
 
 EXPERTS, D_MODEL, D_FF, TOKENS = 2, 11, 21, 3

@@ -167,7 +167,7 @@ def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
         traced = gptq_with_factor.trace(w, factor, ternary_grid(), block_size=16)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count('name = "gptq_block"') == 1
+    assert program.count('name = "quantize_block"') == 1
 
 
 # Invariances

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 from pallas_kernels.cpu.ffi import HostFunction
-from pallas_kernels.encode.operands import EncodedRows, EncodeTable
-from pallas_kernels.encode.walk import walk
+from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
+from pallas_kernels.encode_rows.walk import walk
 
 
-def encode(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
+def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
     """See `encode_rows`."""
     experts, rows, _ = digits.shape
     _compile(np.dtype(table.code.dtype), table.symbol_digits)

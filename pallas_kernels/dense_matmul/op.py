@@ -13,7 +13,7 @@ from pallas_kernels.derivative import undifferentiable
 
 
 @functools.partial(jax.jit, static_argnames="backend")
-def dense_matvec(
+def dense_matmul(
     x: Float[Array, "t in"], w: Float[Array, "rows out"], *, backend: str | None = None
 ) -> Float32[Array, "t out"]:
     """`x @ w` in float32, the matrix widened as it is read.
@@ -31,8 +31,8 @@ def dense_matvec(
       NotImplementedError: `backend` cannot run here, or the result is differentiated.
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
-        raise ValueError(f"dense_matvec: expected x [t, in] and w [in, out], found {x.shape} and {w.shape}")
+        raise ValueError(f"dense_matmul: expected x [t, in] and w [in, out], found {x.shape} and {w.shape}")
     if (x.dtype, w.dtype) != (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dense_matvec: expected x in float32, w in bfloat16, found {x.dtype}, {w.dtype}")
-    face = backends.face("dense_matvec", backend)
-    return undifferentiable("dense_matvec", face, x, w)
+        raise ValueError(f"dense_matmul: expected x in float32, w in bfloat16, found {x.dtype}, {w.dtype}")
+    face = backends.face("dense_matmul", backend)
+    return undifferentiable("dense_matmul", face, x, w)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.encode.pallas import encode
+from pallas_kernels.encode_rows.pallas import encode_rows as encode
 from qmoe_jax.coding import Codebook
 from tests.helpers import packed_samples as samples
 from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
@@ -140,8 +140,8 @@ def test_it_lowers_to_two_triton_kernels(book):
     run = functools.partial(encode, capacity=5000)
     program = lowered_for_cuda(run, random_digits((2, 96, 200)), codebook.encode_table)
     assert kernels(program) == 2
-    assert 'name = "encode_count"' in program
-    assert 'name = "encode_write"' in program
+    assert 'name = "encode_rows_count"' in program
+    assert 'name = "encode_rows_write"' in program
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pallas_kernels.tiles import Streams
 CLEARED = 1024  # elements cleared at a time
 
 
-def decode(
+def unpack(
     packed: PackedMatrix,
     dtype: np.dtype,
     *,
@@ -35,7 +35,7 @@ def decode(
         out_shape=jax.ShapeDtypeStruct((packed.num_experts, packed.rows, packed.width), dtype),
         compiler_params=triton_parameters(num_warps=config.warps),
         interpret=interpret,
-        name="packed_decode",
+        name="unpack",
     )(Streams.of(packed))
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.cpu.unpack_rows import dense
 from pallas_kernels.operands import PackedMatrix
 
 
-def decode(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
+def unpack(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
     """See `pallas_kernels.unpack`."""
     result = jax.ShapeDtypeStruct((packed.num_experts, packed.rows, packed.width), jnp.float32)
     return _decode_on_host(result, *arrays_of(packed), **integers_of(packed, "packed")).astype(dtype)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from pallas_kernels import backend as backends
-from pallas_kernels.encode.operands import AnyArray, EncodedRows, EncodeTable
+from pallas_kernels.encode_rows.operands import AnyArray, EncodedRows, EncodeTable
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "backend", "interpret"))
@@ -52,7 +52,7 @@ def encode_rows(
         )
     if capacity is not None and capacity < 1:
         raise ValueError(f"encode_rows: expected a capacity of at least 1, found {capacity}")
-    face = backends.face("encode", backend, interpret=interpret)
+    face = backends.face("encode_rows", backend, interpret=interpret)
     # Shape: [expert, row, width]
     codes, row_offsets = face(
         jnp.asarray(digits).reshape(-1, rows, width), table, most if capacity is None else capacity

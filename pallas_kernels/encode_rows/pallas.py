@@ -16,14 +16,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, UInt8
 
 from pallas_kernels.backend import triton_parameters
-from pallas_kernels.encode.operands import EncodedRows, EncodeTable
-from pallas_kernels.encode.symbols import offsets_of, symbols_of
+from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
+from pallas_kernels.encode_rows.symbols import offsets_of, symbols_of
 
 WARPS = 1  # a row waits for its own loads alone: small programs spread over all processors
 ROWS = 32 * WARPS  # of a program: one a thread
 
 
-def encode(
+def encode_rows(
     digits: UInt8[Array, "expert row width"],
     table: EncodeTable,
     capacity: int,
@@ -55,13 +55,13 @@ def encode(
     counts = call(
         functools.partial(_count_kernel, fanout=table.fanout),
         out_shape=jax.ShapeDtypeStruct((experts, rows), jnp.int32),
-        name="encode_count",
+        name="encode_rows_count",
     )(*operands)
     row_offsets = offsets_of(counts)
     codes = call(
         functools.partial(_write_kernel, fanout=table.fanout),
         out_shape=jax.ShapeDtypeStruct((experts, capacity + 1), code.dtype),
-        name="encode_write",
+        name="encode_rows_write",
     )(*operands, code, last_code, row_offsets)
     written = jnp.arange(capacity) < row_offsets[:, -1:]
     return EncodedRows(jnp.where(written, codes[:, :-1], 0), row_offsets)

@@ -13,7 +13,7 @@ from pallas_kernels.cpu.dense_product import compile_product, product
 from pallas_kernels.cpu.ffi import HostFunction
 
 
-def dense_matvec(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:
+def dense_matmul(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:
     """See the op."""
     _compile()
     return _on_host(jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.float32), x, w)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.gptq_block.pallas import gptq_block
-from pallas_kernels.gptq_block.rounding import round_half_to_even
+from pallas_kernels.quantize_block.pallas import quantize_block
+from pallas_kernels.quantize_block.rounding import round_half_to_even
 from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
 
 BACKENDS = {
@@ -181,9 +181,9 @@ def test_the_experts_of_a_layer_lower_to_one_triton_kernel(name):
     rounding, _ = ROUNDINGS[name]
     problem = block(rounding, (2, 128, 200), groups=3)
     axes = (0, 0, 0, 0, 0, None, None)
-    program = lowered_for_cuda(jax.vmap(gptq_block, in_axes=axes), *problem, rounding)
+    program = lowered_for_cuda(jax.vmap(quantize_block, in_axes=axes), *problem, rounding)
     assert kernels(program) == 1
-    assert 'name = "gptq_block"' in program
+    assert 'name = "quantize_block"' in program
 
 
 @pytest.mark.parametrize(

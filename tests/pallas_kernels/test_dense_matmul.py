@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.dense_matvec import dense_matvec
+from pallas_kernels.dense_matmul import dense_matmul
 
 every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
@@ -29,21 +29,21 @@ def assert_product(found, x, w):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (8, 1025), (33, 2100), (2080, 48)])
 def test_the_product(backend, tokens, shape):
     x, w = operands(tokens, shape)
-    assert_product(dense_matvec(x, w, backend=backend), x, w)
+    assert_product(dense_matmul(x, w, backend=backend), x, w)
 
 
 @settings(deadline=None, max_examples=25)
 @given(tokens=st.integers(1, 5), inputs=st.integers(1, 40), outputs=st.integers(1, 70))
 def test_any_shape(tokens, inputs, outputs):
     x, w = operands(tokens, (inputs, outputs))
-    assert_product(dense_matvec(x, w, backend="cpu"), x, w)
+    assert_product(dense_matmul(x, w, backend="cpu"), x, w)
 
 
 @every_backend
 def test_what_is_not_finite_comes_out(backend):
     x, w = operands(2, (16, 20))
     x = x.at[1, 3].set(jnp.nan)
-    found = np.asarray(dense_matvec(x, w, backend=backend))
+    found = np.asarray(dense_matmul(x, w, backend=backend))
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1]).all()
 
@@ -51,23 +51,23 @@ def test_what_is_not_finite_comes_out(backend):
 @every_backend
 def test_under_jit_and_vmap(backend):
     x, w = operands(3, (16, 20))
-    run = jax.jit(jax.vmap(lambda w: dense_matvec(x, w, backend=backend)))
+    run = jax.jit(jax.vmap(lambda w: dense_matmul(x, w, backend=backend)))
     for found, factor in zip(run(jnp.stack([w, 2 * w])), (1, 2), strict=True):
         assert_product(found, x, factor * w)
 
 
 def test_the_same_bits_every_time():
     x, w = operands(3, (2080, 96))
-    first = np.asarray(dense_matvec(x, w, backend="cpu"))
+    first = np.asarray(dense_matmul(x, w, backend="cpu"))
     for _ in range(30):
-        np.testing.assert_array_equal(dense_matvec(x, w, backend="cpu"), first)
+        np.testing.assert_array_equal(dense_matmul(x, w, backend="cpu"), first)
 
 
 def test_what_does_not_fit_is_refused():
     x, w = operands(2, (16, 20))
     with pytest.raises(ValueError, match=r"found \(2, 16\) and \(20, 16\)"):
-        dense_matvec(x, w.T)
+        dense_matmul(x, w.T)
     with pytest.raises(NotImplementedError, match="no derivative"):
-        jax.grad(lambda x: dense_matvec(x, w).sum())(x)
+        jax.grad(lambda x: dense_matmul(x, w).sum())(x)
     with pytest.raises(NotImplementedError, match="no such implementation"):
-        dense_matvec(x, w, backend="pallas")
+        dense_matmul(x, w, backend="pallas")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.test_gptq_block import ROUNDINGS, block
+from tests.pallas_kernels.test_quantize_block import ROUNDINGS, block
 from tests.pallas_kernels.test_safety_bounds import checking, ran, strays, traced  # noqa: F401
 
 

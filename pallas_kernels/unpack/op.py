@@ -35,4 +35,4 @@ def unpack(
     """
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"unpack: expected float32 or bfloat16, found {dtype}")
-    return backends.face("decode", backend, interpret=interpret)(packed, jnp.dtype(dtype))
+    return backends.face("unpack", backend, interpret=interpret)(packed, jnp.dtype(dtype))

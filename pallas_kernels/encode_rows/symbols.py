@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, UInt8
 
-from pallas_kernels.encode.operands import EncodeTable
+from pallas_kernels.encode_rows.operands import EncodeTable
 
 
 def symbols_of(

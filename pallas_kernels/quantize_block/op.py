@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend as backends
-from pallas_kernels.gptq_block.operands import RoundedBlock
-from pallas_kernels.gptq_block.rounding import Rounding
+from pallas_kernels.quantize_block.operands import RoundedBlock
+from pallas_kernels.quantize_block.rounding import Rounding
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "interpret"))
@@ -50,7 +50,7 @@ def quantize_block(
     """
     _check(w, pull, lower, curvature, levels, group)
     group = jnp.clip(group, 0, levels.shape[-3] - 1)
-    face = backends.face("gptq_block", backend, interpret=interpret)
+    face = backends.face("quantize_block", backend, interpret=interpret)
     for _ in w.shape[:-2]:
         face = jax.vmap(face, in_axes=(0, 0, 0, 0, 0, None, None))
     return face(w, pull, lower, curvature, levels, group, rounding)

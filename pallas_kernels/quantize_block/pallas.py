@@ -17,8 +17,8 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import triton_parameters
-from pallas_kernels.gptq_block.operands import Columns, RoundedBlock
-from pallas_kernels.gptq_block.rounding import Rounding
+from pallas_kernels.quantize_block.operands import Columns, RoundedBlock
+from pallas_kernels.quantize_block.rounding import Rounding
 from pallas_kernels.tiles import multiply_add
 
 WARPS = 4
@@ -26,7 +26,7 @@ ROWS = 32 * WARPS  # of a program: one a thread
 PANEL = 16  # columns unrolled: twice as many take minutes to compile
 
 
-def gptq_block(
+def quantize_block(
     w: Columns,
     pull: Columns,
     lower: Float[Array, "column column"],
@@ -52,7 +52,7 @@ def gptq_block(
         ),
         compiler_params=triton_parameters(num_warps=WARPS),
         interpret=interpret,
-        name="gptq_block",
+        name="quantize_block",
     )(w, pull, lower, curvature, levels, group, *[jnp.reshape(number, 1) for number in numbers])
     return RoundedBlock(*results)
 

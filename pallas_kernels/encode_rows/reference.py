@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
-from pallas_kernels.encode.operands import EncodedRows, EncodeTable
-from pallas_kernels.encode.symbols import offsets_of, symbols_of
+from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
+from pallas_kernels.encode_rows.symbols import offsets_of, symbols_of
 
 
-def encode(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
+def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
     """See `encode_rows`."""
     follow, code, last_code = map(jnp.asarray, (table.follow, table.code, table.last_code))
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gptq_block.operands import Columns, RoundedBlock
-from pallas_kernels.gptq_block.rounding import Rounding
+from pallas_kernels.quantize_block.operands import Columns, RoundedBlock
+from pallas_kernels.quantize_block.rounding import Rounding
 
 # Columns of a panel, whose deviations should stay in a core's cache: 400 KB at 6,144 rows. There 8 to 32 are
 # equally fast on a CPU, and a panel as wide as the block many times slower.
@@ -25,7 +25,7 @@ Index = Int[Array, ""]
 _dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
 
-def gptq_block(
+def quantize_block(
     w: Columns,
     pull: Columns,
     lower: Float[Array, "column column"],
@@ -66,7 +66,7 @@ def _round_panel(
     group: Int[Array, "column"],
     rounding: Rounding,
 ) -> RoundedBlock:
-    """`gptq_block` column by column."""
+    """`quantize_block` column by column."""
 
     def round_column(i: Index, done: RoundedBlock) -> RoundedBlock:
         at = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)

@@ -6,6 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float32
 
 
-def dense_matvec(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:
+def dense_matmul(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:
     """See the op."""
     return jnp.dot(x, w.astype(jnp.float32), precision="highest")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.encode.pallas import encode
+from pallas_kernels.encode_rows.pallas import encode_rows as encode
 from tests.helpers import packed_samples as samples
 from tests.pallas_kernels.test_safety_bounds import checking, ran, strays, traced  # noqa: F401
 

@@ -11,7 +11,7 @@ from pallas_kernels.operands import PackedMatrix
 from pallas_kernels.streams import field, row_bounds
 
 
-def decode(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
+def unpack(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
     """See `pallas_kernels.unpack`."""
     experts = jnp.arange(packed.num_experts)
     return jax.lax.map(lambda expert: decode_expert(packed, expert).astype(dtype), experts)
