@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +38,6 @@ class DecodeTable:
     field_bits: int
     slots: int
     max_length: int
-
-    @classmethod
-    def from_words(cls, words: Sequence[np.ndarray]) -> DecodeTable:
-        """The table of codewords given as sequences of digits (uint8), in the order of their codes."""
-        lengths = np.array([len(word) for word in words], np.int32)
-        digits = np.zeros((len(words), int(lengths.max(initial=1))), np.uint8)
-        for row, word in zip(digits, words, strict=True):
-            row[: len(word)] = word
-        return cls.from_digits(lengths, digits)
 
     @classmethod
     def from_digits(

@@ -19,16 +19,16 @@ _index = np.uintp  # unsigned: numba checks signed indices for counting from the
 Codes = UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
 
 
-def walk(
-    digits: UInt8[np.ndarray, "row width"], table: EncodeTable, most: int | None = None
-) -> tuple[Codes, Int32[np.ndarray, "bound"]]:
-    """(codes, row offsets) of a matrix, of the codes the first `most`. Takes a code a symbol of scratch memory.
+def encode_matrix(
+    digits: UInt8[np.ndarray, "row width"],
+    table: EncodeTable,
+    codes: Codes,
+    row_offsets: Int32[np.ndarray, "bound"],
+) -> None:
+    """Write the codes of a matrix, zeros behind them, and its row offsets. Takes a code per symbol of scratch memory.
 
-    The digits are known to be 0, 1 or 2: they lead through the table unchecked. Its arrays are NumPy's, anywhere
-    in memory.
-
-    Raises:
-      ValueError: more codewords than an int32 counts.
+    The digits are known to be 0, 1 or 2: they lead through the table unchecked. `codes` has room for a code per
+    symbol. All arrays are NumPy's.
     """
     rows, width = digits.shape
     follow, code, last_code = map(_read_only, (table.follow, table.code, table.last_code))
@@ -36,16 +36,14 @@ def walk(
     # Its number of dimensions is compiled in, and with it the loop over a symbol's digits.
     symbol = np.empty((0,) * table.symbol_digits, np.uint8)
     _encode_rows(_read_only(digits), (follow.reshape(-1), code, last_code), symbol, scratch, counts)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
-    codes = np.empty(offsets[-1] if most is None else min(most, offsets[-1]), code.dtype)
-    _join_rows(scratch, offsets, codes)
-    return codes, offsets.astype(np.int32)
+    row_offsets[0] = 0
+    np.cumsum(counts, dtype=np.int32, out=row_offsets[1:])
+    _join_rows(scratch, row_offsets, codes)
+    codes[row_offsets[-1] :] = 0
 
 
 def _read_only(array: AnyArray) -> np.ndarray:
-    """Contiguous and read-only, as XLA's arrays are, so that one compiled version serves everybody."""
+    """Return a contiguous and read-only view, like XLA's arrays, so that one compiled version serves all callers."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
@@ -53,7 +51,7 @@ def _read_only(array: AnyArray) -> np.ndarray:
 
 @compiled
 def _symbol_at(row, place, symbol):
-    """The digits from `place` on as one symbol; zeros follow a row."""
+    """Return the digits from `place` on as one symbol; zeros follow a row."""
     value, weight = _index(0), _index(1)
     for j in range(symbol.ndim):
         if place + _index(j) < _index(len(row)):
@@ -91,5 +89,5 @@ def _encode_rows(digits, tables, symbol, scratch, counts):
 def _join_rows(scratch, offsets, codes):
     for row in numba.prange(len(offsets) - 1):
         start = offsets[row]
-        for i in range(min(offsets[row + 1], len(codes)) - start):
+        for i in range(offsets[row + 1] - start):
             codes[start + i] = scratch[row, i]

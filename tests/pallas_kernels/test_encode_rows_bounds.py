@@ -10,12 +10,11 @@ from tests.pallas_kernels.test_safety_bounds import checking, ran, strays, trace
 
 
 @pytest.mark.parametrize("book", ["upstream", "tunstall-8"])
-@pytest.mark.parametrize("capacity", [40])
-def test_no_byte_leads_out_of_an_array(book, capacity):
+def test_no_byte_leads_out_of_an_array(book):
     table = samples.CODEBOOKS[book]().encode_table
-    noise = np.random.default_rng(capacity).integers(0, 256, (2, 37, 19), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 37, 19), dtype=np.uint8)
     traced.clear()
-    codes, row_offsets = ran(jax.jit(lambda d: encode(d, table, capacity, interpret=True)), noise)
+    codes, row_offsets = ran(jax.jit(lambda d: encode(d, table, interpret=True)), noise)
     assert traced == {"load", "store"}
     assert strays == []
     assert codes.max() < len(table.code)

@@ -30,7 +30,10 @@ def test_entries_hold_the_codewords(longest):
     rng = np.random.default_rng(longest)
     words = [rng.integers(0, 3, rng.integers(1, longest, endpoint=True)).astype(np.uint8) for _ in range(50)]
     words.append(np.full(longest, 2, np.uint8))
-    table = DecodeTable.from_words(words)
+    lengths = np.array([len(word) for word in words], np.int32)
+    table = DecodeTable.from_digits(
+        lengths, np.stack([np.pad(word, (0, longest - len(word))) for word in words])
+    )
     assert words_of(table, 51) == [word.tolist() for word in words]
     assert table.field_bits == longest.bit_length()
     assert table.field_bits + table.slots * (table.field_bits + 2) <= 32
@@ -46,7 +49,7 @@ def test_codewords_too_long_for_an_entry_are_refused():
     with pytest.raises(
         ValueError, match="codewords of 32768 digits do not fit a 32-bit entry: at most 32767"
     ):
-        DecodeTable.from_words([np.ones(32768, np.uint8)])
+        DecodeTable.from_digits(np.array([32768], np.int32), np.ones((1, 32768), np.uint8))
 
 
 @pytest.fixture
