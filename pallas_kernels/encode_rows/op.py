@@ -1,4 +1,4 @@
-"""The public op: checks, then the implementation for the platform."""
+"""The public op `encode_rows`: checks, then the implementation for the platform."""
 
 from __future__ import annotations
 
@@ -9,17 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from pallas_kernels import backend as backends
-from pallas_kernels.encode_rows.operands import AnyArray, EncodedRows, EncodeTable
+from pallas_kernels.backend import Implementation, Op, get_implementation
+from pallas_kernels.encode_rows import reference
+from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
+from pallas_kernels.operands import AnyArray
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
+def _cpu() -> Implementation:
+    from pallas_kernels.encode_rows import cpu
+
+    return cpu.encode_rows
+
+
+def _pallas() -> Implementation:
+    from pallas_kernels.encode_rows import pallas
+
+    return pallas.encode_rows
+
+
+OP = Op("encode_rows", {"reference": lambda: reference.encode_rows, "cpu": _cpu, "pallas": _pallas})
+
+
+@functools.partial(jax.jit, static_argnames="backend")
 def encode_rows(
     digits: UInt8[AnyArray, "*expert row width"],
     table: EncodeTable,
     *,
-    backend: str | None = None,
-    interpret: bool = False,
+    backend: str | Implementation | None = None,
 ) -> EncodedRows:
     """Encode each row by itself, greedily by the longest codeword that matches.
 
@@ -29,8 +45,8 @@ def encode_rows(
     Args:
       digits: 0 for zero, 1 for the row's minimum, 2 for its maximum.
       table: the codebook.
-      backend: "cpu", "pallas" or "reference"; by default the first that can run on the platform.
-      interpret: run the Pallas kernels in interpret mode, anywhere.
+      backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation; by default
+        the first of the platform's backends that can run.
 
     Raises:
       ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords than an
@@ -47,7 +63,7 @@ def encode_rows(
         raise ValueError(
             f"encode_rows: {rows} rows of {width} digits may take {most} codewords: more than an int32 counts"
         )
-    face = backends.face("encode_rows", backend, interpret=interpret)
+    run = get_implementation(OP, backend)
     # Shape: [expert, row, width]
-    codes, row_offsets = face(jnp.asarray(digits).reshape(-1, rows, width), table)
+    codes, row_offsets = run(jnp.asarray(digits).reshape(-1, rows, width), table)
     return EncodedRows(codes.reshape(*experts, -1), row_offsets.reshape(*experts, rows + 1))

@@ -77,7 +77,7 @@ def _count_kernel(symbols: Any, follow: Any, counts: Any, *, fanout: int) -> Non
 def _write_kernel(
     symbols: Any, follow: Any, code: Any, last_code: Any, row_offsets: Any, codes: Any, *, fanout: int
 ) -> None:
-    """Write the codes; the last place of `codes` is for rows that do not exist, so that no two threads name the same one."""
+    """Write the codes; the last place of `codes` is for rows that do not exist: no two threads name the same one."""
     expert, rows, live = _rows(symbols)
     nowhere = codes.shape[1] - 1
 

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8, UInt16
 
 from pallas_kernels.cpu.compiled import compiled, parallel
-from pallas_kernels.encode_rows.operands import AnyArray, EncodeTable
+from pallas_kernels.encode_rows.operands import EncodeTable
+from pallas_kernels.operands import AnyArray
 
 _ROWS = 8  # walked in turn by one thread: enough for the loads' latency
 _index = np.uintp  # unsigned: numba checks signed indices for counting from the end

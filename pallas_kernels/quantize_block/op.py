@@ -1,4 +1,4 @@
-"""The public op: checks, then the implementation for the platform."""
+"""The public op `quantize_block`: checks, then the implementation for the platform."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import backend as backends
+from pallas_kernels.backend import Implementation, Op, get_implementation
+from pallas_kernels.quantize_block import reference
 from pallas_kernels.quantize_block.operands import BlockGrid, RoundedBlock
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
+def _pallas() -> Implementation:
+    from pallas_kernels.quantize_block import pallas
+
+    return pallas.quantize_block
+
+
+def _reference() -> Implementation:
+    return reference.quantize_block
+
+
+OP = Op("quantize_block", {"reference": _reference, "cpu": _reference, "pallas": _pallas})
+
+
+@functools.partial(jax.jit, static_argnames="backend")
 def quantize_block(
     w: Float[Array, "*expert column out"],
     error_feedback: Float[Array, "*expert column out"],
@@ -22,8 +36,7 @@ def quantize_block(
     levels: Float[Array, "*expert group out 2"],
     group_index: Int[Array, "column"],
     grid: BlockGrid,
-    backend: str | None = None,
-    interpret: bool = False,
+    backend: str | Implementation | None = None,
 ) -> RoundedBlock:
     """Quantize a block of columns in order, each compensating the deviations of those before it.
 
@@ -41,8 +54,8 @@ def quantize_block(
       group_index: the group of each column, the same for all experts; an index out of range counts as the nearest in
         range.
       grid: the digits and their values.
-      backend: "pallas" or "reference"; by default the first that can run on the platform.
-      interpret: run the Pallas kernel in interpret mode, anywhere.
+      backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a function to
+        use as the implementation; by default the first of the platform's backends that can run.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -50,10 +63,10 @@ def quantize_block(
     """
     _check(w, error_feedback, lower, curvature, levels, group_index)
     group_index = jnp.clip(group_index, 0, levels.shape[-3] - 1)
-    face = backends.face("quantize_block", backend, interpret=interpret)
+    run = get_implementation(OP, backend)
     for _ in w.shape[:-2]:
-        face = jax.vmap(face, in_axes=(0, 0, 0, 0, 0, None, None))
-    return face(w, error_feedback, lower, curvature, levels, group_index, grid)
+        run = jax.vmap(run, in_axes=(0, 0, 0, 0, 0, None, None))
+    return run(w, error_feedback, lower, curvature, levels, group_index, grid)
 
 
 def _check(

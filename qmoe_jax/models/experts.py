@@ -18,14 +18,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import PackedMatrix, packed_mlp
+from pallas_kernels.matmul.epilogue import ACTIVATIONS
+from pallas_kernels.matmul.grouping import group_tokens
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.layers import Kernel
 from qmoe_jax.models.router import GroupCapacity, Router, Routing, SequenceCapacity
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-}  # gelu: tanh form
 
 
 class DenseMLP(nn.Module):
@@ -85,26 +82,16 @@ def grouped_apply(
     most one partly filled block an expert, whatever the load; shapes are static.
     """
     tokens, num_experts = x.shape[0], kernels[0].shape[0]
-    block = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
-    order = jnp.argsort(expert, stable=True)
-    counts = jnp.bincount(expert, length=num_experts)
-    blocks_of = -(-counts // block)
-    first_block = jnp.cumsum(blocks_of) - blocks_of
-    first_token = jnp.cumsum(counts) - counts
-    ranked = expert[order]
-    slot = first_block[ranked] * block + jnp.arange(tokens) - first_token[ranked]
-    num_blocks = min(tokens, num_experts) + tokens // block
-    owner = jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(num_blocks), side="right")
-    slots = jnp.zeros((num_blocks * block, x.shape[1]), x.dtype).at[slot].set(x[order])
+    lanes = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
+    blocks = group_tokens(expert, num_experts, lanes)
 
     def one_block(carry: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         rows, index = inputs
         mine = (lax.dynamic_index_in_dim(kernel, index, keepdims=False).astype(x.dtype) for kernel in kernels)
         return carry, function(rows, *mine)
 
-    _, out = lax.scan(one_block, None, (slots.reshape(num_blocks, block, -1), owner))
-    out = out.reshape(num_blocks * block, -1)
-    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[order].set(out[slot])
+    _, out = lax.scan(one_block, None, (blocks.spread(x), blocks.expert))
+    return blocks.collect(out)
 
 
 def grouped_hidden(

@@ -55,7 +55,6 @@ def gptq(
     group_size: int | None = None,
     activation_order: bool = False,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
     """Quantize the weights of several experts so that their outputs change least; float32 at full precision.
 
@@ -72,7 +71,6 @@ def gptq(
       group_size: columns that share levels, found when their first column is reached; None: the whole row.
       activation_order: quantize the columns of the largest diagonal first. Groups then follow this order.
       backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
-      interpret: run its Pallas kernel in interpret mode, anywhere.
 
     Raises:
       ValueError: the shapes do not fit each other, or an option is out of range.
@@ -94,11 +92,10 @@ def gptq(
         block_size=block_size,
         group_size=group_size,
         backend=backend,
-        interpret=interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend"))
 def gptq_with_factor(
     w: Float[AnyArray, "expert out in"],
     factor: Factor,
@@ -107,7 +104,6 @@ def gptq_with_factor(
     block_size: int = 128,
     group_size: int | None = None,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
     """Run `gptq` on factored Hessians: for several grids over the same ones, and for `relative_error`.
 
@@ -121,7 +117,7 @@ def gptq_with_factor(
         )
     width = w.shape[2]
     schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
-    quantize = functools.partial(quantize_block, grid=grid, backend=backend, interpret=interpret)
+    quantize = functools.partial(quantize_block, grid=grid, backend=backend)
     quantize_expert = functools.partial(_quantize_expert, grid=grid, schedule=schedule, quantize=quantize)
     values, digits, levels, error, group_index = jax.vmap(quantize_expert)(
         jnp.asarray(w, jnp.float32), factor.lower, factor.curvature, factor.order

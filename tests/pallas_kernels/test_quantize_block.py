@@ -20,11 +20,12 @@ from pallas_kernels.quantize_block.pallas import quantize_block
 from qmoe_jax.quantization import Grid, rate_distortion_grid, ternary_grid, uniform_grid
 from qmoe_jax.quantization.grids import UniformGrid
 from qmoe_jax.quantization.rate_distortion import RateDistortionGrid
-from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
+from tests.helpers.bounds import checked_kernels, ran, strays, traced
+from tests.helpers.lowering import kernels, lowered_for_cuda
 
 BACKENDS = {
     "reference": {"backend": "reference"},
-    "pallas": {"backend": "pallas", "interpret": True},
+    "pallas": {"backend": "pallas_interpret"},
 }
 RATE, BITS = 0.5, (0.1, 1.8, 2.2)
 GRIDS = {
@@ -207,5 +208,22 @@ def test_operands_of_other_shapes_and_dtypes_are_refused(monkeypatch, change, me
 
 
 def test_a_named_backend_that_cannot_run_says_why():
-    with pytest.raises(NotImplementedError, match="for NVIDIA GPUs"):
+    with pytest.raises(NotImplementedError, match="requires an NVIDIA GPU"):
         block(ternary_grid(), (4, 9)).rounded(ternary_grid(), backend="pallas")
+
+
+@pytest.mark.parametrize("name", ["ternary", "uniform-4"])
+def test_no_group_and_no_number_leads_the_kernel_out_of_an_array(name):
+    grid = GRIDS[name]
+    rng = np.random.default_rng(0)
+    problem = block(grid, (2, 6, 37), groups=2)
+    noise = [rng.integers(0, 2**32, array.shape, np.uint32).view(np.float32) for array in problem[:5]]
+    groups = rng.integers(-(2**31), 2**31, 6).astype(np.int32)
+    problem = type(problem)(*noise, groups)
+    traced.clear()
+    with checked_kernels():  # of a shape that no other test has traced
+        digits, _, error = ran(jax.jit(lambda p: p.rounded(grid, backend="pallas_interpret")), problem)
+    assert traced == {"load", "store"}
+    assert strays == []
+    assert digits.shape == (2, 6, 37)
+    assert error.shape == (2, 37)

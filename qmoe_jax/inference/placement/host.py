@@ -21,12 +21,7 @@ class HostExperts(ExpertStore):
 
     def __init__(self, layers: Mapping[LayerKey, Matrices], activation: str):
         """Args: the experts of each layer, as NumPy arrays; what stands between their matrices."""
-        nbytes = sum(
-            array.nbytes
-            for matrices in layers.values()
-            for matrix in matrices.values()
-            for array in (matrix.codes, matrix.row_offsets, matrix.levels)
-        )
+        nbytes = sum(matrix.nbytes for matrices in layers.values() for matrix in matrices.values())
         super().__init__(activation, ExpertStatistics("host", nbytes))
         self._layers = layers
 

@@ -104,7 +104,4 @@ def store_number(number: int) -> ExpertStore:
 
 def picked(matrices: Matrices, index: np.ndarray) -> Matrices:
     """Some of the experts, copied."""
-    return {
-        name: PackedMatrix(m.codes[index], m.row_offsets[index], m.levels[index], m.table, m.width)
-        for name, m in matrices.items()
-    }
+    return {name: matrix[index] for name, matrix in matrices.items()}
