@@ -22,15 +22,15 @@ def decompress(
     """Write a compressed model (ours or upstream's) as a dense checkpoint, expert range by expert range.
 
     Args:
-      path: the compressed directory.
-      output: a directory that is missing or empty.
-      format: "t5x" or "huggingface" (safetensors).
-      dtype: of the result; None: expert kernels in float32, the rest as stored.
+        path: the compressed directory.
+        output: a directory that is missing or empty.
+        format: "t5x" or "huggingface" (safetensors).
+        dtype: of the result; None: expert kernels in float32, the rest as stored.
 
     Returns:
-      The path to open the result by.
+        The path to open the result by.
 
     Raises:
-      CheckpointError: the model cannot be read, or there is something at `output` already.
+        CheckpointError: the model cannot be read, or there is something at `output` already.
     """
     return convert(open_checkpoint(path), output, format, dtype=dtype)

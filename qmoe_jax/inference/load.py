@@ -40,15 +40,15 @@ def load_model(
     """Load a checkpoint of any format with dense experts; a compressed one is dequantized.
 
     Args:
-      path: a T5X, Hugging Face, upstream-QMoE or qmoe directory.
-      dtype: dtype of the computation and of all parameters except the router's.
-      capacity: rule for tokens beyond an expert's capacity; None drops none.
+        path: a T5X, Hugging Face, upstream-QMoE or qmoe directory.
+        dtype: dtype of the computation and of all parameters except the router's.
+        capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts with T5X's names.
+        The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: no readable checkpoint is there.
+        CheckpointError: no readable checkpoint is there.
     """
     reader = open_checkpoint(path)
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
@@ -64,26 +64,30 @@ def load_compressed(
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a compressed model with its experts packed; also opens upstream QMoE's compressed directories.
 
-    On the device, expert kernels that are ternary with one pair of levels per row become `PackedMatrix` values in the
-    parameter tree, decoded inside the matmul; other kinds (2 to 4 bits, or levels per group) are dequantized. In host
-    memory or on disk, the tree holds an `expert/placed` per layer, which calls the store that holds the experts; the
-    outputs are the same, also under jit. `qmoe_jax.expert_statistics(params)` returns the store's counters.
+    On the device, expert kernels that are ternary with one pair of levels per row become `PackedMatrix`
+    values in the parameter tree, decoded inside the matmul; other kinds (2 to 4 bits, or levels per group)
+    are dequantized. In host memory or on disk, the tree holds an `expert/placed` per layer, which calls the
+    store that holds the experts; the outputs are the same, also under jit.
+    `qmoe_jax.expert_statistics(params)` returns the store's counters.
 
     Args:
-      path: an artifact, or a compressed directory of upstream QMoE.
-      dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense parameters stored
-        in bfloat16 stay so and are widened as they are read.
-      experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory, never
-        copied to a device. "disk": in the artifact, read when they are routed to. None: the first of these that fits.
-      expert_cache: bytes of host memory for experts read from disk; by default a share of the available memory.
-      capacity: rule for tokens beyond an expert's capacity; None drops none.
+        path: an artifact, or a compressed directory of upstream QMoE.
+        dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense
+            parameters stored in bfloat16 stay so and are widened as they are read.
+        experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory,
+            never copied to a device. "disk": in the artifact, read when they are routed to. None: the first
+            of these that fits.
+        expert_cache: bytes of host memory for experts read from disk; by default a share of the available
+            memory.
+        capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts with T5X's names.
+        The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed so.
-      ValueError: the cache is too small for one expert.
+        CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed
+            so.
+        ValueError: the cache is too small for one expert.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
