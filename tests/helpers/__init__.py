@@ -1,0 +1,1 @@
+"""Checks that several rooms of the tests share."""
