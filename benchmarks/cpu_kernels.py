@@ -65,13 +65,11 @@ def packed_runs(packed: dict[str, Any], x: Any) -> dict[str, Run]:
     """name -> the product with the next expert."""
     import jax.numpy as jnp
 
-    from pallas_kernels import packed_matmul, packed_matvec
-
-    op = packed_matvec if len(x) == 1 else packed_matmul
+    from pallas_kernels import packed_matmul
 
     def run(matrices: Any) -> Run:
         index = [jnp.full(len(x), e, jnp.int32) for e in range(matrices.num_experts)]
-        return lambda i: op(matrices, x, index[i % len(index)]).block_until_ready()
+        return lambda i: packed_matmul(matrices, x, index[i % len(index)]).block_until_ready()
 
     return {name: run(matrices) for name, matrices in packed.items()}
 

@@ -26,7 +26,6 @@ from rich.progress import Progress
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
-from qmoe_jax.artifact.completeness import expert_matrices
 from qmoe_jax.artifact.dense import save_dense
 from qmoe_jax.artifact.groups import GroupKey, render_group
 from qmoe_jax.artifact.kinds import Ternary
@@ -34,10 +33,10 @@ from qmoe_jax.artifact.manifest import MANIFEST, RUN, GroupRecord, Manifest, Run
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
 from qmoe_jax.artifact.store import REPORT
 from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.coding import Codebook, tunstall_codebook
 from qmoe_jax.files.durable import FileRecord, record_of, record_of_pieces, write_durably
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.parameters import ExpertKernel, expert_shapes, is_expert
 
 P_ZERO = 0.885
 EXPERTS_PER_FILE = 16  # or all, where a layer has fewer
@@ -133,7 +132,7 @@ def write_experts(
     root: Path, config: qj.SwitchConfig, run: Run, codebook: Codebook, disk: float
 ) -> Iterator[tuple[int, int, GroupRecord]]:
     """Writes the expert files of as many layers as `disk` bytes hold (one at least); yields how many of how many."""
-    streams, matrices = Streams.of(codebook), expert_matrices(config)
+    streams, matrices = Streams.of(codebook), expert_shapes(config)
     files, size = files_a_layer(config), config.num_experts // files_a_layer(config)
     number, total = 0, files
     for stack, layer in layers_of(config):
@@ -179,9 +178,9 @@ def write(root: Path, preset: str, disk: float) -> int:
             bar.update(task, completed=done, total=total)
     groups = share(config, written)
     kinds = {
-        GroupKey(stack, layer, 0, 0).kernel(matrix): Ternary(codebook.name)
+        ExpertKernel(stack, layer, matrix).path: Ternary(codebook.name)
         for stack, layer in layers_of(config)
-        for matrix in expert_matrices(config)
+        for matrix in expert_shapes(config)
     }
     dense = save_dense(root, dense_tree(config))
     manifest = Manifest(run, kinds, groups, dense, files, {"random": True})

@@ -1,4 +1,4 @@
-"""numba on a CPU, on the matrix where it lies."""
+"""The dense product on a CPU by numba, which reads the matrix where it is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.cpu.ffi import HostFunction
 
 
 def dense_matmul(x: Float32[Array, "t in"], w: BFloat16[Array, "in out"]) -> Float32[Array, "t out"]:
-    """See the op."""
+    """Multiply as `pallas_kernels.dense_matmul` does."""
     _compile()
     return _on_host(jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), jnp.float32), x, w)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
-import numpy as np
 from jaxtyping import Array, Bool, Int32, UInt8, UInt16
 
 from pallas_kernels import pytree
-
-AnyArray = jax.Array | np.ndarray
+from pallas_kernels.operands import AnyArray
 
 
 @pytree.register(leaves=("follow", "code", "last_code"), static=("symbol_digits",))

@@ -1,4 +1,4 @@
-"""The numba kernel on a CPU: both products in one call, the activations never leave the token blocks."""
+"""An expert on a CPU by the numba kernels: one host call, in which activations stay in the blocks of tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def packed_mlp(
     *,
     activation: str,
 ) -> Float[Array, "t d_model"]:
-    """See `packed_mlp`."""
+    """Compute `pallas_kernels.packed_mlp`; activations between two products are float32."""
     arrays, integers = list(packed_arrays(wo)), packed_integers(wo, "wo")
     for name, matrix in zip(_NAMES, wi, strict=False):
         arrays += packed_arrays(matrix)

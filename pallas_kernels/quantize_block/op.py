@@ -1,4 +1,4 @@
-"""The public op: checks, then the implementation for the platform."""
+"""The public op `quantize_block`: checks, then the implementation for the platform."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import backend as backends
+from pallas_kernels.backend import Implementation, Op, get_implementation
+from pallas_kernels.quantize_block import reference
 from pallas_kernels.quantize_block.operands import RoundedBlock
 from pallas_kernels.quantize_block.rounding import Rounding
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "interpret"))
+def _pallas() -> Implementation:
+    from pallas_kernels.quantize_block import pallas
+
+    return pallas.quantize_block
+
+
+def _reference() -> Implementation:
+    return reference.quantize_block
+
+
+OP = Op("quantize_block", {"reference": _reference, "cpu": _reference, "pallas": _pallas})
+
+
+@functools.partial(jax.jit, static_argnames="backend")
 def quantize_block(
     w: Float[Array, "*expert column out"],
     pull: Float[Array, "*expert column out"],
@@ -23,8 +37,7 @@ def quantize_block(
     levels: Float[Array, "*expert group out 2"],
     group: Int[Array, "column"],
     rounding: Rounding,
-    backend: str | None = None,
-    interpret: bool = False,
+    backend: str | Implementation | None = None,
 ) -> RoundedBlock:
     """Rounds a block of columns in turn, each making up for the deviations of those before it.
 
@@ -41,8 +54,8 @@ def quantize_block(
       levels: two numbers for each row and group, as `rounding` takes them.
       group: the group of each column, the same for all experts; out of range counts as the nearest in range.
       rounding: the digits.
-      backend: "pallas" or "reference"; by default the first that can run on the platform.
-      interpret: run the Pallas kernel in interpret mode, anywhere.
+      backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a function to
+        use as the implementation; by default the first of the platform's backends that can run.
 
     Raises:
       ValueError: shapes or dtypes do not fit.
@@ -50,10 +63,10 @@ def quantize_block(
     """
     _check(w, pull, lower, curvature, levels, group)
     group = jnp.clip(group, 0, levels.shape[-3] - 1)
-    face = backends.face("quantize_block", backend, interpret=interpret)
+    run = get_implementation(OP, backend)
     for _ in w.shape[:-2]:
-        face = jax.vmap(face, in_axes=(0, 0, 0, 0, 0, None, None))
-    return face(w, pull, lower, curvature, levels, group, rounding)
+        run = jax.vmap(run, in_axes=(0, 0, 0, 0, 0, None, None))
+    return run(w, pull, lower, curvature, levels, group, rounding)
 
 
 def _check(w: Array, pull: Array, lower: Array, curvature: Array, levels: Array, group: Array) -> None:

@@ -1,4 +1,4 @@
-"""numba on a CPU: a thread clears its rows and writes their nonzeros."""
+"""Unpacking on a CPU by numba: a thread clears its rows and writes their nonzeros."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pallas_kernels.operands import PackedMatrix
 
 
 def unpack(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
-    """See `pallas_kernels.unpack`."""
+    """Decode as `pallas_kernels.unpack` does."""
     result = jax.ShapeDtypeStruct((packed.num_experts, packed.rows, packed.width), jnp.float32)
-    return _decode_on_host(result, *packed_arrays(packed), **packed_integers(packed, "packed")).astype(dtype)
+    return _unpack_on_host(result, *packed_arrays(packed), **packed_integers(packed, "packed")).astype(dtype)
 
 
 @HostFunction
-def _decode_on_host(*operands: np.ndarray, **integers: Any) -> None:
+def _unpack_on_host(*operands: np.ndarray, **integers: Any) -> None:
     *arrays, y = operands
     unpack_rows(packed_from(arrays, integers, "packed"), y)

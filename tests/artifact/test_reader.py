@@ -126,7 +126,7 @@ def test_a_layer_left_uncompressed_lies_in_dense(tmp_path: pathlib.Path) -> None
     kind, rng = samples.KINDS["ternary"], np.random.default_rng(0)
     kernels = {
         matrix: {"kernel": rng.standard_normal((5, width, out), np.float32)}
-        for matrix, (out, width) in samples.expert_matrices(samples.CONFIG).items()
+        for matrix, (out, width) in samples.expert_shapes(samples.CONFIG).items()
     }
     tree = samples.dense_tree()
     tree["decoder"]["layers_0"] = {"mlp": {"expert": kernels}}

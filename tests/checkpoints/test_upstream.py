@@ -10,12 +10,12 @@ import pytest
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader, open_upstream
 from qmoe_jax.checkpoints.upstream.writer import write_upstream
 from qmoe_jax.coding import Encoded, decode, upstream_codebook
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 from qmoe_jax.files.torch_writer import save_torch
+from qmoe_jax.parameters import is_expert
 from tests.helpers.checkpoint_samples import BFLOAT16, DATA, rewrite_json
 
 GOLDEN = DATA / "upstream_ckpt_tiny_a"

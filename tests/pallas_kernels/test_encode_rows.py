@@ -11,23 +11,20 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.encode_rows.pallas import encode_rows as encode
+from pallas_kernels.encode_rows.pallas import encode_rows
 from qmoe_jax.coding import Codebook
 from tests.helpers import packed_samples as samples
-from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
+from tests.helpers.bounds import checked_kernels, ran, strays, traced
+from tests.helpers.kernel_contract import BACKENDS
+from tests.helpers.lowering import kernels, lowered_for_cuda
 
-BACKENDS = {
-    "reference": {"backend": "reference"},
-    "cpu": {"backend": "cpu"},
-    "pallas": {"backend": "pallas", "interpret": True},
-}
 # Every codebook on a shape that is no multiple of anything, the first one also on a single digit.
 CASES = {
     "tunstall-8-one": ("tunstall-8", (1, 1, 1)),
     **{name: (name, (3, 7, 131)) for name in samples.CODEBOOKS},
 }
 
-every_backend = pytest.mark.parametrize("chosen", BACKENDS.values(), ids=BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_codebook = pytest.mark.parametrize("book", samples.CODEBOOKS)
 
 
@@ -67,9 +64,9 @@ def assert_encoded(found: pk.EncodedRows, digits: np.ndarray, codebook: Codebook
 
 @every_backend
 @pytest.mark.parametrize("book, shape", CASES.values(), ids=CASES)
-def test_codes_and_offsets(chosen, book, shape):
+def test_codes_and_offsets(backend, book, shape):
     codebook, digits = samples.CODEBOOKS[book](), random_digits(shape)
-    assert_encoded(pk.encode_rows(digits, codebook.encode_table, **chosen), digits, codebook)
+    assert_encoded(pk.encode_rows(digits, codebook.encode_table, backend=backend), digits, codebook)
 
 
 @every_backend
@@ -79,10 +76,10 @@ def test_codes_and_offsets(chosen, book, shape):
     seed=st.integers(0, 2**32),
     book=st.sampled_from(["tunstall-8", "upstream"]),
 )
-def test_any_digits(chosen, p_zero, seed, book):
+def test_any_digits(backend, p_zero, seed, book):
     """Of one shape, which each backend compiles once."""
     codebook, digits = samples.CODEBOOKS[book](), random_digits((2, 33, 45), p_zero, seed)
-    assert_encoded(pk.encode_rows(digits, codebook.encode_table, **chosen), digits, codebook)
+    assert_encoded(pk.encode_rows(digits, codebook.encode_table, backend=backend), digits, codebook)
 
 
 def test_what_it_writes_unpacks_to_the_digits():
@@ -95,22 +92,22 @@ def test_what_it_writes_unpacks_to_the_digits():
 
 
 @every_backend
-def test_a_capacity_that_does_not_suffice_shows(chosen):
+def test_a_capacity_that_does_not_suffice_shows(backend):
     codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 40, 50))
     digits[0] = 0
-    whole = pk.encode_rows(digits, codebook.encode_table, **chosen)
+    whole = pk.encode_rows(digits, codebook.encode_table, backend=backend)
     capacity = int(whole.row_offsets[0, -1])  # what the zeros take
     assert whole.codes.shape == (2, 40 * 50)
-    found = pk.encode_rows(digits, codebook.encode_table, capacity=capacity, **chosen)
+    found = pk.encode_rows(digits, codebook.encode_table, capacity=capacity, backend=backend)
     assert found.fits.tolist() == [True, False]
     np.testing.assert_array_equal(found.row_offsets, whole.row_offsets)
     np.testing.assert_array_equal(found.codes, whole.codes[:, :capacity])
 
 
 @every_backend
-def test_any_leading_axes_and_vmap(chosen):
+def test_any_leading_axes_and_vmap(backend):
     codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 3, 4, 11))
-    run = functools.partial(pk.encode_rows, table=codebook.encode_table, **chosen)
+    run = functools.partial(pk.encode_rows, table=codebook.encode_table, backend=backend)
     stacked, mapped = run(digits), jax.jit(jax.vmap(run))(digits)
     assert stacked.codes.shape == (2, 3, 4 * 11)
     for layer in range(2):
@@ -126,18 +123,18 @@ def test_any_leading_axes_and_vmap(chosen):
 
 @every_backend
 @pytest.mark.parametrize("book", ["tunstall-8", "upstream"])
-def test_bytes_that_are_no_digits_count_as_twos(chosen, book):
+def test_bytes_that_are_no_digits_count_as_twos(backend, book):
     codebook = samples.CODEBOOKS[book]()
     noise = np.random.default_rng(0).integers(0, 256, (2, 5, 67), dtype=np.uint8)
     noise[0] = 255
-    found = pk.encode_rows(noise, codebook.encode_table, **chosen)
+    found = pk.encode_rows(noise, codebook.encode_table, backend=backend)
     assert_encoded(found, np.minimum(noise, 2), codebook)
 
 
 @every_codebook
 def test_it_lowers_to_two_triton_kernels(book):
     codebook = samples.CODEBOOKS[book]()
-    run = functools.partial(encode, capacity=5000)
+    run = functools.partial(encode_rows, capacity=5000)
     program = lowered_for_cuda(run, random_digits((2, 96, 200)), codebook.encode_table)
     assert kernels(program) == 2
     assert 'name = "encode_rows_count"' in program
@@ -164,4 +161,18 @@ def test_digits_between_two_and_four_gib_are_refused():
     table = samples.CODEBOOKS["tunstall-8"]().encode_table
     digits = jax.ShapeDtypeStruct((3, 1 << 18, 1 << 12), jnp.uint8)
     with pytest.raises(NotImplementedError, match="digits of 3,221,225,472 bytes"):
-        jax.eval_shape(functools.partial(encode, capacity=8), digits, table)
+        jax.eval_shape(functools.partial(encode_rows, capacity=8), digits, table)
+
+
+@pytest.mark.parametrize("book", ["upstream", "tunstall-8"])
+@pytest.mark.parametrize("capacity", [40])
+def test_no_byte_leads_the_kernel_out_of_an_array(book, capacity):
+    table = samples.CODEBOOKS[book]().encode_table
+    noise = np.random.default_rng(capacity).integers(0, 256, (2, 37, 19), dtype=np.uint8)
+    traced.clear()
+    with checked_kernels():
+        codes, row_offsets = ran(jax.jit(lambda d: encode_rows(d, table, capacity, interpret=True)), noise)
+    assert traced == {"load", "store"}
+    assert strays == []
+    assert codes.max() < len(table.code)
+    assert row_offsets[:, -1].min() > 37

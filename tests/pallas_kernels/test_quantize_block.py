@@ -17,11 +17,12 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels.quantize_block.pallas import quantize_block
 from pallas_kernels.quantize_block.rounding import round_half_to_even
-from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
+from tests.helpers.bounds import checked_kernels, ran, strays, traced
+from tests.helpers.lowering import kernels, lowered_for_cuda
 
 BACKENDS = {
     "reference": {"backend": "reference"},
-    "pallas": {"backend": "pallas", "interpret": True},
+    "pallas": {"backend": "pallas_interpret"},
 }
 COSTS = (0.05, 0.9, 1.1)
 # name: rounding, number of digits
@@ -206,5 +207,22 @@ def test_what_does_not_fit_is_refused(monkeypatch, change, message):
 
 
 def test_a_named_backend_that_cannot_run_says_why():
-    with pytest.raises(NotImplementedError, match="for NVIDIA GPUs"):
+    with pytest.raises(NotImplementedError, match="requires an NVIDIA GPU"):
         block(pk.TernaryRounding(), (4, 9)).rounded(pk.TernaryRounding(), backend="pallas")
+
+
+@pytest.mark.parametrize("name", ["ternary", "uniform-4"])
+def test_no_group_and_no_number_leads_the_kernel_out_of_an_array(name):
+    rounding = ROUNDINGS[name][0]
+    rng = np.random.default_rng(0)
+    problem = block(rounding, (2, 6, 37), groups=2)
+    noise = [rng.integers(0, 2**32, array.shape, np.uint32).view(np.float32) for array in problem[:5]]
+    groups = rng.integers(-(2**31), 2**31, 6).astype(np.int32)
+    problem = type(problem)(*noise, groups)
+    traced.clear()
+    with checked_kernels():  # of a shape that no other test has traced
+        digits, _, error = ran(jax.jit(lambda p: p.rounded(rounding, backend="pallas_interpret")), problem)
+    assert traced == {"load", "store"}
+    assert strays == []
+    assert digits.shape == (2, 6, 37)
+    assert error.shape == (2, 37)

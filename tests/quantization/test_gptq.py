@@ -153,7 +153,7 @@ def test_groups_that_straddle_blocks(block_size, group_size, activation_order):
 def test_the_pallas_kernel_gives_the_same_digits():
     w, hessian = example(2, 5, 40)
     options = {"block_size": 10, "group_size": 12, "activation_order": True}
-    got = gptq(w, hessian, ternary_grid(), **options, backend="pallas", interpret=True)
+    got = gptq(w, hessian, ternary_grid(), **options, backend="pallas_interpret")
     want = gptq(w, hessian, ternary_grid(), **options)
     np.testing.assert_array_equal(got.digits, want.digits)
     np.testing.assert_allclose(got.values, want.values, rtol=1e-5, atol=1e-6)
