@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what it would take to hold it: plain data for a table or JSON."""
+"""The contents of a checkpoint and the memory it would need, as plain data for a table or JSON."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
-# Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are
-# codewords, an int32 offset.
+# Bits of a row (one output of one expert) beside its digits: two bfloat16 levels and, where there are codewords, an
+# int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
-# as in the published models; another share of zeros makes another size.
+# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits with a sparsity of 88.5 %, as in
+# the published models; another sparsity makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
     "ternary, upstream's dictionary": (0.735, _CODED_ROW_BITS),
@@ -25,12 +25,12 @@ FORMS: Mapping[str, tuple[float, int]] = {
     "3 bits": (3, _PLAIN_ROW_BITS),
     "4 bits": (4, _PLAIN_ROW_BITS),
 }
-"""Compressed forms of the experts -> (bits a weight, bits a row)."""
+"""Compressed forms of the experts -> (bits per weight, bits per row)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: its experts (0: a dense one) and its parameters."""
+    """One layer of a stack: its number of experts (0 in a dense layer) and of parameters."""
 
     stack: str
     index: int
@@ -43,12 +43,15 @@ class Inspection:
     """A checkpoint in numbers.
 
     Attributes:
-      preset: the published model of this architecture, if it is one.
-      dtypes: stored dtype -> parameters in it.
-      files, bytes_on_disk: of the parameters; None where the format or the place does not tell.
-      damaged: files that are missing or cut short, with what is wrong.
-      memory: form of the experts -> bytes of the model with all else in bfloat16 (an estimate if compressed).
-      notes: what the reader had to decide.
+        path, format, config: of the checkpoint.
+        preset: the published model of this architecture, if there is one.
+        layers: every layer, the encoder's first.
+        parameters, expert_parameters: numbers of parameters, in all and of the experts.
+        dtypes: stored dtype -> number of parameters.
+        files, bytes_on_disk: of the parameters; None where the format or the location does not tell.
+        damaged: files that are missing or cut short, with what is wrong.
+        memory: form of the experts -> bytes of the model with everything else in bfloat16 (estimated if compressed).
+        notes: what opening the checkpoint had to decide.
     """
 
     path: str
@@ -67,9 +70,9 @@ class Inspection:
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Counts what `reader` has, from shapes and file sizes: no tensor is read.
+    """Count what a checkpoint has, from shapes and file sizes; no tensor is read.
 
-    Open the reader with `check=False` to see a damaged checkpoint's files in `damaged` rather than an error.
+    Open the checkpoint with `check=False` to see damaged files in `damaged` instead of an error.
     """
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}

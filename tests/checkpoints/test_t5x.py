@@ -36,13 +36,13 @@ def decode_by_hand(directory: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("path", GOLDEN.values(), ids=GOLDEN)
 def test_reads_what_t5x_wrote(path: Path) -> None:
-    reader = open_dense(path)
+    opened = open_dense(path)
     target = json.loads((path / "params.json").read_text())["target"]
-    assert reader.names() == sorted(target)
+    assert opened.names() == sorted(target)
     for name, stated in target.items():
         array = decode_by_hand(path / "checkpoint_1000" / f"target.{name.replace('/', '.')}")
         assert (list(array.shape), array.dtype.name) == (stated["shape"], stated["dtype"])
-        np.testing.assert_array_equal(reader.read(name), array)
+        np.testing.assert_array_equal(opened.read(name), array)
 
 
 def test_infers_the_architecture_of_what_t5x_wrote() -> None:
@@ -93,8 +93,8 @@ def test_chunks_are_t5xs(shape: tuple[int, ...], chunks: list[int]) -> None:
 
 def test_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
     parameters = random_parameters(dtype=np.dtype(np.float32))
-    reader = open_dense(write_parameters(nested(parameters), tmp_path, step=3, dtype=BFLOAT16))
-    assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
+    opened = open_dense(write_parameters(nested(parameters), tmp_path, step=3, dtype=BFLOAT16))
+    assert opened.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
 
 
 def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def as_dtype_below(spec: Spec) -> Spec:
 
 
 def as_wrong_chunks(spec: Spec) -> Spec:
-    """What T5X's reader ignores too: the .zarray decides."""
+    """What T5X's opened ignores too: the .zarray decides."""
     return {**spec, "metadata": {**spec["metadata"], "chunks": [1] * 9, "compressor": {"id": "blosc"}}}
 
 
@@ -168,9 +168,9 @@ def test_reads_every_spelling_of_a_spec(
     if not zarray:
         for file in checkpoint.glob("*/.zarray"):
             file.unlink()
-    reader = open_dense(checkpoint)
+    opened = open_dense(checkpoint)
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
 
 
 def test_reads_bfloat16_as_version_2_stored_it(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_reads_bfloat16_as_version_2_stored_it(tmp_path: Path) -> None:
     checkpoint = write_parameters(nested(bits), tmp_path, step=3)
     tree = decode_tree((checkpoint / "checkpoint").read_bytes(), checkpoint)
     (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize({**tree, "version": 2}))
-    reader = open_dense(checkpoint)
-    assert reader.dtype(EXPERTS) == ml_dtypes.bfloat16
-    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+    opened = open_dense(checkpoint)
+    assert opened.dtype(EXPERTS) == ml_dtypes.bfloat16
+    assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +191,9 @@ def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(
         serialization.msgpack_serialize({"optimizer": {"target": nested(parameters)}, "version": 3})
     )
-    reader = open_dense(path)
+    opened = open_dense(path)
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -206,11 +206,11 @@ def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
         layers = [name.replace("layers_0", f"layers_{i}") for i in range(4)]
         arrays = [parameters[layer] for layer in layers if layer in parameters]
         stacked[name.replace("layers_0", "layers")] = np.stack(arrays, axis)
-    reader = open_dense(write_parameters(nested(stacked), tmp_path, step=3))
-    assert reader.config == config
+    opened = open_dense(write_parameters(nested(stacked), tmp_path, step=3))
+    assert opened.config == config
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
-    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
+    assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -> None:
@@ -222,11 +222,11 @@ def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -
     write_with_chunks(directory, parameters[EXPERTS], [2, 8, 12])
     for chunk in ("0.0.0", "2.0.0"):
         (directory / chunk).unlink()
-    reader = open_dense(checkpoint, check=False)
-    np.testing.assert_array_equal(reader.read(EXPERTS, slice(2, 4)), parameters[EXPERTS][2:4])
-    assert reader.tensors[EXPERTS].rows_per_chunk == 2  # type: ignore[attr-defined]
+    opened = open_dense(checkpoint, check=False)
+    np.testing.assert_array_equal(opened.read(EXPERTS, slice(2, 4)), parameters[EXPERTS][2:4])
+    assert opened.tensors[EXPERTS].rows_per_chunk == 2  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"0\.0\.0"):
-        reader.read(EXPERTS, slice(1, 3))
+        opened.read(EXPERTS, slice(1, 3))
 
 
 def write_with_chunks(directory: Path, array: np.ndarray, chunks: list[int]) -> None:
@@ -259,9 +259,9 @@ def test_reads_from_a_url(tmp_path: Path, served: str) -> None:
     parameters = random_parameters()
     write_parameters(nested(parameters), tmp_path, step=3)
     for url in (f"{served}/checkpoint_3", f"{served}/checkpoint_3/checkpoint"):
-        reader = open_dense(url)
-        assert (reader.config, reader.path) == (TINY, url)
-        assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+        opened = open_dense(url)
+        assert (opened.config, opened.path) == (TINY, url)
+        assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_says_that_a_url_has_nothing(served: str) -> None:
