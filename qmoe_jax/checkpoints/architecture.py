@@ -57,17 +57,18 @@ def _feed_forward_shapes(config: SwitchConfig, prefix: str, *, sparse: bool) -> 
 def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConfig:
     """Return the configuration of a model with these parameters, after a check that every tensor fits it.
 
-    Layers, their sparse pattern, gating and the untied head are inferred from the names; the sizes from the shapes:
-    heads from the position bias, `d_kv` from the attention's width.
+    Layers, their sparse pattern, gating and the untied head are inferred from the names; the sizes from the
+    shapes: heads from the position bias, `d_kv` from the attention's width.
 
     Args:
         shapes: T5X's names -> shapes.
         path: the checkpoint, for errors.
-        **settings: fields that no shape tells (activation, epsilon, token ids); by default T5X's, whose activation is
-            GELU where gated and otherwise ReLU.
+        **settings: fields that no shape tells (activation, epsilon, token ids); by default T5X's, whose
+            activation is GELU where gated and otherwise ReLU.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of the wrong shape, or no known architecture has these.
+        CheckpointError: a tensor is missing, unknown or of the wrong shape, or no known architecture has
+            these.
     """
     if EMBEDDING not in shapes:
         raise CheckpointError(
@@ -119,7 +120,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
 
 
 def validate_shapes(shapes: Shapes, config: SwitchConfig, path: object) -> None:
-    """Raise `CheckpointError` naming the first tensor that is missing, unknown in `config`, or of another shape."""
+    """Raise `CheckpointError` naming the first tensor that is missing, unknown or misshapen."""
     expected = expected_shapes(config)
     if missing := sorted(expected.keys() - shapes.keys()):
         _refuse("tensors are missing", path, missing, expected=expected[missing[0]], found="nothing")

@@ -35,7 +35,8 @@ def convert(
         step: training step that a T5X checkpoint is numbered by, from 1: T5X takes 0 for none.
 
     Raises:
-        CheckpointError: there is something at `output` already, or the format cannot express the architecture.
+        CheckpointError: there is something at `output` already, or the format cannot express the
+            architecture.
         ValueError: the format is unknown.
     """
     if format == "huggingface":

@@ -13,11 +13,11 @@ from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
-# Bits of a row (one output of one expert) beside its digits: two bfloat16 levels and, where there are codewords, an
-# int32 offset.
+# Bits of a row (one output of one expert) beside its digits: two bfloat16 levels and, where there are
+# codewords, an int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits with a sparsity of 88.5 %, as in
-# the published models; another sparsity makes another size.
+# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits with a sparsity of
+# 88.5 %, as in the published models; another sparsity makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
     "ternary, upstream's dictionary": (0.735, _CODED_ROW_BITS),
@@ -50,7 +50,8 @@ class Inspection:
         dtypes: stored dtype -> number of parameters.
         files, bytes_on_disk: of the parameters; None where the format or the location does not tell.
         damaged: files that are missing or cut short, with what is wrong.
-        memory: form of the experts -> bytes of the model with everything else in bfloat16 (estimated if compressed).
+        memory: form of the experts -> bytes of the model with everything else in bfloat16 (estimated if
+            compressed).
         notes: what opening the checkpoint had to decide.
     """
 

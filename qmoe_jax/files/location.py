@@ -1,4 +1,4 @@
-"""The location of a checkpoint: a local directory, or a URL that one of tensorstore's key-value drivers opens."""
+"""Locations of checkpoints: local directories, and URLs that tensorstore's key-value drivers open."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Location:
     Attributes:
         path: a `Path` if it is local, else the URL.
         store: reads keys relative to it.
-        context: what tensorstore opens arrays with. One per checkpoint: tensorstore keeps an array's metadata in it,
-            and would not notice that another checkpoint now lies at the same path.
+        context: what tensorstore opens arrays with. One per checkpoint: tensorstore keeps an array's metadata
+            in it, and would not notice that another checkpoint now lies at the same path.
     """
 
     path: Path | str
@@ -33,7 +33,7 @@ class Location:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Location:
-        """Return the directory at a local path (`~` is the home directory) or URL (gs://, s3://, http://, file://).
+        """Return the directory at a local path (`~` is the home directory) or URL (gs, s3, http, https, file).
 
         Nothing is read, so a local path need not exist.
 

@@ -1,8 +1,8 @@
-"""Files that `torch.save` wrote, read lazily, without torch, and without executing anything a pickle asks for.
+"""Files that `torch.save` wrote, read lazily, without torch, and without executing their pickles.
 
-Such a file is a zip archive: a pickle that describes the tensors, and one uncompressed member per storage. The pickle
-may name the few globals below, which only describe; any other is refused before it is looked up. Memory: the pickle,
-and the span of a storage that is read.
+Such a file is a zip archive: a pickle that describes the tensors, and one uncompressed member per storage.
+The pickle may name the few globals below, which only describe; any other is refused before it is looked up.
+Memory: the pickle, and the span of a storage that is read.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class TorchTensor:
     def read(self, rows: slice) -> np.ndarray:
         """Return rows. Reads the span of the storage from their first to their last value, in one piece.
 
-        For one expert's view of a storage that holds all experts, and for a transposed view, that is the tensor's own
-        bytes and no more. Raises `CheckpointError` if the file is cut short.
+        For one expert's view of a storage that holds all experts, and for a transposed view, that is the
+        tensor's own bytes and no more. Raises `CheckpointError` if the file is cut short.
         """
         shape = (rows.stop - rows.start, *self.shape[1:]) if self.shape else ()
         if not math.prod(shape):
@@ -103,11 +103,11 @@ class TorchTensor:
 
 
 def open_torch(file: Path) -> dict[str, Any]:
-    """Return the dict with string keys that `torch.save` saved: tensors as `TorchTensor`, other values as they are.
+    """Return the dict that `torch.save` saved: tensors as `TorchTensor`, other values as they are.
 
     Raises:
-        CheckpointError: the file is not such an archive, is cut short or compressed, its pickle names a global that is
-            not allowed (the error names it), or a tensor reaches beyond its storage.
+        CheckpointError: the file is not such an archive, is cut short or compressed, its pickle names a
+            global that is not allowed (the error names it), or a tensor reaches beyond its storage.
     """
     archive = _Archive(file)
     try:

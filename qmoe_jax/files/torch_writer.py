@@ -1,4 +1,4 @@
-"""Writing of what `torch.save` writes, without torch: a zip archive of a pickle and one member per storage."""
+"""Writing of archives as `torch.save` writes them, without torch: a pickle and one member per storage."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FORMAT_VERSION = b"3\n"  # of torch's archives, since 1.6
 def save_torch(file: Path, entries: Mapping[str, np.ndarray | int]) -> None:
     """Save a dict of arrays and integers so that `torch.load` returns a dict of tensors and integers.
 
-    As in torch, arrays that are views of one array stay views of one storage with their offsets and strides, and that
-    storage is saved once, whole. Memory: the largest storage, twice. The file is whole or absent.
+    As in torch, arrays that are views of one array stay views of one storage with their offsets and strides,
+    and that storage is saved once, whole. Memory: the largest storage, twice. The file is whole or absent.
 
     Raises:
         CheckpointError: the file cannot be written.

@@ -26,7 +26,7 @@ Metadata = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ZarrTensor:
-    """An array in a directory; a `ChunkedTensor`. Reading rows decodes the chunks that hold them and no others.
+    """An array in a directory, a `ChunkedTensor`. Reading rows decodes only the chunks that hold them.
 
     Attributes:
         location: the directory.
@@ -62,7 +62,7 @@ class ZarrTensor:
         return bool(self.metadata) and self.location.spec["driver"] == "file"
 
     def read(self, rows: slice) -> np.ndarray:
-        """Return rows, from the chunks that hold them. Raises `CheckpointError` if one is missing or damaged."""
+        """Return rows. Raises `CheckpointError` if a chunk that holds them is missing or damaged."""
         return self._read(self.store[rows.start : rows.stop] if self.store.rank else self.store)
 
     def read_columns(self, rows: slice) -> Iterator[np.ndarray]:
@@ -94,8 +94,8 @@ def open_arrays(
 ) -> dict[str, ZarrTensor]:
     """Open zarr 2 arrays below `directory`, all at once.
 
-    An array is described by its own .zarray or, where there is none, by what is declared elsewhere. Its chunks and
-    compressor are the .zarray's, whatever is declared: T5X does the same.
+    An array is described by its own .zarray or, where there is none, by what is declared elsewhere. Its
+    chunks and compressor are the .zarray's, whatever is declared: T5X does the same.
 
     Args:
         directory: the checkpoint.
@@ -103,7 +103,8 @@ def open_arrays(
         uint16_is_bfloat16: arrays of uint16 hold the bits of bfloat16.
 
     Raises:
-        CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict each other.
+        CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
+            each other.
     """
     files = {name: directory.store.read(f"{name}/.zarray") for name in declared}
     metadata = {}
@@ -188,7 +189,7 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
 
 
 def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
-    """Return the .zarray of a spec, whose dtype is a NumPy name or, in older ones, a zarr string in `metadata`."""
+    """Return the .zarray of a spec; its dtype is a NumPy name or, in old ones, a zarr string in `metadata`."""
     members = dict(spec["metadata"]) if spec else {}
     name = spec.get("dtype", members.get("dtype")) if spec else None
     if name is None or not {"shape", "chunks"} <= members.keys():

@@ -24,8 +24,8 @@ _SMALLEST_GZIP = 18
 def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) -> Iterator[Shard]:
     """Yield every chunk file that `metadata` (a .zarray) requires, each with what is wrong with it.
 
-    Only sizes and last bytes are checked; content is checked when it is read. A missing chunk holds the fill value, or
-    was lost if there is none.
+    Only sizes and last bytes are checked; content is checked when it is read. A missing chunk holds the fill
+    value, or was lost if there is none.
     """
     separator = metadata.get("dimension_separator", ".")
     grid = [range(-(-n // chunk)) for n, chunk in zip(metadata["shape"], metadata["chunks"], strict=True)]

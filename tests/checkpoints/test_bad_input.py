@@ -235,7 +235,7 @@ def test_safetensors_that_do_not_fit_the_model_or_the_file_are_refused(
         ({"dense_act_fn": "gelu"}, ("dense_act_fn", "found: gelu")),
     ],
 )
-def test_a_config_json_of_another_architecture_is_refused(
+def test_a_config_json_of_another_model_is_refused(
     changes: dict, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     path = make("safetensors", tmp_path)

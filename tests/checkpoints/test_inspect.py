@@ -50,7 +50,7 @@ def test_inspect_shows_damage_of_a_checkpoint_opened_without_a_check(tmp_path: P
 
 
 def write_true_shape(directory: Path, experts_with_values: int) -> None:
-    """Write a T5X checkpoint of switch-c-2048 of which all chunks but one are missing and read as the fill value."""
+    """Write a T5X checkpoint of switch-c-2048 in which all chunks but one are missing (the fill value)."""
     target: dict = {}
     for name, shape in expected_shapes(PRESETS["switch-c-2048"]).items():
         metadata = {

@@ -1,4 +1,4 @@
-"""Hugging Face's names and T5X's: a bijection on every published model, and on names that transformers wrote."""
+"""Hugging Face's names and T5X's: a bijection on every published model and on transformers' own names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""T5X's format: golden checkpoints that T5X itself wrote, and the variants its versions left behind."""
+"""T5X's format: golden checkpoints that T5X itself wrote, and the variants of its versions."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ Spec = dict
 
 
 def decode_by_hand(directory: Path) -> np.ndarray:
-    """A zarr array of one chunk, with nothing but gzip and NumPy."""
+    """Decode a zarr array of one chunk with nothing but gzip and NumPy."""
     metadata = json.loads((directory / ".zarray").read_text())
     (chunk,) = (file for file in directory.iterdir() if file.name != ".zarray")
     return np.frombuffer(gzip.decompress(chunk.read_bytes()), metadata["dtype"]).reshape(metadata["shape"])
@@ -64,7 +64,7 @@ def test_infers_the_architecture_of_what_t5x_wrote() -> None:
 
 @pytest.mark.parametrize("path", GOLDEN.values(), ids=GOLDEN)
 def test_writes_what_t5x_wrote(path: Path, tmp_path: Path) -> None:
-    """The same files, byte by byte; the msgpack but for the optimizer's state, which we do not write."""
+    """The same files, byte by byte, except the optimizer's state in the msgpack, which we do not write."""
     written = write_t5x(open_dense(path), tmp_path, step=1000)
     original = path / "checkpoint_1000"
     for file in original.glob("target.*/*"):
@@ -87,17 +87,19 @@ def test_writes_what_t5x_wrote(path: Path, tmp_path: Path) -> None:
         ((), []),
     ],
 )
-def test_chunks_are_t5xs(shape: tuple[int, ...], chunks: list[int]) -> None:
+def test_chunks_have_the_shapes_that_t5x_chooses(shape: tuple[int, ...], chunks: list[int]) -> None:
     assert chunk_shape(shape, itemsize=4) == chunks
 
 
-def test_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
+def test_writing_t5x_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
     parameters = random_parameters(dtype=np.dtype(np.float32))
     opened = open_dense(write_parameters(nested(parameters), tmp_path, step=3, dtype=BFLOAT16))
     assert opened.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
 
 
-def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_and_opening_t5x_takes_paths_with_dots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write_parameters(nested(random_parameters()), "../there/./models", step=3)
@@ -105,9 +107,9 @@ def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert open_dense(path).read(EXPERTS).shape == (5, 8, 12)
 
 
-def test_never_overwrites_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_writing_t5x_never_overwrites_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     write_parameters(nested(random_parameters()), tmp_path, step=3)
-    with pytest.raises(CheckpointError, match="checkpoint_3"):
+    with pytest.raises(CheckpointError, match="checkpoint_3: exists already"):
         write_parameters(nested(random_parameters()), tmp_path, step=3)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_3"]
 
@@ -127,7 +129,7 @@ def as_dtype_below(spec: Spec) -> Spec:
 
 
 def as_wrong_chunks(spec: Spec) -> Spec:
-    """What T5X's opened ignores too: the .zarray decides."""
+    """T5X's reader ignores them too: the .zarray decides."""
     return {**spec, "metadata": {**spec["metadata"], "chunks": [1] * 9, "compressor": {"id": "blosc"}}}
 
 
@@ -173,7 +175,7 @@ def test_reads_every_spelling_of_a_spec(
         assert opened.read(name).tobytes() == array.tobytes()
 
 
-def test_reads_bfloat16_as_version_2_stored_it(tmp_path: Path) -> None:
+def test_reads_bfloat16_as_version_2_of_t5x_stored_it(tmp_path: Path) -> None:
     parameters = random_parameters()
     bits = {name: array.view(np.uint16) for name, array in parameters.items()}
     checkpoint = write_parameters(nested(bits), tmp_path, step=3)
@@ -198,7 +200,7 @@ def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
-    """`encoder/layers/...` without blocks, and one position bias a stack: as other T5X models are scanned."""
+    """`encoder/layers/...` without blocks, one position bias per stack: as other T5X models are scanned."""
     config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 1, 2, 3))
     parameters = random_parameters(config)
     stacked = {name: array for name, array in parameters.items() if "layers_" not in name}
@@ -214,7 +216,7 @@ def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
 
 
 def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -> None:
-    """Proven by deleting all others; T5X stores no fill value, so reading one of them would be an error."""
+    """Proven by deleting the others: T5X stores no fill value, so reading one of them would be an error."""
     parameters = random_parameters(dtype=np.dtype(np.float32))
     checkpoint = write_parameters(nested(parameters), tmp_path, step=3)
     directory = checkpoint / f"target.{EXPERTS.replace('/', '.')}"
@@ -255,7 +257,7 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_reads_from_a_url(tmp_path: Path, served: str) -> None:
+def test_t5x_is_read_from_a_url(tmp_path: Path, served: str) -> None:
     parameters = random_parameters()
     write_parameters(nested(parameters), tmp_path, step=3)
     for url in (f"{served}/checkpoint_3", f"{served}/checkpoint_3/checkpoint"):
@@ -264,6 +266,6 @@ def test_reads_from_a_url(tmp_path: Path, served: str) -> None:
         assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
-def test_says_that_a_url_has_nothing(served: str) -> None:
+def test_a_url_without_a_checkpoint_is_refused(served: str) -> None:
     with pytest.raises(CheckpointError, match=r"nothing-here(.|\n)*t5x: checkpoint"):
         open_dense(f"{served}/nothing-here")

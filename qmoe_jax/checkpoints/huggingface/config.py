@@ -1,7 +1,7 @@
 """config.json of a Hugging Face Switch Transformer, read with distrust and written in full.
 
-The published ones of xxl and c-2048 contradict their own tensors, so the architecture is inferred from the tensors.
-config.json gives what no shape tells; where the two disagree, a note says so.
+The published ones of xxl and c-2048 contradict their own tensors, so the architecture is inferred from the
+tensors. config.json gives what no shape tells; where the two disagree, a note says so.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _SIZES = {
     "is_gated_act": "gated",
     "tie_word_embeddings": "tied",
 }
-# Hugging Face's "gelu" is the exact one. The gated model was trained with the tanh approximation, which its config
-# calls "gelu" too.
+# Hugging Face's "gelu" is the exact one. The gated model was trained with the tanh approximation, which its
+# config calls "gelu" too.
 _ACTIVATIONS = {False: {"relu": "relu", "gelu_new": "gelu"}, True: {"gelu": "gelu", "gelu_new": "gelu"}}
 
 
@@ -49,7 +49,8 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
     """Return the fields of `SwitchConfig` that `stated`, a config.json, gives and no tensor tells.
 
     Raises:
-        CheckpointError: it states another kind of model, or an activation that Switch Transformers do not have.
+        CheckpointError: it states another kind of model, or an activation that Switch Transformers do not
+            have.
     """
     model_type = stated.get("model_type", MODEL_TYPE)
     if model_type != MODEL_TYPE:
@@ -112,7 +113,7 @@ def config_json(config: SwitchConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def _sparse_step(config: SwitchConfig, stack: str) -> int:
-    """Return the step with which `transformers` makes layer i sparse if i % step is 1 (1: every layer, 0: none)."""
+    """Return the step of a pattern: layer i is sparse if i % step is 1 (1: every layer, 0: none)."""
     layers, sparse = config.num_layers(stack), config.sparse_layers(stack)
     for step in range(layers + 1):
         if sparse == _pattern(layers, step):

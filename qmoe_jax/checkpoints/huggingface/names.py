@@ -26,7 +26,7 @@ HEAD, DECODER_HEAD = "lm_head.weight", "decoder.lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """The T5X parameter that a Hugging Face tensor is, or of an expert kernel the expert of which it is one."""
+    """The T5X parameter that a Hugging Face tensor is; of an expert kernel, one expert."""
 
     name: str
     expert: int | None = None
@@ -77,8 +77,8 @@ def to_huggingface(name: str, expert: int | None = None) -> str:
 def to_t5x(name: str) -> Parameter | None:
     """Return the parameter that a Hugging Face tensor is, or None if no Switch Transformer has it.
 
-    The head is `decoder/logits_dense/kernel` under either of its names, and the embedding's copies are the embedding;
-    the name does not tell if a head is a copy too.
+    The head is `decoder/logits_dense/kernel` under either of its names, and the embedding's copies are the
+    embedding; the name does not tell if a head is a copy too.
     """
     name = name.replace("/", ".")  # as an early conversion script wrote them into its index
     if name in EMBEDDING_COPIES:

@@ -42,7 +42,7 @@ def find_weights(directory: Path) -> Path | None:
 
 
 def open_weights(file: Path) -> Weights:
-    """Return the weights in `file` or, if that is an index, in the files it lists. Reads only their headers, once each.
+    """Return the weights in `file` or, if that is an index, in its files. Reads only headers, once each.
 
     Raises:
         CheckpointError: a file that the index lists is missing, cut short or damaged, or lacks a tensor.

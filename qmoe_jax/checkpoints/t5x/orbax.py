@@ -28,7 +28,7 @@ def has_metadata(directory: Location) -> bool:
 
 
 def is_orbax(directory: Location, index: Mapping[str, Any] | None) -> bool:
-    """Return whether Orbax wrote it, which its own files or placeholders in the msgpack of older versions tell."""
+    """Return whether Orbax wrote it: its own files tell, or placeholders in the msgpack of older versions."""
     if index is None or has_metadata(directory):
         return True
     leaves = (leaf for _, leaf in flax_msgpack.leaves(index))
