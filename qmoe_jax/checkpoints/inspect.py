@@ -1,24 +1,23 @@
-"""What a checkpoint holds and what it would take to hold it: plain data for a table or JSON."""
+"""The contents of a checkpoint and the memory it would need, as plain data for a table or JSON."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
 
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.config import PRESETS, SwitchConfig
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
-# Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are
+# Bits of a row (one output of one expert) beside its digits: two bfloat16 levels and, where there are
 # codewords, an int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
-# as in the published models; another share of zeros makes another size.
+# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits with a sparsity of
+# 88.5 %, as in the published models; another sparsity makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
     "ternary, upstream's dictionary": (0.735, _CODED_ROW_BITS),
@@ -26,12 +25,12 @@ FORMS: Mapping[str, tuple[float, int]] = {
     "3 bits": (3, _PLAIN_ROW_BITS),
     "4 bits": (4, _PLAIN_ROW_BITS),
 }
-"""Compressed forms of the experts -> (bits a weight, bits a row)."""
+"""Compressed forms of the experts -> (bits per weight, bits per row)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: its experts (0: a dense one) and its parameters."""
+    """One layer of a stack: its number of experts (0 in a dense layer) and of parameters."""
 
     stack: str
     index: int
@@ -44,12 +43,16 @@ class Inspection:
     """A checkpoint in numbers.
 
     Attributes:
-      preset: the published model of this architecture, if it is one.
-      dtypes: stored dtype -> parameters in it.
-      files, bytes_on_disk: of the parameters; None where the format or the place does not tell.
-      damaged: files that are missing or cut short, with what is wrong.
-      memory: form of the experts -> bytes of the model with all else in bfloat16 (an estimate if compressed).
-      notes: what the reader had to decide.
+        path, format, config: of the checkpoint.
+        preset: the published model of this architecture, if there is one.
+        layers: every layer, the encoder's first.
+        parameters, expert_parameters: numbers of parameters, in all and of the experts.
+        dtypes: stored dtype -> number of parameters.
+        files, bytes_on_disk: of the parameters; None where the format or the location does not tell.
+        damaged: files that are missing or cut short, with what is wrong.
+        memory: form of the experts -> bytes of the model with everything else in bfloat16 (estimated if
+            compressed).
+        notes: what opening the checkpoint had to decide.
     """
 
     path: str
@@ -67,43 +70,32 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-@runtime_checkable
-class HasShards(Protocol):
-    """A reader that knows its files."""
+def inspect(checkpoint: Checkpoint) -> Inspection:
+    """Count what a checkpoint has, from shapes and file sizes; no tensor is read.
 
-    notes: list[str]
-
-    def shards(self) -> Sequence[Shard]:
-        """The files, each with its size and what is wrong with it."""
-        ...
-
-
-def inspect(reader: Reader) -> Inspection:
-    """Counts what `reader` has, from shapes and file sizes: no tensor is read.
-
-    Open the reader with `check=False` to see a damaged checkpoint's files in `damaged` rather than an error.
+    Open the checkpoint with `check=False` to see damaged files in `damaged` instead of an error.
     """
-    sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
     dtypes: collections.Counter[str] = collections.Counter()
     for name, size in sizes.items():
-        dtypes[reader.dtype(name).name] += size
-    shards = reader.shards() if isinstance(reader, HasShards) else ()
+        dtypes[checkpoint.dtype(name).name] += size
+    shards = checkpoint.shards()
     known = [shard.nbytes for shard in shards if shard.nbytes is not None]
     return Inspection(
-        path=str(reader.path),
-        format=reader.format,
-        preset=next((name for name, preset in PRESETS.items() if preset == reader.config), None),
-        config=reader.config,
-        layers=tuple(_layers(reader.config, sizes)),
+        path=str(checkpoint.path),
+        format=checkpoint.format,
+        preset=next((name for name, preset in PRESETS.items() if preset == checkpoint.config), None),
+        config=checkpoint.config,
+        layers=tuple(_layers(checkpoint.config, sizes)),
         parameters=sum(sizes.values()),
         expert_parameters=sum(experts.values()),
         dtypes=dict(dtypes),
         files=len(shards) if shards else None,
         bytes_on_disk=sum(known) if known else None,
         damaged=tuple(shard for shard in shards if shard.problem),
-        memory=_memory(reader, experts, sum(sizes.values()) - sum(experts.values())),
-        notes=tuple(reader.notes) if isinstance(reader, HasShards) else (),
+        memory=_memory(checkpoint, experts, sum(sizes.values()) - sum(experts.values())),
+        notes=tuple(checkpoint.notes),
     )
 
 
@@ -123,10 +115,10 @@ def _layers(config: SwitchConfig, sizes: Mapping[str, int]) -> list[Layer]:
     ]
 
 
-def _memory(reader: Reader, experts: Mapping[str, int], rest: int) -> dict[str, int]:
+def _memory(checkpoint: Checkpoint, experts: Mapping[str, int], rest: int) -> dict[str, int]:
     weights = sum(experts.values())
     # An expert kernel is [expert, in, out], so its rows are its experts times its outputs.
-    rows = sum(reader.shape(name)[0] * reader.shape(name)[2] for name in experts)
+    rows = sum(checkpoint.shape(name)[0] * checkpoint.shape(name)[2] for name in experts)
     memory = {"bfloat16": (weights + rest) * _BFLOAT16_BYTES}
     for form, (weight_bits, row_bits) in FORMS.items():
         memory[form] = rest * _BFLOAT16_BYTES + math.ceil((weights * weight_bits + rows * row_bits) / 8)
