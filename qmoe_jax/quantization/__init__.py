@@ -16,3 +16,4 @@ from qmoe_jax.quantization.hessian import upstream_hessian as upstream_hessian
 from qmoe_jax.quantization.nearest import round_to_nearest as round_to_nearest
 from qmoe_jax.quantization.quantized import Quantized as Quantized
 from qmoe_jax.quantization.rate_distortion import rate_distortion_grid as rate_distortion_grid
+from qmoe_jax.quantization.relative_error import relative_error as relative_error
