@@ -30,7 +30,7 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.data import Example, Tokenizer, read_documents, segments, short_texts, span_corruption
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
-from qmoe_jax.evaluation.variants import Variant, read_variant
+from qmoe_jax.evaluation.variants import Variant
 
 MINI = Path(__file__).parent / "switch_mini"
 VARIANTS = {
@@ -93,8 +93,8 @@ def read_examples(
 
 def compress_variant(
     name: str, examples: list[Example], tokenizer: Tokenizer, arguments: argparse.Namespace
-) -> Path:
-    """The artifact of a variant, made unless it is there."""
+) -> qj.CompressionReport:
+    """Compress a variant unless its artifact is there."""
     config = dataclasses.replace(
         VARIANTS[name],
         damping=arguments.damping,
@@ -103,10 +103,10 @@ def compress_variant(
     )
     output = arguments.output / name
     attachments = {"tokenizer.model": tokenizer.path.read_bytes()}
-    qj.compress(
-        arguments.checkpoint, output, examples, config, attachments=attachments, progress=qj.ProgressBar(name)
-    )
-    return output
+    with qj.ProgressBar(name) as progress:
+        return qj.compress(
+            arguments.checkpoint, output, examples, config, attachments=attachments, progress=progress
+        )
 
 
 def wide_console() -> Console:
@@ -127,7 +127,7 @@ def show(variants: list[Variant], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for variant in variants:
-        for note in calibration_notes(variant):
+        for note in calibration_notes(variant.report) if variant.report else ():
             console.print(f"{variant.name}: {note}")
 
 
@@ -153,11 +153,10 @@ def main() -> None:
             evaluation = qj.evaluate(model, params, validation, batch_size=arguments.batch_size)
             variants.append(Variant(name, evaluation))
             continue
-        path = compress_variant(name, calibration, tokenizer, arguments)
-        model, params = qj.load_compressed(path)
-        variants.append(
-            read_variant(name, path, qj.evaluate(model, params, validation, batch_size=arguments.batch_size))
-        )
+        report = compress_variant(name, calibration, tokenizer, arguments)
+        model, params = qj.load_compressed(report.path)
+        evaluation = qj.evaluate(model, params, validation, batch_size=arguments.batch_size)
+        variants.append(Variant(name, evaluation, report))
     show(variants, console)
     facts = {
         "checkpoint": arguments.checkpoint,

@@ -7,7 +7,6 @@ from qmoe_jax.checkpoints.convert import convert as convert
 from qmoe_jax.checkpoints.inspect import inspect as inspect
 from qmoe_jax.compression import CompressionConfig as CompressionConfig
 from qmoe_jax.compression import CompressionReport as CompressionReport
-from qmoe_jax.compression import ProgressBar as ProgressBar
 from qmoe_jax.compression import compress as compress
 from qmoe_jax.config import PRESETS as PRESETS
 from qmoe_jax.config import SwitchConfig as SwitchConfig
@@ -22,3 +21,4 @@ from qmoe_jax.inference import expert_statistics as expert_statistics
 from qmoe_jax.inference import generate as generate
 from qmoe_jax.inference import load_compressed as load_compressed
 from qmoe_jax.inference import load_model as load_model
+from qmoe_jax.progress import ProgressBar as ProgressBar

@@ -90,7 +90,7 @@ def _table(runs: list[tuple[int, Throughput]], title: str) -> Table:
         row += [f"{phase.tokens_per_second:,.1f}" for phase in (found.writing, found.reading)]
         if stored:
             writing = found.writing.to_json()
-            row.append(f"{writing['bytes_read_a_token'] / 1e6:,.2f}")
-            row += [f"{value:,.2f}" for value in writing["milliseconds_a_token"].values()]
+            row.append(f"{writing['bytes_read_per_token'] / 1e6:,.2f}")
+            row += [f"{value:,.2f}" for value in writing["milliseconds_per_token"].values()]
         table.add_row(*row)
     return table

@@ -102,10 +102,10 @@ def compare(
         check_vocabulary(pieces, readers[0].config.vocab_size)
         examples = read_samples(text, pieces, rules)
     note(f"{len(examples):,} samples; tokenizer {pieces.path}")
-    bar = qj.ProgressBar("comparing", stderr())
-    result = qj.compare(
-        *readers, examples, dtype=dtype, experts_per_read=experts_per_read, scratch=scratch, progress=bar
-    )
+    with qj.ProgressBar("comparing", console=stderr()) as bar:
+        result = qj.compare(
+            *readers, examples, dtype=dtype, experts_per_read=experts_per_read, scratch=scratch, progress=bar
+        )
     fields = {
         "original": original, "compressed": compressed, "formats": [reader.format for reader in readers],
         "dtype": dtype, **result.to_json(), "seconds": time.monotonic() - began,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import shlex
 import sys
 from pathlib import Path
@@ -30,16 +29,12 @@ from qmoe_jax.cli.samples import (
 )
 
 if TYPE_CHECKING:
-    from qmoe_jax.compression import CompressionReport
-    from qmoe_jax.compression.report import Fallback
+    from qmoe_jax.artifact.report import CompressionReport, Fallback
 
 BITS: dict[str, Literal["ternary", 2, 3, 4]] = {"ternary": "ternary", "2": 2, "3": 3, "4": 4}
 
 NAMED = 8
 """Experts that a line of the table names; --json names them all."""
-
-FEW = 0.1
-"""Experts with less than this part of the even share of calibration tokens are called under-calibrated."""
 
 _panel: Any = {"rich_help_panel": "Quantization"}
 
@@ -193,26 +188,14 @@ def compress(
         examples = read_samples(calibration, pieces, rules)
     tokens = sum(len(encoder) + len(decoder) for encoder, decoder in examples)
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
-    bar = qj.ProgressBar(console=stderr())
     attachments = {"tokenizer.model": pieces.path.read_bytes()}
     try:
-        report = qj.compress(path, output, examples, config, attachments=attachments, progress=bar)
+        with qj.ProgressBar("compressing", console=stderr()) as bar:
+            report = qj.compress(path, output, examples, config, attachments=attachments, progress=bar)
     except KeyboardInterrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
         raise Interrupted(f"What is finished is safe in {output}; to go on from there:\n  {again}") from None
     return Answer(_fields(report, len(examples), tokens), (result_table(report),))
-
-
-def under_calibrated(report: CompressionReport) -> dict[str, dict[int, int]]:
-    """The experts with less than `FEW` of their layer's even share of calibration tokens: by layer, their tokens."""
-    layers: dict[str, dict[int, int]] = collections.defaultdict(dict)
-    for group in report.groups:
-        layers[f"{group.stack} {group.layer}"] |= dict(enumerate(group.calibrated, group.start))
-    return {
-        layer: few
-        for layer, counts in layers.items()
-        if (few := {e: n for e, n in counts.items() if n < FEW * sum(counts.values()) / len(counts)})
-    }
 
 
 def _fields(report: CompressionReport, samples: int, tokens: int) -> dict[str, Any]:
@@ -227,7 +210,7 @@ def _fields(report: CompressionReport, samples: int, tokens: int) -> dict[str, A
         "samples": samples,
         "tokens": tokens,
         "rounded_to_nearest": report.fallbacks,
-        "under_calibrated": under_calibrated(report),
+        "under_calibrated": report.under_calibrated(),
         "seconds": report.seconds,
     }
 
@@ -245,22 +228,24 @@ def result_table(report: CompressionReport) -> Table:
         "size", f"{sizes.total_bytes:,} bytes, {sizes.compression_ratio:.1f} times smaller than bfloat16"
     )
     table.add_row("zeros", f"{report.sparsity:.1%} of the experts' weights")
-    table.add_row("seconds", f"{report.seconds:.1f}")
+    table.add_row("seconds", "unknown" if report.seconds is None else f"{report.seconds:.1f}")
     table.add_row("rounded to nearest", _fallbacks(report.fallbacks))
-    table.add_row("under-calibrated", _few(under_calibrated(report)))
+    table.add_row("under-calibrated", _few(report.under_calibrated()))
     return table
 
 
 def _fallbacks(fallbacks: tuple[Fallback, ...]) -> Text:
     """The experts without a usable Hessian."""
-    tokens = {(f.stack, f.layer, f.expert): f.calibrated_tokens for f in fallbacks}
+    tokens = {(f.stack, f.layer, f.expert): f.calibration_tokens for f in fallbacks}
     names = [f"{stack} {layer} expert {e} ({n} tokens)" for (stack, layer, e), n in tokens.items()]
     return _named(names, "for want of calibration tokens", "none")
 
 
 def _few(layers: dict[str, dict[int, int]]) -> Text:
+    from qmoe_jax.artifact.report import UNDER_CALIBRATED
+
     names = [f"{layer} expert {e} ({n} tokens)" for layer, few in layers.items() for e, n in few.items()]
-    return _named(names, f"under {FEW:.0%} of the even share", "none")
+    return _named(names, f"fewer than {UNDER_CALIBRATED:.0%} of the mean number of tokens", "none")
 
 
 def _named(names: list[str], reason: str, otherwise: str) -> Text:

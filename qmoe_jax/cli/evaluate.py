@@ -74,7 +74,11 @@ def evaluate(
         model, params = load(reader, dtype, experts, expert_cache)
     with progress("evaluating", "samples") as advance:
         result = qj.evaluate(
-            model, params, examples, batch_size=batch_size, done=lambda done: advance(done, len(examples))
+            model,
+            params,
+            examples,
+            batch_size=batch_size,
+            progress=lambda done, total, label: advance(done, total),
         )
     seconds = time.monotonic() - began
     fields = {

@@ -38,7 +38,7 @@ def verify(
             "is no artifact", path=path, found=f"a {found} checkpoint", remedy="look at it by qmoe inspect"
         )
     with progress("checking", "bytes") as advance:
-        result = qj.verify(path, advance)
+        result = qj.verify(path, progress=lambda done, total, label: advance(done, total))
     fields = {
         "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes, "problems": result.problems,
     }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from qmoe_jax.data.batching import Batch as Batch
 from qmoe_jax.data.batching import batches as batches
-from qmoe_jax.data.span_corruption import Example as Example
+from qmoe_jax.data.examples import Example as Example
+from qmoe_jax.data.examples import Examples as Examples
+from qmoe_jax.data.examples import check_examples as check_examples
 from qmoe_jax.data.span_corruption import Sentinels as Sentinels
 from qmoe_jax.data.span_corruption import span_corruption as span_corruption
 from qmoe_jax.data.text import TextError as TextError

@@ -8,9 +8,10 @@ by a sentinel; the decoder writes the runs, each after its sentinel. Masks come 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
+
+from qmoe_jax.data.examples import Example
 
 EOS = 1
 DECODER_START = 0
@@ -31,13 +32,6 @@ class Sentinels:
     def id(self, index: np.ndarray | int) -> np.ndarray | int:
         """The id of sentinel number `index`."""
         return self.last - index
-
-
-class Example(NamedTuple):
-    """One sample: `encoder` ids and `decoder` ids, the latter beginning with the start token 0; both int32, 1-D."""
-
-    encoder: np.ndarray
-    decoder: np.ndarray
 
 
 def _random_segmentation(items: int, segments: int, generator: np.random.RandomState) -> np.ndarray:

@@ -13,12 +13,18 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data.batching import round_up
-from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, Batch, HiddenStates, mask_of
+from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, BatchPlan, HiddenStates, mask_of
 from qmoe_jax.models.attention import padding_bias
 from qmoe_jax.models.layers import RMSNorm
 from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, EncoderBlock
 
 Params = dict[str, Any]
+
+
+def experts_per_layer(config: SwitchConfig, stack: str) -> list[int]:
+    """Return the number of experts of each layer of a stack; a dense layer counts as one."""
+    sparse = config.sparse_layers(stack)
+    return [config.num_experts if layer in sparse else 1 for layer in range(config.num_layers(stack))]
 
 
 @partial(jax.jit, static_argnames="block")
@@ -63,7 +69,7 @@ class EncoderLayers:
         config: SwitchConfig,
         stack_params: Params,
         states: HiddenStates,
-        batches: list[Batch],
+        batches: list[BatchPlan],
         dtype: DTypeLike = jnp.float32,
     ):
         self.config, self.params, self.states, self.batches = config, stack_params, states, batches
@@ -73,14 +79,14 @@ class EncoderLayers:
         """The module of a layer."""
         return EncoderBlock(self.config, layer in self.config.encoder_sparse_layers, dtype=self.dtype)
 
-    def context(self, batch: Batch) -> tuple[Array, ...]:
+    def context(self, batch: BatchPlan) -> tuple[Array, ...]:
         """What attention needs beside the states."""
         encoder = Encoder(self.config, dtype=self.dtype)
         return (
             _encoder_bias(encoder, self.params["relpos_bias"], jnp.asarray(self.states.visible_mask(batch))),
         )
 
-    def gather(self, batch: Batch) -> np.ndarray:
+    def gather(self, batch: BatchPlan) -> np.ndarray:
         """The states of a batch in the dtype of the computation."""
         return self.states.gather(batch).astype(self.dtype, copy=False)
 
@@ -138,7 +144,7 @@ class DecoderLayers(EncoderLayers):
         config: SwitchConfig,
         stack_params: Params,
         states: HiddenStates,
-        batches: list[Batch],
+        batches: list[BatchPlan],
         encoded: HiddenStates,
         dtype: DTypeLike = jnp.float32,
     ):
@@ -149,10 +155,10 @@ class DecoderLayers(EncoderLayers):
         """The module of a layer."""
         return DecoderBlock(self.config, layer in self.config.decoder_sparse_layers, dtype=self.dtype)
 
-    def context(self, batch: Batch) -> tuple[Array, ...]:
+    def context(self, batch: BatchPlan) -> tuple[Array, ...]:
         """Encoder states padded as the batch's examples need, both biases."""
         longest = round_up(int(self.encoded.lengths[batch.examples].max()), LENGTH_MULTIPLE)
-        padded = Batch(batch.examples, batch.rows, longest)
+        padded = BatchPlan(batch.examples, batch.rows, longest)
         mask = jnp.asarray(self.encoded.visible_mask(padded))
         encoded = self.encoded.gather(padded).astype(self.dtype, copy=False)
         bias = _decoder_bias(Decoder(self.config, dtype=self.dtype), self.params["relpos_bias"], batch.length)

@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.125
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class BatchPlan:
     """Examples of similar length, padded together: `rows` of them at most, `length` tokens each."""
 
     examples: np.ndarray
@@ -30,18 +30,18 @@ class Batch:
     length: int
 
 
-def plan_batches(lengths: np.ndarray) -> list[Batch]:
+def plan_batches(lengths: np.ndarray) -> list[BatchPlan]:
     """Group examples by padded length; all batches of a length have one shape."""
     padded = np.array([round_up(int(length), LENGTH_MULTIPLE) for length in lengths])
     batches = []
     for length in np.unique(padded):
         members = np.flatnonzero(padded == length)
         rows = min(len(members), max(1, BATCH_TOKENS // int(length)))
-        batches += [Batch(members[i : i + rows], rows, int(length)) for i in range(0, len(members), rows)]
+        batches += [BatchPlan(members[i : i + rows], rows, int(length)) for i in range(0, len(members), rows)]
     return batches
 
 
-def mask_of(batch: Batch, lengths: np.ndarray) -> np.ndarray:
+def mask_of(batch: BatchPlan, lengths: np.ndarray) -> np.ndarray:
     """Bool `[row, length]`: True on real tokens."""
     mask = np.zeros((batch.rows, batch.length), bool)
     mask[: len(batch.examples)] = np.arange(batch.length) < lengths[batch.examples][:, None]
@@ -76,29 +76,29 @@ class HiddenStates:
         """How many tokens there are."""
         return int(self.offsets[-1])
 
-    def gather(self, batch: Batch) -> np.ndarray:
+    def gather(self, batch: BatchPlan) -> np.ndarray:
         """The states of a batch, padded with zeros: `[row, length, feature]`."""
         out = np.zeros((batch.rows, batch.length, self.values.shape[1]), np.float32)
         for row, start, stop in self._places(batch):
             out[row, : stop - start] = self.values[start:stop]
         return out
 
-    def scatter(self, batch: Batch, padded: np.ndarray) -> None:
+    def scatter(self, batch: BatchPlan, padded: np.ndarray) -> None:
         """Put the states of a batch back."""
         for row, start, stop in self._places(batch):
             self.values[start:stop] = padded[row, : stop - start]
 
-    def visible_mask(self, batch: Batch) -> np.ndarray:
+    def visible_mask(self, batch: BatchPlan) -> np.ndarray:
         """Bool `[row, length]`: True on visible tokens."""
         mask = np.zeros((batch.rows, batch.length), bool)
         for row, start, stop in self._places(batch):
             mask[row, : stop - start] = self.visible[start:stop]
         return mask
 
-    def flat(self, batch: Batch) -> np.ndarray:
+    def flat(self, batch: BatchPlan) -> np.ndarray:
         """The token numbers of a batch's real tokens, in the order of its rows."""
         return np.concatenate([np.arange(start, stop) for _, start, stop in self._places(batch)])
 
-    def _places(self, batch: Batch) -> Iterator[tuple[int, int, int]]:
+    def _places(self, batch: BatchPlan) -> Iterator[tuple[int, int, int]]:
         for row, example in enumerate(batch.examples):
             yield row, int(self.offsets[example]), int(self.offsets[example + 1])
