@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.data import Examples, batches, check_examples
-from qmoe_jax.inference.placement import failures_told
+from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
 
@@ -80,7 +80,7 @@ def evaluate(
     tally = Tally(progress, len(examples))
     for batch in batches(examples, min(batch_size, len(examples))):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
-        with failures_told(params):
+        with raise_store_errors(params):
             losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         tally.advance(part.stop - part.start)
