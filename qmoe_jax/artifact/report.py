@@ -18,7 +18,7 @@ import numpy as np
 from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
-from qmoe_jax.files.durable import read_whole
+from qmoe_jax.files.reading import read_whole
 from qmoe_jax.files.errors import CheckpointError
 
 UNDER_CALIBRATED = 0.1

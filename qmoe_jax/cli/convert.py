@@ -16,7 +16,7 @@ from qmoe_jax.cli.models import Checkpoint
 from qmoe_jax.cli.samples import find_tokenizer
 
 if TYPE_CHECKING:
-    from qmoe_jax.checkpoints import DenseReader
+    from qmoe_jax.checkpoints import Checkpoint as OpenedCheckpoint
 
 TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model", "upstream": "spiece.model"}
 
@@ -84,7 +84,7 @@ def _copy_tokenizer(checkpoint: str, target: Path) -> Path | None:
     return Path(shutil.copyfile(source, target))
 
 
-def _write_upstream(output: Path, reader: DenseReader) -> Path:
+def _write_upstream(output: Path, reader: OpenedCheckpoint) -> Path:
     """Write a ternary artifact as upstream QMoE would have.
 
     Raises:
@@ -93,7 +93,7 @@ def _write_upstream(output: Path, reader: DenseReader) -> Path:
     from qmoe_jax.artifact.kinds import Ternary
     from qmoe_jax.artifact.matrices import unpack_digits
     from qmoe_jax.artifact.reader import ArtifactReader, PackedKernel
-    from qmoe_jax.checkpoints.upstream.writer import TernaryMatrix, write_upstream
+    from qmoe_jax.checkpoints.upstream import TernaryMatrix, write_upstream
     from qmoe_jax.files.errors import CheckpointError
     from qmoe_jax.parameters import is_expert
 
@@ -119,4 +119,4 @@ def _write_upstream(output: Path, reader: DenseReader) -> Path:
         matrix = next(kernel.layer.read(slice(expert, expert + 1)))[kernel.matrix]
         return unpack_digits(matrix, reader.codebooks), matrix.parts["levels"]
 
-    return write_upstream(output, reader, ternary)
+    return write_upstream(reader, output, ternary)

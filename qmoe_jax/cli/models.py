@@ -10,7 +10,7 @@ import typer
 from qmoe_jax.cli.console import note
 
 if TYPE_CHECKING:
-    from qmoe_jax.checkpoints import DenseReader
+    from qmoe_jax.checkpoints import Checkpoint as OpenedCheckpoint
     from qmoe_jax.models import SwitchTransformer
 
 COMPRESSED_FORMATS = ("qmoe", "upstream")
@@ -52,7 +52,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 <<
 
 
 def load(
-    reader: DenseReader, dtype: str | None, experts: str | None, expert_cache: str | None
+    reader: OpenedCheckpoint, dtype: str | None, experts: str | None, expert_cache: str | None
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """The model that `reader` has opened, with packed experts where it is compressed.
 

@@ -20,7 +20,7 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
 from qmoe_jax.artifact.store import ArtifactWriter
 from qmoe_jax.checkpoints.params import nest
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
@@ -97,7 +97,7 @@ def compress(
 
 
 @contextlib.contextmanager
-def _staged_in(scratch: Path, reader: DenseReader) -> Iterator[DenseReader]:
+def _staged_in(scratch: Path, reader: Checkpoint) -> Iterator[Checkpoint]:
     """Yield the reader with chunks that span many experts read once, through `scratch`, which a kill may leave."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()

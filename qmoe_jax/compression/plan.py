@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from qmoe_jax.artifact.kinds import Kind, Ternary, Uniform
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Codebook, tunstall_codebook, upstream_codebook
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.config import SwitchConfig
@@ -29,7 +29,7 @@ def packing_kinds(
     return dict.fromkeys(expert_matrices(model), Uniform(config.bits, size, dtype))
 
 
-def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Codebook]:
+def fitted_codebooks(reader: Checkpoint, config: CompressionConfig) -> dict[str, Codebook]:
     """Return the codebook of each expert matrix (`wi`, `wo`) of a ternary compression; none for other grids.
 
     Tunstall codebooks are fitted to the sparsity that round-to-nearest leaves in the first expert of each compressed
@@ -49,7 +49,7 @@ def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Cod
     return {matrix: tunstall_codebook(p_zero=p, code_bits=code_bits) for matrix, p in rounded.items()}
 
 
-def _rounded_sparsity(reader: Reader, config: CompressionConfig, matrix: str) -> float:
+def _rounded_sparsity(reader: Checkpoint, config: CompressionConfig, matrix: str) -> float:
     """Return the share of zeros that round-to-nearest leaves in a matrix of the first expert of each stack."""
     zeros = total = 0
     for stack in config.compressed_stacks:

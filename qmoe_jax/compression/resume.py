@@ -12,7 +12,7 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind
 from qmoe_jax.artifact.report import GroupReport, RunReport
 from qmoe_jax.artifact.store import ArtifactWriter
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.exact import ExactLevels, exact_values
 from qmoe_jax.compression.experts import Weights, compress_group
@@ -26,7 +26,7 @@ class GroupStore:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: Checkpoint,
         writer: ArtifactWriter,
         config: CompressionConfig,
         kinds: Mapping[str, Kind],

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data import Examples
 from qmoe_jax.parameters import is_expert
 
 
-def read_dense(reader: Reader) -> dict[str, np.ndarray]:
+def read_dense(reader: Checkpoint) -> dict[str, np.ndarray]:
     """Read every parameter outside the experts, in its stored dtype."""
     return {name: reader.read(name) for name in reader.names() if not is_expert(name)}
 
 
-def checkpoint_digest(reader: Reader, dense: Mapping[str, np.ndarray]) -> str:
+def checkpoint_digest(reader: Checkpoint, dense: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of every name, shape and dtype, and of the content of the `dense` parameters.
 
     Experts are left out because they are nearly all of the bytes; two checkpoints of one shape that agree in

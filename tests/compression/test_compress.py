@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression import resume
 from qmoe_jax.compression.exact import FOLDER
 from qmoe_jax.files.tensor import ArrayTensor
@@ -187,9 +187,9 @@ def test_compressing_reports_progress_to_the_last_expert(data, samples, tmp_path
 
 
 def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
-    reads, read = collections.Counter(), DenseReader.read
+    reads, read = collections.Counter(), Checkpoint.read
     monkeypatch.setattr(
-        DenseReader,
+        Checkpoint,
         "read",
         lambda self, name, experts=None: reads.update([name]) or read(self, name, experts),
     )
