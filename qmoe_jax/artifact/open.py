@@ -11,15 +11,18 @@ from qmoe_jax.checkpoints.open import open_dense
 from qmoe_jax.checkpoints.reader import DenseReader
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, check: bool = True) -> DenseReader:
-    """Opens what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
+def open_checkpoint(path: str | os.PathLike[str] | DenseReader, *, check: bool = True) -> DenseReader:
+    """Open what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
 
+    A checkpoint that is already opened is returned as it is, so that functions can take either.
     With `check` every file is looked at first (present, not cut short); else damage shows later.
 
     Raises:
       CheckpointError: nothing is there, nothing of a known format (the error says what was looked for),
         something damaged, or (an `CheckpointError`) an artifact that is unfinished.
     """
+    if isinstance(path, DenseReader):
+        return path
     if not is_artifact(path):
         return open_dense(path, check=check)
     reader = ArtifactReader.open(Path(path))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qmoe_jax.checkpoints import CheckpointError, convert, open_dense
+from qmoe_jax import convert
+from qmoe_jax.checkpoints import CheckpointError, open_dense
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
 from qmoe_jax.files.torch_writer import save_torch

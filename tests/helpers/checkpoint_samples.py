@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from qmoe_jax.checkpoints import convert, write_t5x
+from qmoe_jax import convert
+from qmoe_jax.checkpoints import write_t5x
 from qmoe_jax.checkpoints.architecture import expected_shapes
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json

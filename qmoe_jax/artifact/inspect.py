@@ -1,14 +1,16 @@
-"""What a checkpoint holds and what it would take to hold it: plain data for a table or JSON."""
+"""Counts what a checkpoint holds, and estimates the memory that it would need, compressed or not."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.artifact.open import open_checkpoint
+from qmoe_jax.checkpoints.reader import DenseReader, Reader
 from qmoe_jax.config import PRESETS, SwitchConfig
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
@@ -78,11 +80,16 @@ class HasShards(Protocol):
         ...
 
 
-def inspect(reader: Reader) -> Inspection:
-    """Counts what `reader` has, from shapes and file sizes: no tensor is read.
+def inspect(checkpoint: str | os.PathLike[str] | DenseReader) -> Inspection:
+    """Count what a checkpoint holds, from shapes and file sizes: no tensor is read.
 
-    Open the reader with `check=False` to see a damaged checkpoint's files in `damaged` rather than an error.
+    Damaged files are listed in `damaged`. A checkpoint that is passed opened must have been opened with
+    `check=False` for that, or it would have been refused.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its index is damaged.
     """
+    reader = open_checkpoint(checkpoint, check=False)
     sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
     dtypes: collections.Counter[str] = collections.Counter()
