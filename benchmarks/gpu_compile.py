@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import os
 import pathlib
 import sys
@@ -49,7 +48,7 @@ def cases() -> Iterator[Case]:
 
     Each codebook in bfloat16 at both shapes; float32 with the smaller table at the larger shape.
     """
-    ops = (("matvec", 1), ("matmul", 128), ("decode", 0), ("matmul", 1024), ("mlp", 1), ("mlp", 1024))
+    ops = (("matmul", 1), ("matmul", 128), ("unpack", 0), ("matmul", 1024), ("mlp", 1), ("mlp", 1024))
     runs = [("pallas", *op) for op in ops]
     if jax_triton_refusal() is None:
         runs += [("jax_triton", *op) for op in ops[:2]]
@@ -88,9 +87,10 @@ def weights_per_codeword(codebook: str) -> float:
 def jax_triton_refusal() -> str | None:
     """Why jax-triton cannot compile for a GPU that is not here, or None."""
     from pallas_kernels import backend
+    from pallas_kernels.matmul.op import OP
 
     with deviceless.absent(deviceless.GPUS["sm_90"]):
-        return backend.refusal("matvec", "jax_triton")
+        return backend.refusal(OP, "jax_triton")
 
 
 def packed(codebook: str, rows: int, width: int, levels: str = "bfloat16") -> Any:
@@ -126,9 +126,8 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     x = jax.ShapeDtypeStruct((case.tokens, d_model), case.dtype)
     index = jax.ShapeDtypeStruct((case.tokens,), jnp.int32)
     function, arguments = {
-        "matvec": (pk.packed_matvec, (wi, x, index)),
         "matmul": (pk.packed_matmul, (wi, x, index)),
-        "decode": (functools.partial(pk.unpack, dtype=jnp.dtype(case.dtype)), (wi,)),
+        "unpack": (functools.partial(pk.unpack, dtype=jnp.dtype(case.dtype)), (wi,)),
         "mlp": (pk.packed_mlp, (wi, wo, x, index)),
     }[case.op]
     return functools.partial(function, backend=case.backend), arguments
@@ -136,35 +135,43 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def weights_per_pass(case: Case, kernel: str) -> float | None:
     """Weights times tokens that a warp is done with after a pass of its loop; None for tensor cores' many loops."""
-    kinds = {"packed_matvec": "matvec", "packed_matmul": "gather", "packed_decode": "decode"}
-    if (kind := kinds.get(kernel.split("__", 1)[0])) is None:
+    from pallas_kernels.matmul.pallas import gather, separate
+    from pallas_kernels.unpack import pallas as unpack
+
+    configs = {
+        "packed_matmul_separate": separate.Config,
+        "packed_matmul_gather": gather.Config,
+        "unpack": unpack.Config,
+    }
+    if (config := configs.get(kernel.split("__", 1)[0])) is None:
         return None
-    tile = jax_triton_tile(case.op) if case.backend == "jax_triton" else pallas_tile(case, kind)
+    tile = jax_triton_tile(config.kind) if case.backend == "jax_triton" else pallas_tile(case, config)
     return tile * weights_per_codeword(case.codebook)
 
 
-def pallas_tile(case: Case, kind: str) -> float:
+def pallas_tile(case: Case, kind: Any) -> float:
     """Codewords times tokens of a warp's pass, as the kernels are launched on this GPU."""
     from pallas_kernels import tuning
 
     d_model, d_ff = SHAPES[case.shape]
-    problem = tuning.Problem.of(kind, packed(case.codebook, d_ff, d_model), case.dtype, case.tokens)
+    problem = tuning.Problem.of(kind.kind, packed(case.codebook, d_ff, d_model), case.dtype, case.tokens)
     with deviceless.absent(deviceless.GPUS[case.gpu]):
-        config = tuning.choose(problem)
+        config = tuning.choose(kind, problem)
     return config.tile * getattr(config, "rows", 1) * getattr(config, "lanes", 1) / config.warps
 
 
-def jax_triton_tile(op: str) -> int:
+def jax_triton_tile(route: str) -> int:
     """The same for one warp."""
-    module = importlib.import_module(f"pallas_kernels.{op}.jax_triton")
-    return module.TILE * getattr(module, "LANES", 1)
+    from pallas_kernels.matmul import jax_triton
+
+    return jax_triton.SEPARATE_TILE if route == "separate" else jax_triton.GATHER_TILE * jax_triton.LANES
 
 
 def compiled(case: Case) -> dict[str, Any]:
     """The case, with the kernels of this repository in it (XLA's own are left out)."""
     function, arguments = program(case)
     launches = deviceless.launches(function, arguments, deviceless.GPUS[case.gpu])
-    ours = [launch for launch in launches if launch.kernel.name.startswith("packed_")]
+    ours = [launch for launch in launches if launch.kernel.name.startswith(("packed_", "unpack"))]
     kernels = []
     for launch in ours:
         kernel = describe(launch)

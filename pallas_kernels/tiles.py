@@ -19,8 +19,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import pytree
-from pallas_kernels.operands import PackedMatrix
-from pallas_kernels.streams import field
+from pallas_kernels.operands import PackedMatrix, entry_field
 
 Carry = TypeVar("Carry")
 Visit = Callable[[Int32[Array, "*tile"], Int32[Array, "*tile"], Carry], Carry]
@@ -33,21 +32,21 @@ WIDE_OFFSETS = 2**32
 
 @pytree.register(
     leaves=("codes", "row_offsets", "entries", "levels"),
-    static=("field_bits", "slots", "words", "width", "codes_a_word"),
+    static=("field_bits", "slots", "words", "width", "codes_per_word"),
 )
 @dataclasses.dataclass(frozen=True)
-class Streams:
+class PackedRefs:
     """A `PackedMatrix` as kernels take it; passed through `pallas_call` its arrays become references.
 
     Whatever is stored, only existing elements are touched.
 
     Attributes:
-      codes: as in the matrix, or its bytes two by two (`codes_a_word` = 2) where single ones are out of reach.
+      codes: as in the matrix, or its bytes two by two (`codes_per_word` = 2) where single ones are out of reach.
       row_offsets, levels: as in the matrix.
       entries: the table's words one after the other, int32.
       field_bits, slots, words: the table's.
       width: columns of a row.
-      codes_a_word: codes in an element of `codes`.
+      codes_per_word: codes in an element of `codes`.
     """
 
     codes: Any
@@ -58,20 +57,20 @@ class Streams:
     slots: int
     words: int
     width: int
-    codes_a_word: int
+    codes_per_word: int
 
     @classmethod
-    def of(cls, packed: PackedMatrix) -> Streams:
+    def of(cls, packed: PackedMatrix) -> PackedRefs:
         """The operands for `packed`.
 
         Raises:
           NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which no pairs can be made of.
         """
-        codes, codes_a_word = _addressable(jnp.asarray(packed.codes))
+        codes, codes_per_word = _addressable(jnp.asarray(packed.codes))
         table = packed.table
         entries = jax.lax.bitcast_convert_type(table.entries, jnp.int32).reshape(-1)
         arrays = codes, jnp.asarray(packed.row_offsets), entries, jnp.asarray(packed.levels)
-        return cls(*arrays, table.field_bits, table.slots, table.words, packed.width, codes_a_word)
+        return cls(*arrays, table.field_bits, table.slots, table.words, packed.width, codes_per_word)
 
     @property
     def rows(self) -> int:
@@ -109,7 +108,7 @@ class Streams:
                 if word:
                     entry = plt.load(self.entries.at[first + word], mask=live, other=0)
                 for slot in range(self.slots):
-                    offset, digit = field(entry, self.field_bits, slot)
+                    offset, digit = entry_field(entry, self.field_bits, slot)
                     position = base + offset
                     carry = visit(position, jnp.where(position < self.width, digit, 0), carry)
             return jnp.minimum(at + jnp.sum(length, axis=-1), self.width), carry
@@ -118,13 +117,13 @@ class Streams:
         return jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(start), carry))[1]
 
     def _bounds(self, expert: Any, row: Any, inside: Any) -> tuple[Array, Array]:
-        capacity = self.codes.shape[1] * self.codes_a_word
+        capacity = self.codes.shape[1] * self.codes_per_word
         other = None if inside is None else 0
         at = lambda bound: plt.load(self.row_offsets.at[expert, bound], mask=inside, other=other)
         return jnp.clip(at(row), 0, capacity), jnp.clip(at(row + 1), 0, capacity)
 
     def _codes(self, expert: Any, k: Array, live: Array) -> Int32[Array, "*tile"]:
-        if self.codes_a_word == 1:
+        if self.codes_per_word == 1:
             return plt.load(self.codes.at[expert, k], mask=live, other=0).astype(jnp.int32)
         pair = plt.load(self.codes.at[expert, k >> 1], mask=live, other=0).astype(jnp.int32)
         return (pair >> ((k & 1) * 8)) & 0xFF

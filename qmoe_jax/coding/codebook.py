@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from pallas_kernels import pytree
-from pallas_kernels.encode import EncodeTable
+from pallas_kernels.encode_rows import EncodeTable
 from pallas_kernels.operands import DecodeTable
 
 MAX_CODEWORDS = 1 << 16

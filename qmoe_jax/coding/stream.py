@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8, UInt16
 
 from pallas_kernels import PackedMatrix
-from pallas_kernels.backend import choose
-from pallas_kernels.encode import encode_rows
+from pallas_kernels.backend import choose_backend
+from pallas_kernels.encode_rows import encode_rows
+from pallas_kernels.encode_rows.op import OP
 from qmoe_jax.coding.codebook import Codebook
 
 AnyArray = jax.Array | np.ndarray
@@ -52,9 +53,9 @@ def encode(
         raise ValueError(
             f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
         )
-    chosen = choose("encode", backend)
+    chosen = choose_backend(OP, backend)
     if chosen == "cpu":  # no array longer than the codes, and nothing to trace for a new shape
-        from pallas_kernels.encode.walk import walk
+        from pallas_kernels.encode_rows.walk import walk
 
         return Encoded(*walk(np.asarray(digits), codebook.encode_table))
     codes, row_offsets = map(np.asarray, encode_rows(digits, codebook.encode_table, backend=chosen))

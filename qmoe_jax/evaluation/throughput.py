@@ -12,8 +12,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Int
 
-from qmoe_jax.inference.generate import read_prompt, write_tokens
-from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, failures_told
+from qmoe_jax.inference.generate import decode_tokens, encode_prompt
+from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
 
@@ -48,7 +48,7 @@ class Phase:
             "tokens_per_second": self.tokens_per_second,
         }
         if self.experts is not None:
-            waited, computed = self.experts.waited, self.experts.computed
+            waited, computed = self.experts.io_wait_seconds, self.experts.compute_seconds
             fields["milliseconds_per_token"] = {
                 "io_wait": 1e3 * waited / self.tokens,
                 "experts": 1e3 * computed / self.tokens,
@@ -84,16 +84,16 @@ class Generator:
         self.params, self.shape, self.new_tokens = params, shape, new_tokens
         self._key = jax.random.key(0)
         tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
-        encoded = jax.eval_shape(lambda *inputs: read_prompt(model, *inputs), params, tokens, mask)
-        self._read = read_prompt.lower(model, params, tokens, mask).compile()
-        self._write = write_tokens.lower(
+        encoded = jax.eval_shape(lambda *inputs: encode_prompt(model, *inputs), params, tokens, mask)
+        self._read = encode_prompt.lower(model, params, tokens, mask).compile()
+        self._write = decode_tokens.lower(
             model, params, encoded, mask, self._key, new_tokens, sampling
         ).compile()
 
     def measure(self, prompts: Int[np.ndarray, "b n"]) -> Throughput:
         """Generates, timed. Raises `CheckpointError` where experts on disk cannot be read."""
         tokens, mask = jnp.asarray(prompts, jnp.int32), jnp.ones(prompts.shape, bool)
-        with failures_told(self.params):
+        with raise_store_errors(self.params):
             encoded, seconds, experts = self._timed(lambda: self._read(self.params, tokens, mask))
             reading = Phase(prompts.size, seconds, experts)
             written, seconds, experts = self._timed(

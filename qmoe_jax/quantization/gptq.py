@@ -25,7 +25,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from pallas_kernels.gptq_block import RoundedBlock, quantize_block
+from pallas_kernels.quantize_block import RoundedBlock, quantize_block
 from qmoe_jax.quantization.factorization import Factor, factorize
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import GroupSchedule, join_groups, split_groups
@@ -49,7 +49,6 @@ def gptq(
     group_size: int | None = None,
     activation_order: bool = False,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
     """Quantizes the weights of several experts so that their outputs change least; float32 at full precision.
 
@@ -66,7 +65,6 @@ def gptq(
       group_size: columns that share levels, found when their first column is reached; None: the whole row.
       activation_order: round the columns of the largest diagonal first. Groups then follow this order.
       backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
-      interpret: run its Pallas kernel in interpret mode, anywhere.
 
     Raises:
       ValueError: shapes that do not fit each other, or an option out of its range.
@@ -88,11 +86,10 @@ def gptq(
         block_size=block_size,
         group_size=group_size,
         backend=backend,
-        interpret=interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend"))
 def gptq_with_factor(
     w: Float[AnyArray, "expert out in"],
     factor: Factor,
@@ -101,7 +98,6 @@ def gptq_with_factor(
     block_size: int = 128,
     group_size: int | None = None,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
     """`gptq` on Hessians factored before: for several grids, or rates, over the same ones.
 
@@ -115,9 +111,7 @@ def gptq_with_factor(
         )
     width = w.shape[2]
     schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
-    round_block = functools.partial(
-        quantize_block, rounding=grid.rounding, backend=backend, interpret=interpret
-    )
+    round_block = functools.partial(quantize_block, rounding=grid.rounding, backend=backend)
     quantize_expert = functools.partial(
         _quantize_expert, grid=grid, schedule=schedule, round_block=round_block
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import pytree
-from pallas_kernels.gptq_block.rounding import Rounding, TernaryRounding, UniformRounding, divide
+from pallas_kernels.quantize_block.rounding import Rounding, TernaryRounding, UniformRounding, divide
 
 
 class Grid(abc.ABC):

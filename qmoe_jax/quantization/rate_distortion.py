@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import pytree
-from pallas_kernels.gptq_block.rounding import CostRounding
+from pallas_kernels.quantize_block.rounding import CostRounding
 from qmoe_jax.quantization.grids import Grid, TernaryGrid
 
 _TERNARY = TernaryGrid()

@@ -153,7 +153,7 @@ def test_groups_that_straddle_blocks(block_size, group_size, activation_order):
 def test_the_pallas_kernel_gives_the_same_digits():
     w, hessian = example(2, 5, 40)
     options = {"block_size": 10, "group_size": 12, "activation_order": True}
-    got = gptq(w, hessian, ternary_grid(), **options, backend="pallas", interpret=True)
+    got = gptq(w, hessian, ternary_grid(), **options, backend="pallas_interpret")
     want = gptq(w, hessian, ternary_grid(), **options)
     np.testing.assert_array_equal(got.digits, want.digits)
     np.testing.assert_allclose(got.values, want.values, rtol=1e-5, atol=1e-6)
@@ -167,7 +167,7 @@ def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
         traced = gptq_with_factor.trace(w, factor, ternary_grid(), block_size=16)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count('name = "gptq_block"') == 1
+    assert program.count('name = "quantize_block"') == 1
 
 
 # Invariances
