@@ -42,7 +42,7 @@ from jax import numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qmoe_jax import SwitchConfig
-from qmoe_jax.checkpoints.t5x.writer import write_t5x
+from qmoe_jax.checkpoints.t5x import write_parameters
 from qmoe_jax.data import Example, Sentinels, Tokenizer, batches, span_corruption
 from qmoe_jax.data.text import text_files
 from qmoe_jax.models import GroupCapacity, SwitchTransformer
@@ -352,7 +352,7 @@ def main() -> None:
     )
 
     params = jax.tree.map(lambda a: np.asarray(a).astype(ml_dtypes.bfloat16), params)
-    write_t5x(arguments.output, recipe.steps, params)
+    write_parameters(params, arguments.output, step=recipe.steps)
     stored = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
     report = {
         "recipe": dataclasses.asdict(recipe),

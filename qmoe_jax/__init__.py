@@ -7,6 +7,7 @@ from qmoe_jax.artifact.inspect import inspect as inspect
 from qmoe_jax.artifact.open import open_checkpoint as open_checkpoint
 from qmoe_jax.artifact.verify import Verification as Verification
 from qmoe_jax.artifact.verify import verify as verify
+from qmoe_jax.checkpoints import Checkpoint as Checkpoint
 from qmoe_jax.compression import CompressionConfig as CompressionConfig
 from qmoe_jax.compression import CompressionReport as CompressionReport
 from qmoe_jax.compression import compress as compress

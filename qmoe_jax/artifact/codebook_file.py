@@ -14,9 +14,9 @@ import numpy as np
 
 from qmoe_jax.artifact.bits import pack_bits, smallest_dtype, unpack_bits
 from qmoe_jax.coding import Codebook
-from qmoe_jax.files.durable import read_exactly
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.safetensors_header import read_header, render_header
+from qmoe_jax.files.safetensors import lazy_tensors, read_header, render_header
+from qmoe_jax.files.tensor import read_all
 
 CODEBOOKS = "codebooks.safetensors"
 DIGIT_BITS = 2
@@ -43,10 +43,7 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
       CheckpointError: the file is missing or damaged, or something in it is no codebook.
     """
     header = read_header(path)
-    arrays = {}
-    for entry in header.tensors:
-        data = read_exactly(path, header.data_begin + entry.begin, entry.end - entry.begin)
-        arrays[entry.name] = np.frombuffer(data, entry.dtype).reshape(entry.shape)
+    arrays = {name: read_all(tensor) for name, tensor in lazy_tensors(path, header).items()}
     try:
         codebooks = {}
         for index, fields in enumerate(json.loads(header.metadata["codebooks"])):

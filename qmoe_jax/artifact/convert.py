@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from qmoe_jax.artifact.kinds import Ternary
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader, PackedKernel
-from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
-from qmoe_jax.checkpoints.reader import DenseReader
-from qmoe_jax.checkpoints.t5x.writer import write_t5x
-from qmoe_jax.checkpoints.upstream.writer import TernaryMatrix, write_upstream
+from qmoe_jax.checkpoints.huggingface import write_huggingface
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.checkpoints.t5x import write_t5x
+from qmoe_jax.checkpoints.upstream import TernaryMatrix, write_upstream
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import Tensor
 from qmoe_jax.parameters import is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
 
 
 def convert(
-    checkpoint: str | os.PathLike[str] | DenseReader,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
     to: Literal["t5x", "huggingface", "upstream"],
     *,
@@ -45,7 +40,7 @@ def convert(
         dtype: float32 or bfloat16, to round to; by default values stay as they are stored, bit for bit, and
             compressed experts become float32. Not for "upstream", whose dtypes are fixed.
         step: training step that a T5X checkpoint is numbered by, from 1, since T5X takes 0 for none.
-        progress: called with the parameters read.
+        progress: called with the ranges, tensors or expert matrices written.
 
     Memory: that of the writer: about 1 GB, or the largest tensor.
 
@@ -54,22 +49,23 @@ def convert(
             express this model.
         ValueError: the format is not known, or `dtype` is given for "upstream".
     """
-    reader = open_checkpoint(checkpoint)
-    if to == "upstream":
-        if dtype is not None:
-            raise ValueError("dtype: expected None for upstream's format, whose dtypes are fixed")
-        written = write_upstream(output, reader, _ternary_matrices(reader, progress))
-    elif to == "huggingface":
-        written = write_huggingface(output, _counted(reader, progress), dtype=dtype)
-    elif to == "t5x":
-        written = write_t5x(output, step, _counted(reader, progress).tensors, dtype=dtype)
-    else:
+    opened = open_checkpoint(checkpoint)
+    if to == "t5x":
+        return write_t5x(opened, output, step=step, dtype=dtype, progress=progress)
+    if to == "huggingface":
+        return write_huggingface(opened, output, dtype=dtype, progress=progress)
+    if to != "upstream":
         raise ValueError(f"to: expected 't5x', 'huggingface' or 'upstream', found {to!r}")
-    return written
+    if dtype is not None:
+        raise ValueError("dtype: expected None for upstream's format, whose dtypes are fixed")
+    artifact = _require_ternary(opened)
+    return write_upstream(
+        artifact, output, lambda name, expert: _ternary_matrix(artifact, name, expert), progress=progress
+    )
 
 
 def decompress(
-    checkpoint: str | os.PathLike[str] | DenseReader,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
     format: Literal["t5x", "huggingface"] = "t5x",
     *,
@@ -79,47 +75,8 @@ def decompress(
     return convert(checkpoint, output, format, dtype=dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _CountedTensor:
-    """A lazy tensor that reports the rows read."""
-
-    tensor: Tensor
-    report: Callable[[int], None]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Stored dtype of the tensor."""
-        return self.tensor.dtype
-
-    def read(self, rows: slice) -> np.ndarray:
-        """Read a range of rows."""
-        values = self.tensor.read(rows)
-        self.report(values.size)
-        return values
-
-
-def _counted(reader: DenseReader, progress: ProgressCallback) -> DenseReader:
-    """Return the checkpoint with tensors that report progress; a tensor that is read twice counts once."""
-    total, done = sum(math.prod(reader.shape(name)) for name in reader.names()), dict[str, int]()
-    progress(0, total, "")
-
-    def counted(name: str) -> _CountedTensor:
-        def report(size: int) -> None:
-            done[name] = min(done.get(name, 0) + size, math.prod(reader.shape(name)))
-            progress(sum(done.values()), total, name)
-
-        return _CountedTensor(reader.tensors[name], report)
-
-    return dataclasses.replace(reader, tensors={name: counted(name) for name in reader.names()})
-
-
-def _ternary_matrices(reader: DenseReader, progress: ProgressCallback) -> Callable[[str, int], TernaryMatrix]:
-    """Return the function by which upstream's writer asks for the digits and levels of an expert's matrix.
+def _require_ternary(checkpoint: Checkpoint) -> ArtifactReader:
+    """Return the checkpoint if upstream's format can express it.
 
     Raises:
         CheckpointError: the checkpoint is not an artifact, or has experts that are not ternary with levels per row.
@@ -128,28 +85,23 @@ def _ternary_matrices(reader: DenseReader, progress: ProgressCallback) -> Callab
         "cannot be written in upstream's format",
         "an artifact whose experts are all ternary, with levels per row (compressed without a group size)",
     )
-    if not isinstance(reader, ArtifactReader):
+    if not isinstance(checkpoint, ArtifactReader):
         raise CheckpointError(
-            problem, path=reader.path, expected=expected, found=f"a {reader.format} checkpoint",
+            problem, path=checkpoint.path, expected=expected, found=f"a {checkpoint.format} checkpoint",
             remedy="compress it first",
         )  # fmt: skip
-    kernels = [name for name in reader.names() if is_expert(name)]
-    for name in kernels:
-        kind = reader.kind(name)
+    for name in filter(is_expert, checkpoint.names()):
+        kind = checkpoint.kind(name)
         if not isinstance(kind, Ternary) or kind.group_size is not None or kind.input_scaled:
             raise CheckpointError(
-                problem, path=reader.path, key=name, expected=expected, found=kind or "not compressed"
+                problem, path=checkpoint.path, key=name, expected=expected, found=kind or "not compressed"
             )
-    total, done = len(kernels) * reader.config.num_experts, 0
-    progress(0, total, "")
+    return checkpoint
 
-    def ternary(name: str, expert: int) -> TernaryMatrix:
-        nonlocal done
-        kernel = reader.tensors[name]
-        assert isinstance(kernel, PackedKernel)
-        matrix = next(kernel.layer.read(slice(expert, expert + 1)))[kernel.matrix]
-        done += 1
-        progress(done, total, name)
-        return unpack_digits(matrix, reader.codebooks), matrix.parts["levels"]
 
-    return ternary
+def _ternary_matrix(artifact: ArtifactReader, name: str, expert: int) -> TernaryMatrix:
+    """Return the digits and levels of an expert's matrix, as upstream's writer asks for them."""
+    kernel = artifact.tensors[name]
+    assert isinstance(kernel, PackedKernel)
+    matrix = next(kernel.layer.read(slice(expert, expert + 1)))[kernel.matrix]
+    return unpack_digits(matrix, artifact.codebooks), matrix.parts["levels"]

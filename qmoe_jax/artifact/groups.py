@@ -21,9 +21,9 @@ import numpy as np
 
 from qmoe_jax.artifact.kinds import PARTS, Kind, kind_from_json, kind_to_json
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
-from qmoe_jax.files.durable import read_exactly
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.safetensors_header import ALIGNMENT, Header, TensorEntry, read_header, render_header
+from qmoe_jax.files.reading import read_exactly
+from qmoe_jax.files.safetensors import ALIGNMENT, Header, TensorEntry, read_header, render_header
 
 FORMAT = "qmoe-experts-1"
 EXPERTS = "experts"
@@ -131,7 +131,7 @@ class ExpertExtent:
     group: GroupFile
     expert: int
 
-    def read(self) -> bytes:
+    def read(self) -> memoryview:
         """The expert's bytes. Raises `CheckpointError` where the file is missing or cut short."""
         return read_exactly(self.path, self.offset, self.nbytes)
 
@@ -230,7 +230,7 @@ class GroupFile:
         if start >= stop:
             return []
         first, last = self.extent(start), self.extent(stop - 1)
-        data = memoryview(read_exactly(self.path, first.offset, last.offset + last.nbytes - first.offset))
+        data = read_exactly(self.path, first.offset, last.offset + last.nbytes - first.offset)
         extents = (self.extent(expert) for expert in range(start, stop))
         return [extent.parse(data[extent.offset - first.offset :][: extent.nbytes]) for extent in extents]
 

@@ -6,11 +6,10 @@ import collections
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
 
 from qmoe_jax.artifact.open import open_checkpoint
-from qmoe_jax.checkpoints.reader import DenseReader, Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.config import PRESETS, SwitchConfig
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
@@ -69,18 +68,7 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-@runtime_checkable
-class HasShards(Protocol):
-    """A reader that knows its files."""
-
-    notes: list[str]
-
-    def shards(self) -> Sequence[Shard]:
-        """The files, each with its size and what is wrong with it."""
-        ...
-
-
-def inspect(checkpoint: str | os.PathLike[str] | DenseReader) -> Inspection:
+def inspect(checkpoint: str | os.PathLike[str] | Checkpoint) -> Inspection:
     """Count what a checkpoint holds, from shapes and file sizes: no tensor is read.
 
     Damaged files are listed in `damaged`. A checkpoint that is passed opened must have been opened with
@@ -89,28 +77,28 @@ def inspect(checkpoint: str | os.PathLike[str] | DenseReader) -> Inspection:
     Raises:
         CheckpointError: there is no checkpoint, or its index is damaged.
     """
-    reader = open_checkpoint(checkpoint, check=False)
-    sizes = {name: math.prod(reader.shape(name)) for name in reader.names()}
+    checkpoint = open_checkpoint(checkpoint, check=False)
+    sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
     dtypes: collections.Counter[str] = collections.Counter()
     for name, size in sizes.items():
-        dtypes[reader.dtype(name).name] += size
-    shards = reader.shards() if isinstance(reader, HasShards) else ()
+        dtypes[checkpoint.dtype(name).name] += size
+    shards = checkpoint.shards()
     known = [shard.nbytes for shard in shards if shard.nbytes is not None]
     return Inspection(
-        path=str(reader.path),
-        format=reader.format,
-        preset=next((name for name, preset in PRESETS.items() if preset == reader.config), None),
-        config=reader.config,
-        layers=tuple(_layers(reader.config, sizes)),
+        path=str(checkpoint.path),
+        format=checkpoint.format,
+        preset=next((name for name, preset in PRESETS.items() if preset == checkpoint.config), None),
+        config=checkpoint.config,
+        layers=tuple(_layers(checkpoint.config, sizes)),
         parameters=sum(sizes.values()),
         expert_parameters=sum(experts.values()),
         dtypes=dict(dtypes),
         files=len(shards) if shards else None,
         bytes_on_disk=sum(known) if known else None,
         damaged=tuple(shard for shard in shards if shard.problem),
-        memory=_memory(reader, experts, sum(sizes.values()) - sum(experts.values())),
-        notes=tuple(reader.notes) if isinstance(reader, HasShards) else (),
+        memory=_memory(checkpoint, experts, sum(sizes.values()) - sum(experts.values())),
+        notes=tuple(checkpoint.notes),
     )
 
 
@@ -130,10 +118,10 @@ def _layers(config: SwitchConfig, sizes: Mapping[str, int]) -> list[Layer]:
     ]
 
 
-def _memory(reader: Reader, experts: Mapping[str, int], rest: int) -> dict[str, int]:
+def _memory(checkpoint: Checkpoint, experts: Mapping[str, int], rest: int) -> dict[str, int]:
     weights = sum(experts.values())
     # An expert kernel is [expert, in, out], so its rows are its experts times its outputs.
-    rows = sum(reader.shape(name)[0] * reader.shape(name)[2] for name in experts)
+    rows = sum(checkpoint.shape(name)[0] * checkpoint.shape(name)[2] for name in experts)
     memory = {"bfloat16": (weights + rest) * _BFLOAT16_BYTES}
     for form, (weight_bits, row_bits) in FORMS.items():
         memory[form] = rest * _BFLOAT16_BYTES + math.ceil((weights * weight_bits + rows * row_bits) / 8)

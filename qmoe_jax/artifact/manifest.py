@@ -17,8 +17,9 @@ from typing import Any
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.durable import FileRecord, read_whole
+from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_whole
 
 FORMAT = "qmoe"
 VERSION = 1

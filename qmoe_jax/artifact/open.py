@@ -1,36 +1,41 @@
-"""Opens a model in any format: our own artifact, or one of the dense checkpoints."""
+"""Opening of a model in any format: our own artifact, or one of the dense checkpoints."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from qmoe_jax import checkpoints
 from qmoe_jax.artifact.manifest import MANIFEST, RUN
 from qmoe_jax.artifact.reader import ArtifactReader
-from qmoe_jax.checkpoints.open import open_dense
-from qmoe_jax.checkpoints.reader import DenseReader
-
-
-def open_checkpoint(path: str | os.PathLike[str] | DenseReader, *, check: bool = True) -> DenseReader:
-    """Open what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
-
-    A checkpoint that is already opened is returned as it is, so that functions can take either.
-    With `check` every file is looked at first (present, not cut short); else damage shows later.
-
-    Raises:
-      CheckpointError: nothing is there, nothing of a known format (the error says what was looked for),
-        something damaged, or (an `CheckpointError`) an artifact that is unfinished.
-    """
-    if isinstance(path, DenseReader):
-        return path
-    if not is_artifact(path):
-        return open_dense(path, check=check)
-    reader = ArtifactReader.open(Path(path))
-    if check:
-        reader.require_whole()
-    return reader
+from qmoe_jax.checkpoints.open import Format, open_format
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.files.location import Location
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Whether an artifact lies at a path, finished or not."""
+    """Return whether an artifact lies at a path, finished or not."""
     return any((Path(path) / name).is_file() for name in (MANIFEST, RUN))
+
+
+def _open_artifact(location: Location) -> ArtifactReader | None:
+    local = isinstance(location.path, Path) and is_artifact(location.path)
+    return ArtifactReader.open(location.path) if local else None
+
+
+FORMATS = (Format("qmoe", f"{MANIFEST} or {RUN}", _open_artifact), *checkpoints.FORMATS)
+"""Every format, in the order in which they are looked for."""
+
+
+def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, check: bool = True) -> Checkpoint:
+    """Open what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
+
+    Args:
+        path: a local path or, for T5X, a URL. An opened checkpoint is returned as it is.
+        check: look at every file first (present, not cut short); otherwise damage shows later.
+
+    Raises:
+        CheckpointError: nothing is there, nothing of a known format (the error lists what was looked for), something
+            damaged, or an artifact that is unfinished.
+    """
+    return path if isinstance(path, Checkpoint) else open_format(path, FORMATS, check=check)

@@ -21,7 +21,7 @@ from qmoe_jax.artifact.groups import ExpertExtent, GroupFile
 from qmoe_jax.artifact.kinds import Codebooks, Kind, Ternary
 from qmoe_jax.artifact.manifest import GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import pack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Shard, Tensor
@@ -107,8 +107,8 @@ class PackedKernel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ArtifactReader(DenseReader):
-    """An artifact: a `Reader` whose expert kernels come back dequantized, and more.
+class ArtifactReader(Checkpoint):
+    """An artifact: a `Checkpoint` whose expert kernels come back dequantized, and more.
 
     Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
     is an `CheckpointError` that names it, with the bytes expected and found.

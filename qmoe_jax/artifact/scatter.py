@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from qmoe_jax.artifact.groups import ExpertExtent, Slot
-from qmoe_jax.files.durable import truncated, unreadable
+from qmoe_jax.files.reading import read_into
 
 Destination = Callable[[Slot, int], np.ndarray]
 """Given a tensor of the expert and its number of elements: the contiguous array that it is read into."""
@@ -50,30 +49,7 @@ class ScatterRead:
         Raises:
           CheckpointError: the file is missing, of another size than it was, or cannot be read.
         """
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        try:
-            if (found := os.fstat(descriptor).st_size) != self.nbytes:
-                raise truncated(self.path, expected=self.nbytes, found=found)
-            self._fill(descriptor)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        finally:
-            os.close(descriptor)
-
-    def _fill(self, descriptor: int) -> None:
-        offset, pieces = self.offset, list(self.pieces)
-        while pieces:
-            count = os.preadv(descriptor, pieces, offset)
-            if count == 0:
-                raise truncated(self.path, expected=self.nbytes, found=offset)
-            offset += count
-            while pieces and count >= len(pieces[0]):
-                count -= len(pieces.pop(0))
-            if pieces:
-                pieces[0] = pieces[0][count:]
+        read_into(self.path, self.offset, self.pieces, file_size=self.nbytes)
 
 
 def _cut(pieces: tuple[memoryview, ...], begin: int, end: int) -> Iterator[memoryview]:

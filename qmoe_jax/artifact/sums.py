@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qmoe_jax.files.durable import read_whole
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_whole
 
 SUMS = "SHA256SUMS"
 

@@ -1,49 +1,51 @@
-"""A checkpoint's tensors as the model's parameter tree."""
+"""A checkpoint's tensors as the model's parameter tree, on the default device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.parameters import EMBEDDING
+from qmoe_jax.progress import ProgressCallback, no_progress
 
 ALIGNMENT = 64
-"""Bytes: what XLA wants of memory that it is to use in place."""
+"""Bytes that memory must be aligned to for XLA to use it in place on a CPU."""
 
 
 def parameter_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """A parameter's dtype where a model computes in `dtype`: the router stays float32, as it was trained."""
+    """Return a parameter's dtype in a model that computes in `dtype`: the router stays float32, as it was trained."""
     return jnp.dtype(jnp.float32 if "/router/" in name else dtype)
 
 
 def narrow_dtype(name: str, dtype: DTypeLike, stored: DTypeLike, *, tied: bool) -> jnp.dtype:
-    """The dtype that a CPU keeps a parameter in: bfloat16 where it is stored so and is only read to be widened.
+    """Return the dtype that a CPU keeps a parameter in: bfloat16 if it is stored so and read only to be widened.
 
-    That is half the memory, and half the time where a few tokens meet a large matrix. The embedding of a tied model
-    is multiplied by, transposed, which wants float32.
+    That is half the memory, and half the time where a few tokens are multiplied by a large matrix. The embedding of a
+    tied model is also the transposed operand of a product, which needs float32.
     """
     wanted = parameter_dtype(name, dtype)
-    widened = name.endswith("/kernel") or (name == "token_embedder/embedding" and not tied)
+    widened = name.endswith("/kernel") or (name == EMBEDDING and not tied)
     stays = wanted == jnp.float32 and jnp.dtype(stored) == jnp.bfloat16 and widened and "/router/" not in name
     return jnp.dtype(jnp.bfloat16) if stays else wanted
 
 
 def nest(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays under T5X's paths as nested dicts."""
+    """Return arrays under T5X's paths as nested dicts."""
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def to_device(array: np.ndarray, dtype: DTypeLike) -> jax.Array:
-    """An array on the default device in some dtype.
+    """Return an array on the default device, cast to `dtype`.
 
-    A CPU's arrays are used where they lie if they begin at a multiple of 64 bytes, so they are made to; NumPy asks for
-    large pages for them, which a matrix that is read whole in every step is faster on.
+    A CPU uses arrays in place if they begin at a multiple of 64 bytes, so a copy that does is made. NumPy asks for
+    large pages for it, on which a matrix that is read whole in every step is faster.
     """
     dtype = jnp.dtype(dtype)
     buffer = np.empty(array.size * dtype.itemsize + ALIGNMENT, np.uint8)
@@ -54,23 +56,28 @@ def to_device(array: np.ndarray, dtype: DTypeLike) -> jax.Array:
 
 
 def read_params(
-    reader: Reader,
+    checkpoint: Checkpoint,
     names: Iterable[str] | None = None,
     dtype: DTypeLike = jnp.float32,
     *,
     narrow: bool = False,
-    done: Callable[[str], None] = lambda name: None,
+    progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Read parameters (all by default) as nested dicts of device arrays, cast by `parameter_dtype`.
+    """Read parameters as nested dicts of device arrays. Memory: the result and one tensor more.
 
-    With `narrow`, by `narrow_dtype`. Memory: the result and one tensor more. `done` is called with each name once it
-    is read.
+    Args:
+        checkpoint: what to read.
+        names: the parameters; None: all.
+        dtype: what the model computes in; parameters are cast by `parameter_dtype`.
+        narrow: cast by `narrow_dtype` instead.
+        progress: counts parameters; its label is the name of the next one.
     """
-    arrays = {}
-    for name in reader.names() if names is None else names:
+    chosen, arrays = list(checkpoint.names() if names is None else names), {}
+    for done, name in enumerate(chosen):
+        progress(done, len(chosen), name)
         kept = parameter_dtype(name, dtype)
         if narrow:
-            kept = narrow_dtype(name, dtype, reader.dtype(name), tied=reader.config.tied)
-        arrays[name] = to_device(reader.read(name), kept)
-        done(name)
+            kept = narrow_dtype(name, dtype, checkpoint.dtype(name), tied=checkpoint.config.tied)
+        arrays[name] = to_device(checkpoint.read(name), kept)
+    progress(len(chosen), len(chosen), "")
     return nest(arrays)

@@ -1,63 +1,32 @@
-"""What every checkpoint looks like from outside: named tensors, read lazily, and one kind of error."""
+"""The class of every opened checkpoint: named tensors that are read lazily."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.files.tensor import Shard, Tensor, read_all
 from qmoe_jax.parameters import is_expert
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """A checkpoint of any format: tensors under T5X's paths, `encoder/layers_0/attention/query/kernel`."""
-
-    @property
-    def path(self) -> Path | str:
-        """Where it lies: a directory or a URL."""
-        ...
-
-    @property
-    def format(self) -> str:
-        """The name of its format."""
-        ...
-
-    @property
-    def config(self) -> SwitchConfig:
-        """The architecture."""
-        ...
-
-    def names(self) -> list[str]:
-        """Every parameter, sorted."""
-        ...
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading its data."""
-        ...
-
-    def dtype(self, name: str) -> np.dtype:
-        """The stored dtype of a parameter, without reading its data."""
-        ...
-
-    def read(self, name: str, experts: slice | None = None) -> np.ndarray:
-        """A parameter, or a range of its experts (the first axis of expert kernels), in its stored dtype."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class DenseReader:
-    """A `Reader` over lazy tensors: what the module of each format builds.
+class Checkpoint:
+    """An opened checkpoint of any format, with its parameters under T5X's paths.
 
-    `notes` says what the reader had to decide, such as a config.json that contradicts the tensors.
-    `list_shards` looks at the files again each time; it costs a directory listing, and a few bytes of each
-    file.
+    Kernels are [in, out], expert kernels [expert, in, out]. Nothing is read before it is asked for.
+
+    Attributes:
+        path: a directory or a URL.
+        format: name of the format.
+        config: the architecture.
+        tensors: the parameters, `encoder/layers_0/attention/query/kernel` and so on.
+        list_shards: looks at the files, anew each time; costs a directory listing and a few bytes of each file.
+        notes: what opening had to decide, such as a config.json that contradicts the tensors.
     """
 
     path: Path | str
@@ -68,39 +37,40 @@ class DenseReader:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def names(self) -> list[str]:
-        """Every parameter, sorted."""
+        """Return the names of all parameters, sorted."""
         return sorted(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter. Raises `CheckpointError` if there is none of that name."""
+        """Return the shape of a parameter. Raises `CheckpointError` if there is none of that name."""
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The stored dtype of a parameter. Raises `CheckpointError` if there is none of that name."""
+        """Return the stored dtype of a parameter. Raises `CheckpointError` if there is none of that name."""
         return self._tensor(name).dtype
 
     def read(self, name: str, experts: slice | None = None) -> np.ndarray:
-        """A parameter in its stored dtype, or the range `experts` of an expert kernel [expert, in, out].
+        """Return a parameter in its stored dtype, or the range `experts` of an expert kernel, as a new array.
 
-        Raises `CheckpointError` where the file is damaged, `ValueError` for a range of a tensor without
-        experts or with a step.
+        Raises:
+            CheckpointError: there is no such parameter, or its file is damaged.
+            ValueError: `experts` is given for a parameter without experts, or has a step.
         """
         tensor = self._tensor(name)
         if experts is None:
-            return tensor.read(slice(0, tensor.shape[0] if tensor.shape else 0))
+            return read_all(tensor)
         if not is_expert(name):
             raise ValueError(f"{name} has no expert axis")
         start, stop, step = experts.indices(tensor.shape[0])
         if step != 1:
-            raise ValueError(f"experts are read in ranges, not with a step of {step}")
+            raise ValueError(f"{name}: expected a range of experts, found a step of {step}")
         return tensor.read(slice(start, max(start, stop)))
 
     def shards(self) -> Sequence[Shard]:
-        """The checkpoint's files, each with its size and what is wrong with it (missing, cut short)."""
+        """Return the files, each with its size and what is wrong with it (missing, cut short)."""
         return self.list_shards()
 
     def require_whole(self) -> None:
-        """Raises `CheckpointError` naming the first files that are missing or damaged, if any are."""
+        """Raise `CheckpointError` naming the first files that are missing or damaged, if any are."""
         damaged = [shard for shard in self.shards() if shard.problem]
         if damaged:
             raise CheckpointError(

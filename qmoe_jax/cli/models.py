@@ -10,7 +10,6 @@ import typer
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.reader import ArtifactReader
-from qmoe_jax.checkpoints import DenseReader
 from qmoe_jax.cli.console import note
 from qmoe_jax.inference.placement import plan_placement
 from qmoe_jax.models import SwitchTransformer
@@ -54,7 +53,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 <<
 
 
 def load(
-    checkpoint: DenseReader,
+    checkpoint: qj.Checkpoint,
     dtype: Literal["float32", "bfloat16"] | None,
     experts: Literal["device", "host", "disk"] | None,
     expert_cache: str | None,

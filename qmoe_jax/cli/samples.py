@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 import qmoe_jax as qj
-from qmoe_jax.checkpoints import DenseReader
 from qmoe_jax.cli.console import warn
 from qmoe_jax.data import Example, Tokenizer, samples
 
@@ -93,7 +92,7 @@ class SampleOptions:
         return samples(files, tokenizer, **vars(self))
 
 
-def load_tokenizer(checkpoint: DenseReader, path: Path | None, extra_ids: int) -> Tokenizer:
+def load_tokenizer(checkpoint: qj.Checkpoint, path: Path | None, extra_ids: int) -> Tokenizer:
     """Load the tokenizer at `path`, or the checkpoint's own, and print the API's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -28,7 +28,7 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.sizes import measure
 from qmoe_jax.artifact.store import REPORT, ArtifactWriter
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import DenseReader, Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.calibration import Example, RoutedTokens, kept_tokens
@@ -51,7 +51,7 @@ from qmoe_jax.parameters import STACKS, ExpertKernel, expert_kernels, expert_mat
 class Job:
     """What every step of one compression shares."""
 
-    reader: Reader
+    reader: Checkpoint
     writer: ArtifactWriter
     config: CompressionConfig
     kinds: Mapping[str, Kind]
@@ -129,7 +129,7 @@ def compress(
 
 
 @contextlib.contextmanager
-def _expert_by_expert(reader: DenseReader, writer: ArtifactWriter) -> Iterator[DenseReader]:
+def _expert_by_expert(reader: Checkpoint, writer: ArtifactWriter) -> Iterator[Checkpoint]:
     """The reader with chunks that span many experts read once, through a hidden folder that a kill may leave."""
     scratch = writer.root / ".staging"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Codebook, tunstall_codebook, upstream_codebook
 from qmoe_jax.compression.calibration import Example
 from qmoe_jax.compression.options import CompressionConfig
@@ -19,7 +19,7 @@ GPTQ_FEWER_ZEROS = 0.045
 matrix of switch-mini (`report/layers.png` of the demo). A misfit by as much costs 2 % of the code's size."""
 
 
-def checkpoint_digest(reader: Reader) -> str:
+def checkpoint_digest(reader: Checkpoint) -> str:
     """SHA-256 of every name, shape and dtype, and of the content of all but the experts.
 
     Experts are left out because they are nearly all of the bytes; two checkpoints of one shape that agree in
@@ -42,7 +42,7 @@ def examples_digest(examples: Sequence[Example]) -> str:
     return sha.hexdigest()
 
 
-def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Codebook]:
+def fitted_codebooks(reader: Checkpoint, config: CompressionConfig) -> dict[str, Codebook]:
     """The codebook of each expert matrix (`wi`, `wo`) of a ternary compression; none for the other grids.
 
     Tunstall codebooks are fitted to the share of zeros that rounding to nearest leaves in the first expert of each
@@ -62,7 +62,7 @@ def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Cod
     return {matrix: tunstall_codebook(p_zero=p, code_bits=code_bits) for matrix, p in rounded.items()}
 
 
-def _zeros_to_nearest(reader: Reader, config: CompressionConfig, matrix: str) -> float:
+def _zeros_to_nearest(reader: Checkpoint, config: CompressionConfig, matrix: str) -> float:
     """Share of zeros that rounding to nearest leaves in a matrix of the first expert of each compressed layer."""
     zeros = total = 0
     for stack in config.compressed_stacks:

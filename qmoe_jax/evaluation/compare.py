@@ -12,7 +12,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from qmoe_jax.artifact.open import open_checkpoint
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.evaluation.loss import Example, check_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
@@ -54,8 +54,8 @@ class Comparison:
 
 
 def compare(
-    original: str | os.PathLike[str] | DenseReader,
-    compressed: str | os.PathLike[str] | DenseReader,
+    original: str | os.PathLike[str] | Checkpoint,
+    compressed: str | os.PathLike[str] | Checkpoint,
     examples: Sequence[Example],
     *,
     dtype: DTypeLike = "float32",
@@ -111,5 +111,5 @@ def compare(
     )
 
 
-def _opened(model: str | os.PathLike[str] | DenseReader) -> DenseReader:
-    return model if isinstance(model, DenseReader) else open_checkpoint(model)
+def _opened(model: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)

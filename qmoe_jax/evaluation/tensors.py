@@ -18,45 +18,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from qmoe_jax.checkpoints.params import nest, parameter_dtype
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import Tensor
+from qmoe_jax.files.tensor import scaled, transposed
 from qmoe_jax.parameters import EMBEDDING, LOGITS, ExpertKernel, is_expert
 
 Weights = dict[str, Array]
 """Matrices of a range of experts by name, float32 `[expert, in, out]` as T5X has them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TiedHead:
-    """The head of a tied model as a tensor of its own: the embedding transposed, times d_model^-1/2."""
-
-    embedding: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[d_model, vocabulary]."""
-        return self.embedding.shape[::-1]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """float32, for the scaled values."""
-        return np.dtype(np.float32)
-
-    def read(self, rows: slice) -> np.ndarray:
-        """The rows; the whole embedding is read on the way."""
-        embedding = self.embedding.read(slice(0, self.embedding.shape[0]))
-        return embedding.T[rows].astype(np.float32) * np.float32(self.shape[0] ** -0.5)
-
-
-def untied(reader: DenseReader) -> DenseReader:
+def untied(reader: Checkpoint) -> Checkpoint:
     """A tied model as the untied one that computes the same."""
+    head = scaled(transposed(reader.tensors[EMBEDDING]), reader.config.d_model**-0.5)
     return dataclasses.replace(
         reader,
         config=dataclasses.replace(reader.config, tied=False),
-        tensors={**reader.tensors, LOGITS: TiedHead(reader.tensors[EMBEDDING])},
+        tensors={**reader.tensors, LOGITS: head},
     )
 
 
@@ -75,7 +54,7 @@ class Pair:
     apart, in another dtype), the tied one is taken as the untied model that computes the same; `notes` says so.
     """
 
-    def __init__(self, original: DenseReader, compressed: DenseReader):
+    def __init__(self, original: Checkpoint, compressed: Checkpoint):
         """Match the two.
 
         Raises:
@@ -168,7 +147,7 @@ def _relative(difference: float, norm: float) -> float:
     return math.sqrt(difference / norm) if norm else math.inf
 
 
-def _require_same_tensors(original: DenseReader, compressed: DenseReader) -> None:
+def _require_same_tensors(original: Checkpoint, compressed: Checkpoint) -> None:
     for reader, other in ((original, compressed), (compressed, original)):
         if missing := sorted(set(other.names()) - set(reader.names())):
             raise CheckpointError(

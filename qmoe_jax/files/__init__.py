@@ -1,1 +1,1 @@
-"""File formats and durable files, without knowledge of models: one codec, one reader and one writer of each."""
+"""File formats and durable files, without knowledge of models: one reader and one writer per format."""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read or written, as data: where, what was expected and found, a remedy."""
+    """A checkpoint that cannot be read or written, as data and as a message.
+
+    Attributes:
+        path: the file, directory or URL.
+        problem: what is wrong with it.
+        key: the tensor, parameter or JSON member concerned; None for the whole file.
+        expected, found: what should be there and what is; None where the problem says it all.
+        remedy: what to do about it; None where nothing general helps.
+    """
 
     def __init__(
         self,

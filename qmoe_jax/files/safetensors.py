@@ -1,26 +1,36 @@
-"""One safetensors file, read lazily: the header when it is opened, a tensor's bytes when it is asked for.
+"""Safetensors files: the header, lazy tensors of a file, and a writer that streams.
 
-Files are read with `pread`, not mapped: a file that was cut short gives an error, not a bus error.
+A file is eight bytes (the length of the header, little-endian), the header (JSON: dtype, shape and byte range of each
+tensor, beside a `__metadata__` of strings), and the bytes, without a gap. The `safetensors` package sorts tensors by
+dtype and name; here they lie in the order given. Memory: the header while it
+is parsed, and the rows that are read or the one tensor that is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from qmoe_jax.files.durable import FileRecord, write_durably
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_array, read_exactly, unreadable, wrong_size
+from qmoe_jax.files.tensor import LazyTensor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -31,125 +41,211 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# The format's own bound on the header; a larger one means another file format.
-_LARGEST_HEADER = 100_000_000
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+ALIGNMENT = 16
+"""The data begin at a multiple of this many bytes, as each expert of an artifact does, so that every element is aligned
+where it lies. The header is padded with spaces, as the format allows."""
+
+_WRITERS_ALIGNMENT = 8
+"""What the format's own writer pads to, in bytes: checkpoints for other programs look like its files."""
+
+MAX_HEADER = 100_000_000
+"""The longest header that the format allows, in bytes; a larger number means another file format."""
+
+
+class ShapeDtype(Protocol):
+    """Anything with a shape and a dtype: an array, a `Tensor`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the elements."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A dense row-major tensor in a file, `offset` bytes from its start."""
+class TensorEntry:
+    """One tensor of a header.
 
-    file: Path
-    key: str
+    Attributes:
+        name: its key.
+        dtype, shape: of the tensor, row-major.
+        begin: offset of its first byte, counted from the end of the header.
+    """
+
+    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
+    begin: int
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self, rows: slice) -> np.ndarray:
-        """The rows, in one read of their bytes. Raises `CheckpointError` if the file has become shorter."""
-        shape = (rows.stop - rows.start, *self.shape[1:]) if self.shape else ()
-        array = np.empty(shape, self.dtype)
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        read_into(self.file, self.offset + (rows.start * row_bytes if self.shape else 0), array, self.key)
-        return array
+    def end(self) -> int:
+        """Offset behind its last byte."""
+        return self.begin + nbytes(self)
 
 
-def read_into(file: Path, offset: int, array: np.ndarray, key: str) -> None:
-    """Fills a contiguous array with the file's bytes from `offset` on.
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors in the order of their bytes, the metadata, and the offset of the data."""
 
-    Raises `CheckpointError` if the file ends before, or cannot be opened.
-    """
-    data = array.reshape(-1).view(np.uint8).data
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
-            while done < len(data) and (count := stream.readinto(data[done:])):
-                done += count
-    except OSError as error:
-        raise CheckpointError("cannot be read", path=file, key=key, found=error.strerror) from error
-    if done < len(data):
-        raise CheckpointError(
-            "the file is cut short",
-            path=file,
-            key=key,
-            expected=f"{len(data):,} bytes from byte {offset:,}",
-            found=f"{done:,}",
-            remedy="copy the file again",
-        )
+    tensors: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_begin: int
 
 
-def open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, after a check that the file is as long as its header says.
+def nbytes(tensor: ShapeDtype) -> int:
+    """Return the size of a tensor's data in bytes."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def render_header(
+    tensors: Sequence[tuple[str, ShapeDtype]], metadata: Mapping[str, str], *, alignment: int = ALIGNMENT
+) -> bytes:
+    """Return the header of a file whose tensors lie in the order given, padded to `alignment` bytes."""
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, tensor in tensors:
+        begin, position = position, position + nbytes(tensor)
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, position],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[tuple[str, ShapeDtype]], arrays: Iterable[np.ndarray]
+) -> FileRecord:
+    """Write a file of named tensors, whose values `arrays` yields in the same order; it is whole or absent.
+
+    Memory: one array.
 
     Raises:
-        CheckpointError: no safetensors file, a damaged header, an unknown dtype, or a file that was cut
-            short.
+        CheckpointError: an array has another shape or dtype than announced, or the file cannot be written.
     """
-    size = file.stat().st_size
-    header, start = _read_header(file, size)
-    tensors = {
-        key: _tensor(file, key, entry, start) for key, entry in header.items() if key != "__metadata__"
-    }
-    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
-    if end > size:
-        raise CheckpointError(
-            "the file is cut short",
-            path=file,
-            key=max(tensors, key=lambda key: tensors[key].offset),
-            expected=f"{end:,} bytes",
-            found=f"{size:,}",
-            remedy="copy the file again",
-        )
-    return tensors
+    header = render_header(tensors, {"format": "pt"}, alignment=_WRITERS_ALIGNMENT)
+    return write_durably(path, itertools.chain([header], _chunks(path, tensors, arrays)))
 
 
-def _read_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+def _chunks(
+    path: Path, tensors: Sequence[tuple[str, ShapeDtype]], arrays: Iterable[np.ndarray]
+) -> Iterator[memoryview]:
+    for (name, tensor), array in zip(tensors, arrays, strict=True):
+        if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
             raise CheckpointError(
-                "no safetensors file, or one cut short in its header",
-                path=file,
-                expected=f"a header of {length:,} bytes",
-                found=f"a file of {size:,} bytes",
+                "a tensor differs from its entry in the header",
+                path=path,
+                key=name,
+                expected=f"{tensor.dtype} {list(tensor.shape)}",
+                found=f"{array.dtype} {list(array.shape)}",
             )
-        data = stream.read(length)
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a file by name; each read reads its rows in one range. Raises as `read_header` does."""
+    return lazy_tensors(path, read_header(path))
+
+
+def lazy_tensors(path: Path, header: Header) -> dict[str, LazyTensor]:
+    """Return the tensors of a file by name, in the order of their bytes, by its header."""
+    return {entry.name: _tensor(path, entry, header.data_begin) for entry in header.tensors}
+
+
+def _tensor(path: Path, entry: TensorEntry, data_begin: int) -> LazyTensor:
+    row_shape = entry.shape[1:]
+    row_bytes = math.prod(row_shape) * entry.dtype.itemsize
+
+    def read(rows: slice) -> np.ndarray:
+        array = np.empty((rows.stop - rows.start, *row_shape) if entry.shape else (), entry.dtype)
+        skipped = rows.start * row_bytes if entry.shape else 0
+        return read_array(path, data_begin + entry.begin + skipped, array, entry.name)
+
+    return LazyTensor(entry.shape, entry.dtype, read)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a file, and check that the file has exactly the bytes that it promises.
+
+    Raises:
+        CheckpointError: the file is missing, cut short or too long, its header is damaged or leaves a gap, or a dtype
+            is unknown.
+    """
+    length = int.from_bytes(read_exactly(path, 0, 8), "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            "is not a safetensors file",
+            path=path,
+            expected=f"a header of at most {MAX_HEADER:,} bytes",
+            found=f"one of {length:,} bytes",
+        )
     try:
-        header = json.loads(data)
+        parsed = json.loads(bytes(read_exactly(path, 8, length)))
     except ValueError as error:
-        raise CheckpointError("the header is no JSON", path=file, found=error) from error
-    if not isinstance(header, dict):
-        raise CheckpointError("the header is no JSON object", path=file, found=type(header).__name__)
-    return header, 8 + length
-
-
-def _tensor(file: Path, key: str, entry: Any, start: int) -> StoredTensor:
+        raise CheckpointError("the header is not valid JSON", path=path, found=error) from error
+    metadata = parsed.pop("__metadata__", {}) if isinstance(parsed, dict) else None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            "the header is not an object of tensors", path=path, found=str(parsed)[:100] or "nothing"
+        )
+    entries = (_parse_entry(path, name, fields) for name, fields in parsed.items())
+    tensors = tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end)))
+    _require_no_gap(path, tensors)
+    expected = 8 + length + (tensors[-1].end if tensors else 0)
     try:
-        begin, end = entry["data_offsets"]
-        name, shape = entry["dtype"], tuple(map(int, entry["shape"]))
+        found = path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if found != expected:
+        raise wrong_size(path, expected=expected, found=found)
+    return Header(tensors, metadata, 8 + length)
+
+
+def _parse_entry(path: Path, name: str, fields: Any) -> TensorEntry:
+    try:
+        begin, end = map(int, fields["data_offsets"])
+        dtype, shape = str(fields["dtype"]), tuple(map(int, fields["shape"]))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(
             "a damaged entry in the header",
-            path=file,
-            key=key,
+            path=path,
+            key=name,
             expected="dtype, shape, data_offsets",
-            found=entry,
+            found=fields,
         ) from error
-    if name not in DTYPES:
-        raise CheckpointError("an unknown dtype", path=file, key=key, expected=", ".join(DTYPES), found=name)
-    tensor = StoredTensor(file, key, DTYPES[name], shape, start + begin)
-    if min((*shape, begin), default=0) < 0 or end - begin != tensor.nbytes:
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            "an unknown dtype", path=path, key=name, expected=", ".join(DTYPES), found=dtype
+        )
+    entry = TensorEntry(name, DTYPES[dtype], shape, begin)
+    if min((*shape, begin), default=0) < 0 or entry.end != end:
         raise CheckpointError(
             "the offsets do not fit the shape",
-            path=file,
-            key=key,
-            expected=f"{tensor.nbytes:,} bytes for {name} {list(shape)}",
+            path=path,
+            key=name,
+            expected=f"{nbytes(entry):,} bytes for {dtype} {list(shape)}",
             found=f"bytes {begin:,} to {end:,}",
         )
-    return tensor
+    return entry
+
+
+def _require_no_gap(path: Path, tensors: Sequence[TensorEntry]) -> None:
+    position = 0
+    for entry in tensors:
+        if entry.begin != position:
+            raise CheckpointError(
+                "tensors overlap or leave a gap",
+                path=path,
+                key=entry.name,
+                expected=f"data at byte {position}",
+                found=f"at byte {entry.begin}",
+            )
+        position = entry.end

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.safetensors import read_into
+from qmoe_jax.files.reading import read_array, unreadable
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -80,7 +80,7 @@ class TorchTensor:
         start = self.offset + (rows.start * self.strides[0] if self.shape else 0)
         span = np.empty(_span(shape, self.strides), self.dtype)
         offset = self.storage.data_offset() + start * self.dtype.itemsize
-        read_into(self.storage.file, offset, span, self.key)
+        read_array(self.storage.file, offset, span, self.key)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.lib.stride_tricks.as_strided(span, shape, strides).copy(order="C")
 
@@ -120,7 +120,7 @@ class _Archive:
             with open(file, "rb") as stream:
                 start = stream.read(2)
         except OSError as error:
-            raise CheckpointError("cannot be read", path=file, found=error.strerror) from error
+            raise unreadable(file, error) from error
         if start == b"\x80\x02":
             raise CheckpointError(
                 "torch.save's old format, without a zip archive",
@@ -165,9 +165,8 @@ class _Archive:
     def _require_little_endian(self) -> None:
         if info := self.members.get(f"{self.prefix}byteorder"):
             order = np.empty(info.file_size, np.uint8)
-            read_into(
-                self.file, _data_offset(self.file, info.filename, info.header_offset), order, info.filename
-            )
+            offset = _data_offset(self.file, info.filename, info.header_offset)
+            read_array(self.file, offset, order, info.filename)
             if order.tobytes() != b"little":
                 raise CheckpointError("not little-endian", path=self.file, found=order.tobytes())
 
@@ -223,7 +222,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _data_offset(file: Path, member: str, header: int) -> int:
     data = np.empty(_LOCAL_HEADER.size, np.uint8)
-    read_into(file, header, data, member)
+    read_array(file, header, data, member)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(data.tobytes())
     if signature != b"PK\x03\x04":
         raise CheckpointError("a damaged archive", path=file, key=member, found=signature)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qmoe_jax.files.durable import durable_file
 from qmoe_jax.files.torch_pickle import STORAGES
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
@@ -20,13 +21,12 @@ def save_torch(file: Path, entries: Mapping[str, np.ndarray | int]) -> None:
     """Saves a dict of arrays and integers so that `torch.load` gives a dict of tensors and integers.
 
     As torch does, arrays that are views of one array stay views of one storage with their offsets and
-    strides, and that storage is saved once, whole. Memory: the largest storage. The file is written in place
-    and not synced.
+    strides, and that storage is saved once, whole. Memory: the largest storage. The file is whole or absent.
     """
     storages: dict[int, tuple[str, np.ndarray]] = {}
     items = b"".join(_string(key) + _value(value, storages) for key, value in entries.items())
     program = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with durable_file(file) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{file.stem}/data.pkl", program)
         archive.writestr(f"{file.stem}/byteorder", "little")
         for key, storage in storages.values():

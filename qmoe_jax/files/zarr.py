@@ -15,7 +15,6 @@ import tensorstore as ts
 
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location, first_line
-from qmoe_jax.files.msgpack import dtype_of
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.files.zarr_chunks import check_chunks
 
@@ -187,6 +186,6 @@ def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
         "filters": None,
         "order": "C",
         **members,
-        "dtype": "bfloat16" if name == "bfloat16" else dtype_of(name).str,
+        "dtype": "bfloat16" if name == "bfloat16" else np.dtype(name).str,
         "zarr_format": 2,
     }

@@ -14,7 +14,7 @@ from pallas_kernels.backend import platform
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement import (
@@ -35,7 +35,7 @@ from qmoe_jax.parameters import ExpertKernel, is_expert
 
 
 def load_model(
-    checkpoint: str | os.PathLike[str] | DenseReader,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     dtype: DTypeLike = "float32",
     *,
     capacity: CapacityRule | None = None,
@@ -58,7 +58,7 @@ def load_model(
 
 
 def load_compressed(
-    checkpoint: str | os.PathLike[str] | DenseReader,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     dtype: DTypeLike = "float32",
     experts: Placement | None = "device",
     *,
@@ -151,7 +151,7 @@ def _device_params(
     return params
 
 
-def _dense_params(reader: DenseReader, dtype: DTypeLike, names: list[str]) -> dict[str, Any]:
+def _dense_params(reader: Checkpoint, dtype: DTypeLike, names: list[str]) -> dict[str, Any]:
     return read_params(reader, names, dtype, narrow=platform() == "cpu")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 from qmoe_jax.artifact.open import open_checkpoint
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data.text import TextError
 from qmoe_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 
 def load_tokenizer(
-    checkpoint: str | os.PathLike[str] | DenseReader,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     path: str | os.PathLike[str] | None = None,
     *,
     extra_ids: int = 100,

@@ -111,7 +111,7 @@ def test_other_files_do_not_open(tmp_path: pathlib.Path) -> None:
     path = tmp_path / KEY.path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"something else altogether")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         GroupFile.open(tmp_path, KEY)
     safetensors.flax.save_file({"weight": jax.numpy.ones(3)}, path)
     with pytest.raises(CheckpointError, match="no expert group of this version"):

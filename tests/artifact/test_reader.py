@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from qmoe_jax.artifact import ArtifactReader, Kind, dequantize, measure
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Encoded, decode
 from qmoe_jax.files.errors import CheckpointError
 from tests.helpers import artifact_samples as samples
@@ -42,7 +42,7 @@ def test_expert_kernels_come_back_dequantized(artifact_of: ArtifactOf, kind: Kin
 
 def test_it_reads_like_any_checkpoint(whole: pathlib.Path) -> None:
     reader = ArtifactReader.open(whole)
-    assert isinstance(reader, Reader)
+    assert isinstance(reader, Checkpoint)
     assert reader.format == "qmoe"
     assert reader.config == samples.CONFIG
     assert reader.names() == sorted(

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
-from qmoe_jax.checkpoints.t5x.reader import open_t5x
+from qmoe_jax.checkpoints import CheckpointError, open_dense
+from qmoe_jax.checkpoints.t5x import write_parameters
 from qmoe_jax.files.msgpack import decode_tree
 from qmoe_jax.files.torch_pickle import open_torch
 from tests.helpers.checkpoint_samples import (
@@ -82,7 +82,7 @@ def test_missing_zarr_chunk(tmp_path: Path) -> None:
     (path / CHUNK).unlink()
     refused(path, CHUNK, "missing")
     with pytest.raises(CheckpointError, match=r"0\.0\.0(.|\n)*missing"):
-        open_t5x(path).read(EXPERTS)
+        open_dense(path, check=False).read(EXPERTS)
 
 
 def test_missing_zarr_chunk_is_the_fill_value_where_there_is_one(tmp_path: Path) -> None:
@@ -152,18 +152,21 @@ def test_wrong_shape_in_t5x(tmp_path: Path) -> None:
     parameters = random_parameters() | {
         "decoder/layers_1/mlp/expert/wo/kernel": np.ones((5, 8, 12), BFLOAT16)
     }
-    path = write_t5x(tmp_path, 3, nested(parameters))
+    path = write_parameters(nested(parameters), tmp_path, step=3)
     refused(path, "decoder/layers_1/mlp/expert/wo/kernel", "expected: (5, 12, 8)", "found: (5, 8, 12)")
 
 
 def test_scanned_layers_with_a_position_bias_each(tmp_path: Path) -> None:
     path = make("t5x, scanned", tmp_path)
     parameters = {
-        name: tensor.read(slice(0, tensor.shape[0])) for name, tensor in open_t5x(path).tensors.items()
+        name: tensor.read(slice(0, tensor.shape[0]))
+        for name, tensor in open_dense(path, check=False).tensors.items()
     }
     del parameters["encoder/relpos_bias/rel_embedding"]
     parameters["encoder/encoder/relpos_bias/rel_embedding"] = np.arange(24).reshape(2, 3, 4).astype(BFLOAT16)
-    refused(write_t5x(tmp_path, 9, nested(parameters)), "each layer has a position bias of its own")
+    refused(
+        write_parameters(nested(parameters), tmp_path, step=9), "layers have different position biases"
+    )
 
 
 @pytest.mark.parametrize("layout", ["safetensors, shards", "torch, shards"])
@@ -202,18 +205,22 @@ def rewrite_safetensors(file: Path, change: Callable[[dict], object]) -> None:
 
 
 EXPERT_3 = "encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"
+EXPERT_5 = EXPERT_3.replace("expert_3", "expert_5")  # of five, 0 to 4
+ENCODER_NORM, HEAD_COPY = "encoder.final_layer_norm.weight", "decoder.lm_head.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda h: h.pop(EXPERT_3), ("an expert is missing", EXPERT_3)),
+        (lambda h: h.update({EXPERT_5: h.pop(EXPERT_3)}), ("an expert is missing", EXPERT_3)),
         (lambda h: h[EXPERT_3].update(shape=[8, 12]), ("differ in shape", EXPERT_3, "[12, 8]", "[8, 12]")),
         (lambda h: h[EXPERT_3].update(shape=[8, 13]), ("offsets do not fit", EXPERT_3, "208 bytes")),
         (lambda h: h[EXPERT_3].update(dtype="F4"), ("unknown dtype", EXPERT_3, "F4")),
         (lambda h: h[EXPERT_3].pop("data_offsets"), ("damaged entry", EXPERT_3)),
-        (lambda h: h.update(extra=h[EXPERT_3]), ("does not have", "extra")),
-        (lambda h: h.pop("encoder.final_layer_norm.weight"), ("missing", "encoder/encoder_norm/scale")),
+        (lambda h: h.update(extra=h.pop(EXPERT_3)), ("does not have", "extra")),
+        (lambda h: h.update(extra=h[EXPERT_3]), ("overlap or leave a gap", "extra")),
+        (lambda h: h.pop(ENCODER_NORM), ("overlap or leave a gap", "expected: data at byte")),
+        (lambda h: h.update({HEAD_COPY: h.pop(ENCODER_NORM)}), ("missing", "encoder/encoder_norm/scale")),
     ],
 )
 def test_safetensors_that_do_not_fit(

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from qmoe_jax import convert
-from qmoe_jax.checkpoints import Reader, open_dense
+from qmoe_jax.checkpoints import Checkpoint, open_dense
 from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
 
 ORIGINALS = ("hf_tiny_a", "t5x/switch_c_tiny_f32")
 
 
-def assert_same(a: Reader, b: Reader) -> None:
+def assert_same(a: Checkpoint, b: Checkpoint) -> None:
     assert (a.config, a.names()) == (b.config, b.names())
     for name in a.names():
         x, y = a.read(name), b.read(name)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qmoe_jax import convert
 from qmoe_jax.checkpoints import CheckpointError, open_dense
-from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
+from qmoe_jax.checkpoints.huggingface import names, write_huggingface
+from qmoe_jax.files.torch_pickle import open_torch
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import is_expert
 from tests.helpers.checkpoint_samples import (
@@ -24,7 +23,7 @@ from tests.helpers.checkpoint_samples import (
     TINY_GATED,
     TINY_TIED,
     huggingface_arrays,
-    memory_reader,
+    memory_checkpoint,
     random_parameters,
     rewrite_json,
 )
@@ -64,7 +63,7 @@ def test_infers_the_architecture_of_what_transformers_wrote(model: str) -> None:
 @pytest.mark.parametrize("shard_bytes", [10**9, 300_000])
 def test_writes_what_transformers_wrote(model: str, shard_bytes: int, tmp_path: Path) -> None:
     """The same tensors and names, as the safetensors library reads them, and the same architecture."""
-    output = write_huggingface(tmp_path / "copy", open_dense(DATA / model), shard_bytes=shard_bytes)
+    output = write_huggingface(open_dense(DATA / model), tmp_path / "copy", shard_bytes=shard_bytes)
     files = sorted(output.glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes < 10**9)
     assert all(file.stat().st_size < shard_bytes + 100_000 for file in files)
@@ -128,7 +127,7 @@ def test_a_range_of_experts_reads_only_their_bytes(tmp_path: Path) -> None:
     parameters = random_parameters()
     path = LAYOUTS["torch"](tmp_path / "model", TINY, parameters)
     reader = open_dense(path)
-    storage = reader.tensors[EXPERTS].experts[0].storage  # type: ignore[attr-defined]
+    storage = open_torch(path / "pytorch_model.bin")[names.to_huggingface(EXPERTS, 0)].storage
     expert_bytes = parameters[EXPERTS][0].nbytes
     with open(path / "pytorch_model.bin", "r+b") as file:
         file.truncate(storage.data_offset() + 2 * expert_bytes + 1)
@@ -155,13 +154,13 @@ def test_refuses_two_embeddings(tmp_path: Path) -> None:
 def test_never_writes_over_something(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="not empty"):
-        convert(memory_reader(TINY, random_parameters()), tmp_path, "huggingface")
+        write_huggingface(memory_checkpoint(TINY, random_parameters()), tmp_path)
 
 
 def test_says_that_a_pattern_of_layers_has_no_config_json(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 3))
     with pytest.raises(CheckpointError, match=r"encoder_sparse_step(.|\n)*\(0, 3\)"):
-        convert(memory_reader(config, random_parameters(config)), tmp_path / "out", "huggingface")
+        write_huggingface(memory_checkpoint(config, random_parameters(config)), tmp_path / "out")
 
 
 def test_prefers_safetensors_and_follows_no_index_outside(tmp_path: Path) -> None:

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from qmoe_jax.checkpoints import CheckpointError, DenseReader, write_t5x
+from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_dense
 from qmoe_jax.checkpoints.staging import staged
-from qmoe_jax.checkpoints.t5x.reader import open_t5x, stored_name
+from qmoe_jax.checkpoints.t5x import write_parameters
+from qmoe_jax.checkpoints.t5x.reader import stored_name
 from tests.helpers.checkpoint_samples import EXPERTS, TINY, nested, random_parameters
 
 CHUNKS = [2, 3, 5]  # of [5, 8, 12]: no axis divides evenly
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> DenseReader:
+def reader(tmp_path: Path) -> Checkpoint:
     parameters = random_parameters()
-    checkpoint = write_t5x(tmp_path, 3, nested(parameters))
+    checkpoint = write_parameters(nested(parameters), tmp_path, step=3)
     for file in (checkpoint / stored_name(EXPERTS)).iterdir():
         file.unlink()
     spec = {
@@ -27,11 +28,11 @@ def reader(tmp_path: Path) -> DenseReader:
         "metadata": {"shape": [5, 8, 12], "chunks": CHUNKS},
     }
     ts.open(spec, create=True).result().write(parameters[EXPERTS]).result()
-    return open_t5x(checkpoint)
+    return open_dense(checkpoint, check=False)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_reads_the_same(reader: DenseReader, size: int, tmp_path: Path) -> None:
+def test_reads_the_same(reader: Checkpoint, size: int, tmp_path: Path) -> None:
     want = random_parameters()
     with staged(reader, tmp_path) as experts:
         assert (experts.config, experts.names()) == (TINY, sorted(want))
@@ -43,7 +44,7 @@ def test_reads_the_same(reader: DenseReader, size: int, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_3"]
 
 
-def test_reads_a_chunk_once(reader: DenseReader, tmp_path: Path) -> None:
+def test_reads_a_chunk_once(reader: Checkpoint, tmp_path: Path) -> None:
     """Proven by deleting them: without a fill value, reading a chunk again would be an error."""
     directory = Path(reader.path) / stored_name(EXPERTS)
     with staged(reader, tmp_path) as experts:
@@ -55,7 +56,7 @@ def test_reads_a_chunk_once(reader: DenseReader, tmp_path: Path) -> None:
             experts.read(EXPERTS, slice(0, 1))
 
 
-def test_a_block_that_failed_is_staged_again(reader: DenseReader, tmp_path: Path) -> None:
+def test_a_block_that_failed_is_staged_again(reader: Checkpoint, tmp_path: Path) -> None:
     chunk = Path(reader.path) / stored_name(EXPERTS) / "0.2.2"
     data = chunk.read_bytes()
     chunk.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qmoe_jax.checkpoints import CheckpointError, DenseReader, Reader, open_dense
+from qmoe_jax.checkpoints import Checkpoint, CheckpointError, open_dense
 from qmoe_jax.config import SwitchConfig
 from tests.helpers.checkpoint_samples import EXPERTS, LAYOUTS, TINY, TINY_GATED, TINY_TIED, random_parameters
 
@@ -15,7 +15,7 @@ FLOAT32 = np.dtype(np.float32)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
-def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DenseReader:
+def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("layout") / "model"
     return open_dense(LAYOUTS[request.param](path, TINY, random_parameters()))
 
@@ -25,7 +25,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_reads_back_every_bit(layout: str, config: SwitchConfig, tmp_path: Path) -> None:
     parameters = random_parameters(config)
     reader = open_dense(LAYOUTS[layout](tmp_path / "model", config, parameters))
-    assert isinstance(reader, Reader)
+    assert isinstance(reader, Checkpoint)
     assert reader.config == config
     assert reader.names() == sorted(parameters)
     for name, array in parameters.items():
@@ -43,21 +43,21 @@ def test_keeps_float32(layout: str, tmp_path: Path) -> None:
     assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].tobytes()
 
 
-def test_a_range_of_experts_is_that_range_of_the_whole(reader: DenseReader) -> None:
+def test_a_range_of_experts_is_that_range_of_the_whole(reader: Checkpoint) -> None:
     whole = reader.read(EXPERTS)
     for start, stop in itertools.product((0, 2, 4, None, -2), (1, 3, 5, 9, None)):
         part = slice(start, stop)
         np.testing.assert_array_equal(reader.read(EXPERTS, part), whole[part])
 
 
-def test_what_is_read_belongs_to_the_caller(reader: DenseReader) -> None:
+def test_what_is_read_belongs_to_the_caller(reader: Checkpoint) -> None:
     for name in (EXPERTS, "encoder/encoder_norm/scale", "decoder/relpos_bias/rel_embedding"):
         before = reader.read(name)
         reader.read(name)[:] = 0
         np.testing.assert_array_equal(reader.read(name), before)
 
 
-def test_refuses_what_is_not_there(reader: DenseReader) -> None:
+def test_refuses_what_is_not_there(reader: Checkpoint) -> None:
     for use in (reader.read, reader.shape, reader.dtype):
         with pytest.raises(CheckpointError, match="encoder/layers_9/nothing"):
             use("encoder/layers_9/nothing")
@@ -67,7 +67,7 @@ def test_refuses_what_is_not_there(reader: DenseReader) -> None:
         reader.read(EXPERTS, experts=slice(0, 4, 2))
 
 
-def test_lists_its_files(reader: DenseReader) -> None:
+def test_lists_its_files(reader: Checkpoint) -> None:
     shards = reader.shards()
     assert not any(shard.problem for shard in shards)
     stored = sum(np.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in reader.names())

@@ -10,7 +10,7 @@ import pytest
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.params import read_params
 from qmoe_jax.data import batches
-from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.parameters import is_expert
 
 LOGITS = "decoder/logits_dense/kernel"
@@ -26,7 +26,7 @@ def draw_examples(vocabulary, count=6, seed=0):
 
 def replace(reader, **arrays):
     """The checkpoint with other values of some tensors."""
-    tensors = {name: ArrayTensor(np.asarray(array)) for name, array in arrays.items()}
+    tensors = {name: in_memory(np.asarray(array)) for name, array in arrays.items()}
     return dataclasses.replace(reader, tensors={**reader.tensors, **tensors})
 
 

@@ -1,4 +1,4 @@
-"""A tiny model, and checkpoints of it in every layout: what the tests of this folder share."""
+"""A tiny model, and checkpoints of it in every layout."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization
+from flax import serialization, traverse_util
 
-from qmoe_jax import convert
-from qmoe_jax.checkpoints import write_t5x
 from qmoe_jax.checkpoints.architecture import expected_shapes
-from qmoe_jax.checkpoints.huggingface import names
+from qmoe_jax.checkpoints.huggingface import names, write_huggingface
 from qmoe_jax.checkpoints.huggingface.config import config_json
-from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.checkpoints.t5x import write_parameters
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import is_expert
 
@@ -55,20 +53,13 @@ def random_parameters(config: SwitchConfig = TINY, dtype: np.dtype = BFLOAT16) -
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in expected_shapes(config).items()}
 
 
-def memory_reader(config: SwitchConfig, parameters: Parameters) -> DenseReader:
-    tensors = {name: ArrayTensor(array) for name, array in parameters.items()}
-    return DenseReader("memory", "memory", config, tensors, list_shards=list)
+def memory_checkpoint(config: SwitchConfig, parameters: Parameters) -> Checkpoint:
+    tensors = {name: in_memory(array) for name, array in parameters.items()}
+    return Checkpoint("memory", "memory", config, tensors, list_shards=list)
 
 
 def nested(parameters: Parameters) -> dict:
-    tree: dict = {}
-    for name, array in parameters.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = array
-    return tree
+    return traverse_util.unflatten_dict(parameters, sep="/")
 
 
 def huggingface_arrays(config: SwitchConfig, parameters: Parameters) -> Parameters:
@@ -83,23 +74,23 @@ def huggingface_arrays(config: SwitchConfig, parameters: Parameters) -> Paramete
 
 
 def rewrite_json(file: Path, **members: object) -> None:
-    """Changes members of a JSON file; None removes one."""
+    """Change members of a JSON file; None removes one."""
     value = json.loads(file.read_text()) | members
     file.write_text(json.dumps({key: member for key, member in value.items() if member is not None}))
 
 
 def _t5x(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
-    return write_t5x(path, 7, nested(parameters))
+    return write_parameters(nested(parameters), path, step=7)
 
 
 def _t5x_directory_of_steps(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
-    write_t5x(path, 7, {"token_embedder": {"embedding": np.zeros((2, 3))}})
-    write_t5x(path, 20, nested(parameters))
+    write_parameters({"token_embedder": {"embedding": np.zeros((2, 3))}}, path, step=7)
+    write_parameters(nested(parameters), path, step=20)
     return path
 
 
 def _t5x_index(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
-    return write_t5x(path, 7, nested(parameters)) / "checkpoint"
+    return write_parameters(nested(parameters), path, step=7) / "checkpoint"
 
 
 def _t5x_inlined(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
@@ -131,7 +122,7 @@ def _t5x_scanned(path: Path, config: SwitchConfig, parameters: Parameters) -> Pa
                 each = [parameters[f"{stack}/layers_{i}/{rest}"] for i in range(position, layers, block)]
                 stacked[f"{below}/{rest}"] = np.stack(each, axis=1)
     rest = {n: a for n, a in parameters.items() if "layers_" not in n and "relpos_bias" not in n}
-    return write_t5x(path, 7, nested(stacked | rest))
+    return write_parameters(nested(stacked | rest), path, step=7)
 
 
 def _orbax(**options: bool) -> Callable[[Path, SwitchConfig, Parameters], Path]:
@@ -146,7 +137,7 @@ def _orbax(**options: bool) -> Callable[[Path, SwitchConfig, Parameters], Path]:
 
 def _orbax_placeholders(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
     """As Orbax was in 2023: a msgpack of placeholders, and no metadata file."""
-    directory = write_t5x(path, 7, nested(parameters))
+    directory = write_parameters(nested(parameters), path, step=7)
     leaves = {name: f"PLACEHOLDER://target.{name.replace('/', '.')}" for name in parameters}
     tree = {"target": nested(leaves), "flax_mutables": None}  # type: ignore[arg-type]
     (directory / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
@@ -154,11 +145,11 @@ def _orbax_placeholders(path: Path, config: SwitchConfig, parameters: Parameters
 
 
 def _safetensors(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
-    return convert(memory_reader(config, parameters), path, "huggingface")
+    return write_huggingface(memory_checkpoint(config, parameters), path)
 
 
 def _safetensors_shards(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
-    return write_huggingface(path, memory_reader(config, parameters), shard_bytes=1000, memory=400)
+    return write_huggingface(memory_checkpoint(config, parameters), path, shard_bytes=1000, memory=400)
 
 
 def _torch(path: Path, config: SwitchConfig, parameters: Parameters) -> Path:
@@ -200,4 +191,4 @@ LAYOUTS: dict[str, Callable[[Path, SwitchConfig, Parameters], Path]] = {
     "torch": _torch,
     "torch, shards": _torch_shards,
 }
-"""Each writes a checkpoint of a model at a path, and returns what to open."""
+"""Functions that write a checkpoint of a model at a path, and return what to open."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_json
 from qmoe_jax.files.safetensors import open_safetensors
 from qmoe_jax.files.tensor import Shard, Tensor
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
@@ -87,19 +86,6 @@ def _weight_map(file: Path) -> dict[str, str]:
         raise CheckpointError("the index points outside its directory", path=file, found=outside[0])
     # An early conversion script separated the parts of a name by "/" in the index, by "." in the files.
     return {key.replace("/", "."): name for key, name in weight_map.items()}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file with an object. Raises `CheckpointError` if it has none."""
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError("cannot be read", path=file, found=error.strerror) from error
-    except ValueError as error:
-        raise CheckpointError("no readable JSON", path=file, found=error) from error
-    if not isinstance(value, dict):
-        raise CheckpointError("no JSON object", path=file, found=type(value).__name__)
-    return value
 
 
 def _opener(file: Path) -> Callable[[Path], Mapping[str, Tensor]]:

@@ -13,7 +13,7 @@ import tensorstore as ts
 from qmoe_jax.files import msgpack as flax_msgpack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location
-from qmoe_jax.files.tensor import ArrayTensor, Tensor
+from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.files.zarr import open_arrays, open_zarr3
 
 _METADATA = "_METADATA"
@@ -58,7 +58,7 @@ def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str,
     zarr3 = directories and root.read(f"{directories[0]}/zarr.json") is not None
     arrays = open_zarr3(root, directories) if zarr3 else open_arrays(root, dict.fromkeys(directories))
     return {
-        name: arrays[leaf] if name in stored else ArrayTensor(np.asarray(leaf))
+        name: arrays[leaf] if name in stored else in_memory(np.asarray(leaf))
         for name, leaf in parameters.items()
     }
 

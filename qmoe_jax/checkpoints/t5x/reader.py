@@ -1,13 +1,12 @@
 """T5X checkpoints: its own format (msgpack and zarr), and those that T5X writes through Orbax.
 
-Our parameters carry T5X's names, so reading is the identity on names; what differs between checkpoints is
-where the parameter tree hangs (`optimizer/target/`, `target/`, `params/`), and how its leaves are stored.
+Parameters carry T5X's names here, so reading keeps names; what differs between checkpoints is where the parameter tree
+hangs (`optimizer/target/`, `target/`, `params/`), and how its leaves are stored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,18 +15,17 @@ from typing import Any
 import numpy as np
 
 from qmoe_jax.checkpoints.architecture import infer_config
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x import orbax
 from qmoe_jax.checkpoints.t5x.scanned import unscan
 from qmoe_jax.files import msgpack as flax_msgpack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location
-from qmoe_jax.files.tensor import ArrayTensor, Shard, Tensor
+from qmoe_jax.files.tensor import Shard, Tensor, in_memory
 from qmoe_jax.files.zarr import ZarrTensor, open_arrays
+from qmoe_jax.parameters import EMBEDDING
 
 _INDEX = "checkpoint"
-# The one parameter that every model has: where it hangs, the whole tree does.
-_ROOT = "token_embedder/embedding"
 # Optimizers keep trees of the parameters' names too; a tree below one of these is theirs.
 _OPTIMIZER_STATE = {"state", "opt_state", "param_states"}
 # Items that Orbax's managers put a train state in: T5X's, and Orbax's own default.
@@ -35,72 +33,55 @@ _ORBAX_ITEMS = ("state", "default")
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Where a checkpoint is: its directory, and its msgpack index, decoded, if it has one."""
+class _Step:
+    """The directory of one training step, and its msgpack index, decoded, if it has one."""
 
     directory: Location
     index: dict[str, Any] | None
 
 
-def find_t5x(location: Location) -> Found | None:
-    """The checkpoint at `location`: a step's directory or msgpack file, or the last of several steps.
+def open_t5x(location: Location) -> Checkpoint | None:
+    """Open a step's directory or msgpack file, or the last of several steps; None where there is none.
 
-    Raises `CheckpointError` if there is one, but damaged or TensorFlow's.
-    """
-    is_file = location.path.is_file() if isinstance(location.path, Path) else location.name == _INDEX
-    if is_file:
-        return _found(location.parent, location.name)
-    for directory in (location, *(location / item for item in _ORBAX_ITEMS)):
-        if found := _found(directory, _INDEX):
-            return found
-    steps = [name for name in location.directories() if re.fullmatch(r"(checkpoint_)?\d+", name)]
-    return find_t5x(location / max(steps, key=lambda name: int(name.split("_")[-1]))) if steps else None
-
-
-def open_t5x(path: str | os.PathLike[str]) -> DenseReader:
-    """The checkpoint at a local path or URL; `find_t5x` says what may be named.
-
-    Opening reads the index and each array's description: for c-2048 some hundred small files.
+    Reads the index and each array's description: for c-2048 some hundred small files. Nothing is decoded twice.
 
     Raises:
-        CheckpointError: no checkpoint there, damaged, or not a Switch Transformer.
+        CheckpointError: a checkpoint is there, but it is damaged, TensorFlow's, or not a Switch Transformer.
     """
-    location = Location.of(path)
-    found = find_t5x(location)
-    if found is None:
-        raise CheckpointError(
-            "no T5X checkpoint", path=path, expected="a file `checkpoint`, or Orbax's `_METADATA`"
-        )
-    if orbax.is_orbax(found.directory, found.index):
-        leaves = orbax.leaves(found.directory, found.index)
-        parameters = parameter_tree(leaves, found.directory.path)
-        stored = orbax.open_leaves(found.directory, parameters)
+    step = _find(location)
+    if step is None:
+        return None
+    path = step.directory.path
+    if orbax.is_orbax(step.directory, step.index):
+        parameters = parameter_tree(orbax.leaves(step.directory, step.index), path)
+        stored = orbax.open_leaves(step.directory, parameters)
     else:
-        assert found.index is not None
-        parameters = parameter_tree(dict(flax_msgpack.leaves(found.index)), found.directory.path)
-        stored = _open_leaves(found.directory, parameters, found.index.get("version"))
-    tensors = unscan(stored, found.directory.path)
-    config = infer_config({name: tensor.shape for name, tensor in tensors.items()}, found.directory.path)
-    return DenseReader(
+        assert step.index is not None
+        parameters = parameter_tree(dict(flax_msgpack.leaves(step.index)), path)
+        stored = _open_leaves(step.directory, parameters, step.index.get("version"))
+    tensors = unscan(stored, path)
+    return Checkpoint(
         path=location.path,
         format="t5x",
-        config=config,
+        config=infer_config({name: tensor.shape for name, tensor in tensors.items()}, path),
         tensors=tensors,
-        list_shards=lambda: _shards(found.directory, stored.values()),
+        list_shards=lambda: _shards(step.directory, stored.values()),
     )
 
 
 def parameter_tree(leaves: Mapping[str, Any], path: object) -> dict[str, Any]:
-    """Of a checkpoint's leaves those that are the model's parameters, under their names in the model.
+    """Return those leaves of a checkpoint that are the model's parameters, under their names in the model.
 
-    Raises `CheckpointError` if no tree of parameters is among them.
+    Raises:
+        CheckpointError: no tree of parameters is among them.
     """
-    prefixes = [name.removesuffix(_ROOT) for name in leaves if f"/{name}".endswith(f"/{_ROOT}")]
+    # The one parameter that every model has: where it hangs, the whole tree does.
+    prefixes = [name.removesuffix(EMBEDDING) for name in leaves if f"/{name}".endswith(f"/{EMBEDDING}")]
     if not prefixes:
         raise CheckpointError(
             "no parameters of a Switch Transformer",
             path=path,
-            key=_ROOT,
+            key=EMBEDDING,
             expected="an embedding shared by encoder and decoder, somewhere in the tree",
             found=", ".join(list(leaves)[:3]) or "an empty tree",
         )
@@ -112,14 +93,25 @@ def parameter_tree(leaves: Mapping[str, Any], path: object) -> dict[str, Any]:
 
 
 def stored_name(name: str) -> str:
-    """The directory of a parameter's array: `target.encoder.encoder_norm.scale`."""
+    """Return the directory of a parameter's array: `target.encoder.encoder_norm.scale`."""
     return f"target/{name}".replace("/", ".")
 
 
-def _found(directory: Location, index: str) -> Found | None:
+def _find(location: Location) -> _Step | None:
+    is_file = location.path.is_file() if isinstance(location.path, Path) else location.name == _INDEX
+    if is_file:
+        return _step(location.parent, location.name)
+    for directory in (location, *(location / item for item in _ORBAX_ITEMS)):
+        if step := _step(directory, _INDEX):
+            return step
+    steps = [name for name in location.directories() if re.fullmatch(r"(checkpoint_)?\d+", name)]
+    return _find(location / max(steps, key=lambda name: int(name.split("_")[-1]))) if steps else None
+
+
+def _step(directory: Location, index: str) -> _Step | None:
     data = directory.read(index)
     if data is None:
-        return Found(directory, None) if index == _INDEX and orbax.has_metadata(directory) else None
+        return _Step(directory, None) if index == _INDEX and orbax.has_metadata(directory) else None
     if data.startswith(b"model_checkpoint_path"):
         raise CheckpointError(
             "a TensorFlow checkpoint",
@@ -128,24 +120,24 @@ def _found(directory: Location, index: str) -> Found | None:
             expected="the msgpack that T5X writes",
             remedy="convert it with T5X (Checkpointer.convert_from_tf_checkpoint)",
         )
-    return Found(directory, flax_msgpack.decode_tree(data, f"{directory.path}/{index}"))
+    return _Step(directory, flax_msgpack.decode_tree(data, f"{directory.path}/{index}"))
 
 
 def _open_leaves(directory: Location, parameters: Mapping[str, Any], version: object) -> dict[str, Tensor]:
-    """Leaves are specs of arrays in directories beside, or arrays in the msgpack itself."""
+    """Open leaves that are specs of arrays in directories beside the index, or arrays in the index itself."""
     specs = {name: leaf for name, leaf in parameters.items() if flax_msgpack.is_array_spec(leaf)}
     stored = {name: _directory_of(name, spec) for name, spec in specs.items()}
     arrays = open_arrays(
         directory, {stored[name]: spec for name, spec in specs.items()}, uint16_is_bfloat16=version == 2
     )
     return {
-        name: arrays[stored[name]] if name in specs else ArrayTensor(np.asarray(leaf))
+        name: arrays[stored[name]] if name in specs else in_memory(np.asarray(leaf))
         for name, leaf in parameters.items()
     }
 
 
 def _directory_of(name: str, spec: Mapping[str, Any]) -> str:
-    """The array's directory beside the index, wherever the spec says that the checkpoint once lay.
+    """Return an array's directory beside the index, wherever the spec says that the checkpoint once lay.
 
     Its path is a member of `kvstore`, or of the spec itself (before tensorstore 0.1.14).
     """
@@ -154,7 +146,7 @@ def _directory_of(name: str, spec: Mapping[str, Any]) -> str:
 
 
 def _shards(directory: Location, tensors: Iterable[Tensor]) -> list[Shard]:
-    """The files of a local checkpoint: its own, and the chunks of the parameters. Of a remote one none."""
+    """Return the files of a local checkpoint, its own and the parameters' chunks; of a remote one none."""
     if not isinstance(directory.path, Path):
         return []
     arrays = [tensor for tensor in tensors if isinstance(tensor, ZarrTensor)]

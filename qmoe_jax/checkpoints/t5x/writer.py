@@ -1,4 +1,4 @@
-"""Writes a checkpoint in T5X's own format (version 3), as its `Checkpointer` lays it out on disk."""
+"""Writing of checkpoints in T5X's own format (version 3), as its `Checkpointer` lays it out on disk."""
 
 from __future__ import annotations
 
@@ -6,71 +6,77 @@ import collections
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
+from flax import traverse_util
 
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x.reader import stored_name
-from qmoe_jax.files import msgpack as flax_msgpack
+from qmoe_jax.files.durable import sync_folder, write_durably
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import ArrayTensor, Tensor
+from qmoe_jax.files.msgpack import encode_tree
+from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.parameters import is_expert
+from qmoe_jax.progress import ProgressCallback, no_progress
 
 _VERSION = 3
 # T5X's target: a chunk holds at most 64 MiB of the array as it is in memory.
 _CHUNK_BYTES = 64 * 2**20
-# A range of experts is written as a T5X host writes its part of an expert-parallel model: chunks do not cross
-# it.
+# A range of experts is written as a T5X host writes its part of an expert-parallel model: chunks do not cross it.
 _RANGE_BYTES = 2**30
 _COMPRESSOR = {"id": "gzip", "level": 1}  # fast, and what T5X's Checkpointer takes
 
 
 def write_t5x(
+    checkpoint: Checkpoint,
     directory: str | os.PathLike[str],
-    step: int,
-    params: Mapping[str, Any],
     *,
+    step: int = 1,
     dtype: npt.DTypeLike | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> Path:
-    """Writes `directory/checkpoint_<step>`, and returns its path.
+    """Write a checkpoint as `directory/checkpoint_<step>`, and return that path.
 
-    `params` is a nested dict of arrays (JAX's or NumPy's) under T5X's names, or a flat one of lazy tensors,
-    `encoder/encoder_norm/scale` -> `Tensor`. They are stored as `dtype` (float32 or bfloat16), by default as
-    they are. The optimizer's state has the step alone: T5X loads such a checkpoint for inference or
-    fine-tuning.
+    The optimizer's state has the step alone: T5X loads such a checkpoint for inference or fine-tuning.
 
-    Memory: one tensor at a time, of an expert kernel a range of experts of at most 1 GiB (or one expert);
-    chunks under way come on top. The directory is named `checkpoint_<step>.tmp-<time>` until it is complete.
+    Memory: one tensor at a time, of an expert kernel a range of experts of at most 1 GiB (or one expert); chunks under
+    way come on top. The directory is named `checkpoint_<step>.tmp-<time>` until it is complete.
+
+    Args:
+        checkpoint: what to write.
+        directory: made if it is missing.
+        step: the training step.
+        dtype: float32 or bfloat16 to round to; None: as stored.
+        progress: counts the ranges that are read; its label is the parameter.
 
     Raises:
-        CheckpointError: there is such a checkpoint already.
+        CheckpointError: there is a checkpoint of this step already.
     """
-    final = Path(directory) / f"checkpoint_{step}"
-    if final.exists():
-        raise CheckpointError("there is one already", path=final, remedy="choose another directory or step")
-    temporary = final.with_name(f"{final.name}.tmp-{int(time.time())}")
-    temporary.mkdir(parents=True)
-    tensors = dict(_tensors(params))
-    specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
-    stores = _create(temporary, specs)
-    _write(stores, tensors)
-    target = _nested({name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()})
-    optimizer = {"state": {"param_states": {}, "step": np.asarray(step, np.int32)}, "target": target}
-    index = flax_msgpack.encode_tree({"version": _VERSION, "optimizer": optimizer})
-    _write_durably(temporary / "checkpoint", index)
-    temporary.rename(final)
-    return final
+    return _write_tensors(checkpoint.tensors, Path(directory), step, dtype, progress)
+
+
+def write_parameters(
+    params: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    step: int = 1,
+    dtype: npt.DTypeLike | None = None,
+) -> Path:
+    """Write a model's parameters, nested dicts of JAX or NumPy arrays under T5X's names, as `write_t5x` does."""
+    arrays = traverse_util.flatten_dict(dict(params), sep="/")
+    tensors = {name: in_memory(np.asarray(array)) for name, array in arrays.items()}
+    return _write_tensors(tensors, Path(directory), step, dtype, no_progress)
 
 
 def chunk_shape(write_shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """The chunks T5X cuts an array into of which a host writes `write_shape`: at most 64 MiB each.
+    """Return the chunks T5X cuts an array into of which a host writes `write_shape`: at most 64 MiB each.
 
-    As long as they are larger, the largest dimension (the first of equals) goes down to its next smaller
-    divisor.
+    As long as they are larger, the largest dimension (the first of equals) goes down to its next smaller divisor.
     """
     chunk = list(write_shape)
     while math.prod(chunk) * itemsize > _CHUNK_BYTES:
@@ -79,27 +85,33 @@ def chunk_shape(write_shape: tuple[int, ...], itemsize: int) -> list[int]:
     return chunk
 
 
-def _tensors(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value if hasattr(value, "read") else ArrayTensor(np.asarray(value))
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+def _write_tensors(
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    step: int,
+    dtype: npt.DTypeLike | None,
+    progress: ProgressCallback,
+) -> Path:
+    final = directory / f"checkpoint_{step}"
+    if final.exists():
+        raise CheckpointError("exists already", path=final, remedy="choose another directory or step")
+    temporary = final.with_name(f"{final.name}.tmp-{int(time.time())}")
+    temporary.mkdir(parents=True)
+    specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
+    _write_arrays(_create(temporary, specs), tensors, progress)
+    leaves = {name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()}
+    optimizer = {
+        "state": {"param_states": {}, "step": np.asarray(step, np.int32)},
+        "target": traverse_util.unflatten_dict(leaves, sep="/"),
+    }
+    write_durably(temporary / "checkpoint", [encode_tree({"version": _VERSION, "optimizer": optimizer})])
+    temporary.rename(final)
+    sync_folder(directory)
+    return final
 
 
 def _spec(name: str, tensor: Tensor, dtype: npt.DTypeLike | None) -> dict[str, Any]:
-    """The spec of an array as it stands in the msgpack, without its place."""
+    """Return the spec of an array as it stands in the msgpack, without its place."""
     write_shape = (_rows(name, tensor), *tensor.shape[1:]) if tensor.shape else ()
     metadata = {
         "chunks": chunk_shape(write_shape, tensor.dtype.itemsize),
@@ -114,7 +126,7 @@ def _kvstore(prefix: str, name: str) -> dict[str, str]:
 
 
 def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, ts.TensorStore]:
-    """Empty arrays for all parameters; at once, since each waits for its description to be synced."""
+    """Create empty arrays for all parameters; at once, since each waits for its description to be synced."""
     context = ts.Context()
     prefix = f"{os.path.abspath(directory)}/"
     opening = {
@@ -124,38 +136,38 @@ def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, t
     return {name: future.result() for name, future in opening.items()}
 
 
-def _write(stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor]) -> None:
-    """Writes all values. What is under way at a time stays below `_RANGE_BYTES`, but for one range that is
-    larger."""
+def _write_arrays(
+    stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor], progress: ProgressCallback
+) -> None:
+    """Write all values. What is under way stays below `_RANGE_BYTES`, but for a single range that is larger."""
+    parts = [
+        (name, slice(start, start + rows))
+        for name, tensor in tensors.items()
+        for rows in [_rows(name, tensor)]
+        for start in range(0, tensor.shape[0] if tensor.shape else 1, rows)
+    ]
     under_way: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
-    for name, tensor in tensors.items():
-        rows = _rows(name, tensor)
-        for start in range(0, tensor.shape[0] if tensor.shape else 1, rows):
-            values = tensor.read(slice(start, start + rows)).astype(stores[name].dtype.numpy_dtype)
-            while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
-                under_way.popleft()[1].result()
-            part = stores[name][start : start + rows] if tensor.shape else stores[name]
-            under_way.append((values.nbytes, part.write(values)))
+    for done, (name, rows) in enumerate(parts):
+        progress(done, len(parts), name)
+        store = stores[name]
+        values = tensors[name].read(rows).astype(store.dtype.numpy_dtype)
+        while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
+            under_way.popleft()[1].result()
+        under_way.append((values.nbytes, (store[rows] if store.rank else store).write(values)))
     for _, write in under_way:
         write.result()
+    progress(len(parts), len(parts), "")
 
 
 def _rows(name: str, tensor: Tensor) -> int:
-    """How many rows are written at a time: all, or of an expert kernel a range of experts."""
+    """Return how many rows are written at a time: all, or of an expert kernel a range of experts."""
     if is_expert(name):
         return _range_rows(tensor.shape, tensor.dtype.itemsize)
     return tensor.shape[0] if tensor.shape else 1
 
 
 def _range_rows(shape: tuple[int, ...], itemsize: int) -> int:
-    """The largest divisor of the number of experts of which the kernels stay below 1 GiB; at least 1."""
+    """Return the largest divisor of the number of experts whose kernels stay below 1 GiB; at least 1."""
     expert_bytes = math.prod(shape[1:]) * itemsize
     fitting = (n for n in range(shape[0], 1, -1) if shape[0] % n == 0 and n * expert_bytes <= _RANGE_BYTES)
     return next(fitting, 1)
-
-
-def _write_durably(file: Path, data: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -12,12 +12,19 @@ from jaxtyping import BFloat16
 from pallas_kernels import PackedMatrix
 from qmoe_jax.coding import Encoded, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CodedMatrix:
-    """One expert's matrix [out, in] as it is stored."""
+    """One expert's matrix [out, in] as it is stored.
+
+    Attributes:
+        codes: codewords of all rows, uint16 under the name of int16.
+        offsets: where each row begins in `codes`, int32 [out + 1].
+        levels: minimum and maximum of each row in turn, bfloat16 [2 out].
+    """
 
     codes: TorchTensor
     offsets: TorchTensor
@@ -25,36 +32,39 @@ class CodedMatrix:
 
     @property
     def rows(self) -> int:
-        """Its output features."""
+        """The number of output features."""
         return self.offsets.shape[0] - 1
 
     def read(self) -> tuple[Encoded, BFloat16[np.ndarray, "out 2"]]:
-        """The codewords, and the minimum and maximum of each row."""
-        codes, offsets, levels = (
-            t.read(slice(0, t.shape[0])) for t in (self.codes, self.offsets, self.levels)
-        )
-        return Encoded(codes.view(np.uint16), offsets), levels.reshape(-1, 2)
+        """Return the codewords, and the minimum and maximum of each row."""
+        encoded = Encoded(read_all(self.codes).view(np.uint16), read_all(self.offsets))
+        return encoded, read_all(self.levels).reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class CodedKernel:
-    """A layer's experts, seen as a dense bfloat16 tensor [expert, in, out] that is decoded as it is read."""
+    """A layer's experts as a dense bfloat16 tensor [expert, in, out] that is decoded as it is read.
+
+    Attributes:
+        experts: the matrices, one per expert.
+        width: number of input features.
+    """
 
     experts: Sequence[CodedMatrix]
     width: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape as seen."""
+        """The shape [expert, in, out]."""
         return (len(self.experts), self.width, self.experts[0].rows)
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the levels."""
+        """The dtype of the levels, bfloat16."""
         return np.dtype(ml_dtypes.bfloat16)
 
     def read(self, rows: slice) -> np.ndarray:
-        """The experts `rows`, dequantized. Raises `CheckpointError` where codewords are damaged."""
+        """Return a range of experts, dequantized. Raises `CheckpointError` where codewords are damaged."""
         experts = self.experts[rows]
         array = np.empty((len(experts), *self.shape[1:]), self.dtype)
         for values, expert in zip(array, experts, strict=True):
@@ -62,7 +72,7 @@ class CodedKernel:
         return array
 
     def pack(self, rows: slice) -> PackedMatrix:
-        """The experts `rows` as they are, codewords and levels, for the kernels that decode on the way."""
+        """Return a range of experts as they are, codewords and levels, for kernels that decode as they multiply."""
         streams, levels = zip(*(expert.read() for expert in self.experts[rows]), strict=True)
         return pack(streams, np.stack(levels), upstream_codebook(), self.width)
 

@@ -1,16 +1,14 @@
-"""Compressed models as upstream QMoE publishes them: its dictionary's codewords, an expert's matrix under a
-few keys.
+"""Compressed models as upstream QMoE publishes them: directories of torch files, experts as codewords.
 
-A directory holds config.json, noexp.pt (everything but the experts, under Hugging Face's names), an
-exp<NN>.pt for each sparse layer, and sizes.pt (codewords of every matrix). Of a matrix [out, in]
-`<name>.w_comp` are the codewords, uint16 under the name of int16, `<name>.row_off` the offsets of its rows,
-`<name>.ter_minmax` minimum and maximum of each.
+A directory holds config.json, noexp.pt (everything but the experts, under Hugging Face's names), an exp<NN>.pt for each
+sparse layer, and sizes.pt (number of codewords of every matrix). Of a matrix [out, in], `<name>.w_comp` are the
+codewords, uint16 under the name of int16, `<name>.row_off` the offsets of its rows, `<name>.ter_minmax` minimum and
+maximum of each.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,12 @@ from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import contradictions, settings
 from qmoe_jax.checkpoints.huggingface.reader import assemble, is_tied
-from qmoe_jax.checkpoints.huggingface.weights import read_json
-from qmoe_jax.checkpoints.reader import DenseReader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.coded import CodedKernel, CodedMatrix
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.files.location import Location
+from qmoe_jax.files.reading import read_json
+from qmoe_jax.files.tensor import Shard, Tensor, scaled
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 from qmoe_jax.parameters import EMBEDDING, LOGITS
 
@@ -36,53 +35,36 @@ CODES, OFFSETS, LEVELS, PLACEHOLDER = "w_comp", "row_off", "ter_minmax", "weight
 _KEYS = {CODES: np.dtype(np.int16), OFFSETS: np.dtype(np.int32), LEVELS: np.dtype(ml_dtypes.bfloat16)}
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaledHead:
-    """A tied model's head that is stored apart from its embedding, as the head of an untied one: scaled,
-    float32."""
-
-    stored: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[d_model, vocabulary]."""
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """float32: bfloat16 has no room for the scaled values of the published models."""
-        return np.dtype(np.float32)
-
-    def read(self, rows: slice) -> np.ndarray:
-        """The rows, times d_model^-1/2."""
-        return self.stored.read(rows).astype(np.float32) * np.float32(self.shape[0] ** -0.5)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpstreamReader(DenseReader):
-    """An upstream directory: a `Reader` whose expert kernels come back dequantized, or packed as they are."""
+class UpstreamReader(Checkpoint):
+    """An upstream directory, whose expert kernels come back dequantized, or packed as they are."""
 
     def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
-        """A range of an expert kernel's matrices as `pallas_kernels` takes them, in host memory.
+        """Return a range of an expert kernel's matrices as `pallas_kernels` takes them, in host memory.
 
-        Raises `ValueError` if `name` is no expert kernel.
+        Raises:
+            CheckpointError: there is no such parameter.
+            ValueError: `name` is not an expert kernel.
         """
         kernel = self._tensor(name)
         if not isinstance(kernel, CodedKernel):
-            raise ValueError(f"{name} is no expert kernel")
+            raise ValueError(f"{name} is not an expert kernel")
         return kernel.pack(experts or slice(None))
 
 
-def open_upstream(path: str | os.PathLike[str]) -> UpstreamReader:
-    """The compressed model in an upstream directory. Opening reads the files' directories, no tensors.
+def open_upstream(location: Location) -> UpstreamReader | None:
+    """Open an upstream directory; None where there is no `noexp.pt`. Reads the files' indices, no tensors.
 
-    Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of
-    its own here, untied, with the scale of tied models folded in. A note says so.
+    Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of its own
+    here, untied, with the scale of tied models folded in, in float32 (bfloat16 would round the published models' scaled
+    values). A note says so.
 
     Raises:
-        CheckpointError: a file is missing, damaged or no tensors, or the matrices do not fit together.
+        CheckpointError: a file is missing, damaged or without tensors, or the matrices do not fit together.
     """
-    directory = Path(path).expanduser()
+    directory = location.path
+    if not isinstance(directory, Path) or not (directory / DENSE_FILE).is_file():
+        return None
     stated = read_json(directory / "config.json")
     stored = _dense(directory / DENSE_FILE)
     tensors = assemble(stored, directory)
@@ -90,11 +72,12 @@ def open_upstream(path: str | os.PathLike[str]) -> UpstreamReader:
         raise CheckpointError("no embedding", path=directory / DENSE_FILE, key=names.EMBEDDING)
     notes = []
     if is_tied(stored, stated) and LOGITS in tensors:
-        if tensors[LOGITS].dtype == tensors[EMBEDDING].dtype:
+        head = tensors[LOGITS]
+        if head.dtype == tensors[EMBEDDING].dtype:
             del tensors[LOGITS]
         else:
-            notes.append(f"the head is stored as {tensors[LOGITS].dtype}, apart from the embedding")
-            tensors[LOGITS] = ScaledHead(tensors[LOGITS])
+            notes.append(f"the head is stored as {head.dtype}, apart from the embedding")
+            tensors[LOGITS] = scaled(head, head.shape[0] ** -0.5)
     tensors |= _kernels(directory, d_model=tensors[EMBEDDING].shape[1])
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     gated = any(name.endswith("/wi_0/kernel") for name in tensors)
@@ -114,25 +97,34 @@ def _dense(file: Path) -> dict[str, Tensor]:
 
 
 def _kernels(directory: Path, d_model: int) -> dict[str, CodedKernel]:
-    """The experts of all layers, whichever file they lie in: upstream's own reader goes by the keys too."""
+    """Return the experts of all layers, whichever file they lie in: upstream's own reader goes by the keys too."""
     layers: dict[str, dict[int, CodedMatrix]] = {}
     for prefix, matrix in _matrices(directory).items():
         place = names.to_t5x(f"{prefix}.weight")
         if place is None or place.expert is None:
-            raise CheckpointError("no expert of a Switch Transformer", path=directory, key=prefix)
+            raise CheckpointError("not an expert of a Switch Transformer", path=directory, key=prefix)
         layers.setdefault(place.name, {})[place.expert] = matrix
     kernels = {}
     for name, experts in layers.items():
         if experts.keys() != set(range(len(experts))):
-            raise CheckpointError("experts are not numbered without a gap", path=directory, key=name)
-        if len({matrix.rows for matrix in experts.values()}) > 1:
-            raise CheckpointError("experts of one layer differ in their rows", path=directory, key=name)
+            raise CheckpointError(
+                "experts are not numbered without a gap",
+                path=directory,
+                key=name,
+                expected=f"0 to {len(experts) - 1}",
+                found=f"{min(experts)} to {max(experts)}",
+            )
+        rows = sorted({matrix.rows for matrix in experts.values()})
+        if len(rows) > 1:
+            raise CheckpointError(
+                "experts of one layer differ in their rows", path=directory, key=name, found=rows
+            )
         kernels[name] = CodedKernel([experts[e] for e in range(len(experts))], _width(name, layers, d_model))
     return kernels
 
 
 def _width(name: str, layers: Mapping[str, Mapping[int, CodedMatrix]], d_model: int) -> int:
-    """The columns of a matrix, stored nowhere: those of wo are the rows of wi."""
+    """Return the columns of a matrix, which are stored nowhere: those of wo are the rows of wi."""
     if not name.endswith("/wo/kernel"):
         return d_model
     wi = (layers.get(name.replace("/wo/", f"/{matrix}/")) for matrix in ("wi", "wi_0"))
@@ -140,7 +132,7 @@ def _width(name: str, layers: Mapping[str, Mapping[int, CodedMatrix]], d_model: 
 
 
 def _matrices(directory: Path) -> dict[str, CodedMatrix]:
-    """All coded matrices by the names before their keys. None may be missing whose size is kept."""
+    """Return all coded matrices by the names before their keys; each whose size is listed must be there."""
     sizes = open_torch(directory / SIZES_FILE)
     parts: dict[str, dict[str, TorchTensor]] = {}
     for file in sorted(directory.glob(EXPERT_FILES)):
@@ -153,7 +145,7 @@ def _matrices(directory: Path) -> dict[str, CodedMatrix]:
             "an expert file is missing",
             path=directory,
             key=missing[0],
-            expected=f"{len(sizes)} matrices, as {SIZES_FILE} says",
+            expected=f"the {len(sizes)} matrices of {SIZES_FILE}",
             found=len(parts),
             remedy="download it again",
         )

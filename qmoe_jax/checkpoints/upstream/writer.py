@@ -1,9 +1,8 @@
-"""Writes a ternary model as upstream QMoE publishes its own: same files, keys, dtypes and codewords."""
+"""Writing of ternary models as upstream QMoE publishes its own: same files, keys, dtypes and codewords."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,14 @@ from jaxtyping import Float, UInt8
 
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
-from qmoe_jax.checkpoints.reader import Reader
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.reader import CODES, DENSE_FILE, LEVELS, OFFSETS, PLACEHOLDER, SIZES_FILE
 from qmoe_jax.coding import encode, upstream_codebook
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.durable import make_empty_folder, write_json
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import EMBEDDING, STACKS, expert_kernels, is_expert
+from qmoe_jax.progress import ProgressCallback, no_progress
 
 TernaryMatrix = tuple[UInt8[np.ndarray, "out in"], Float[np.ndarray, "out 2"]]
 """Digits (0: zero, 1: the row's minimum, 2: its maximum), and minimum and maximum of each row."""
@@ -29,45 +29,53 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def write_upstream(
-    directory: str | os.PathLike[str], reader: Reader, ternary: Callable[[str, int], TernaryMatrix]
+    checkpoint: Checkpoint,
+    directory: str | os.PathLike[str],
+    ternary: Callable[[str, int], TernaryMatrix],
+    *,
+    progress: ProgressCallback = no_progress,
 ) -> Path:
-    """Writes the model into `directory`, new or empty, and returns its path.
+    """Write a ternary model as an upstream directory, and return its path.
 
-    All but the experts is taken from `reader`: linear layers rounded to bfloat16, embeddings, norms and
-    position biases as they are. `ternary(name, expert)` gives an expert's matrix, whose levels are rounded to
-    bfloat16 (ours are already). Memory: the parameters that are no experts, and one layer's codewords.
+    Memory: the parameters outside the experts, and one layer's codewords.
+
+    Args:
+        checkpoint: gives all but the experts: linear layers are rounded to bfloat16; embeddings, norms and position
+            biases stay as they are.
+        directory: missing or empty.
+        ternary: returns the matrix of an expert, given the kernel's name and the expert's number; its levels are
+            rounded to bfloat16 (those of our artifacts are already).
+        progress: counts expert matrices; its label is the kernel.
 
     Raises:
-        CheckpointError: the directory is not empty, or the layers' pattern cannot be said in a config.json.
+        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse layers.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
-        raise CheckpointError("not empty", path=directory, remedy="choose a new directory")
+    directory = make_empty_folder(Path(directory))
+    config = _config(checkpoint.config)
+    layers = _sparse_layers(checkpoint.config)
+    total, done = sum(map(len, layers)) * checkpoint.config.num_experts, itertools.count()
     sizes: dict[str, int] = {}
-    for number, kernels in enumerate(_sparse_layers(reader)):
+    for number, kernels in enumerate(layers):
         entries: dict[str, np.ndarray] = {}
-        for expert in range(reader.config.num_experts):
+        for expert in range(checkpoint.config.num_experts):
             for name in kernels:
+                progress(next(done), total, name)
                 prefix = names.to_huggingface(name, expert).removesuffix(".weight")
                 matrix = _matrix_entries(*ternary(name, expert))
                 sizes[prefix] = matrix[CODES].size
                 entries |= {f"{prefix}.{key}": array for key, array in matrix.items()}
         save_torch(directory / f"exp{number:02}.pt", entries)
-    save_torch(directory / DENSE_FILE, _dense_entries(reader))
+    save_torch(directory / DENSE_FILE, _dense_entries(checkpoint))
     save_torch(directory / SIZES_FILE, sizes)
-    (directory / "config.json").write_text(
-        json.dumps(_config(reader.config), indent=2, sort_keys=True) + "\n"
-    )
+    write_json(directory / "config.json", config)
+    progress(total, total, "config.json")
     return directory
 
 
-def _sparse_layers(reader: Reader) -> list[list[str]]:
-    """The expert kernels of each sparse layer, in the order in which upstream numbers its files."""
-    kernels = itertools.groupby(
-        expert_kernels(reader.config), key=lambda kernel: (kernel.stack, kernel.layer)
-    )
-    return [[kernel.path for kernel in layer] for _, layer in kernels]
+def _sparse_layers(config: SwitchConfig) -> list[list[str]]:
+    """Return the expert kernels of each sparse layer, in the order in which upstream numbers its files."""
+    layers = itertools.groupby(expert_kernels(config), key=lambda kernel: (kernel.stack, kernel.layer))
+    return [[kernel.path for kernel in kernels] for _, kernels in layers]
 
 
 def _matrix_entries(
@@ -82,18 +90,18 @@ def _matrix_entries(
     }
 
 
-def _dense_entries(reader: Reader) -> dict[str, np.ndarray]:
-    """Every other tensor under its Hugging Face name, [out, in]; the embedding's copies share its storage."""
+def _dense_entries(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the other tensors under Hugging Face's names, [out, in]; the embedding's copies share its storage."""
     entries: dict[str, np.ndarray] = {}
-    for name in (name for name in reader.names() if not is_expert(name)):
-        array = reader.read(name)
+    for name in (name for name in checkpoint.names() if not is_expert(name)):
+        array = checkpoint.read(name)
         if name == EMBEDDING:
             entries |= dict.fromkeys((names.EMBEDDING, *names.EMBEDDING_COPIES), array)
         else:
             # Linear layers are T5X's kernels; a position bias is a matrix too, but an embedding to upstream.
             dtype = _BFLOAT16 if name.endswith("/kernel") else array.dtype
             entries[names.to_huggingface(name)] = np.ascontiguousarray(array.T).astype(dtype)
-    if reader.config.tied:
+    if checkpoint.config.tied:
         entries[names.HEAD] = entries[names.EMBEDDING].astype(_BFLOAT16)
     return entries
 
