@@ -52,22 +52,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Options of a run; each is an option of the command line.
-
-    Attributes:
-        checkpoint: T5X or Hugging Face checkpoint, a path or URL.
-        tokenizer: sentencepiece model; None: the one beside the checkpoint.
-        calibration: text to calibrate on.
-        validation: held-out text to evaluate on.
-        output: folder for artifacts and report.
-        samples: maximum number of calibration samples.
-        validation_samples: maximum number of held-out samples.
-        segment: cut texts into segments of this many tokens; None: skip long texts instead, as QMoE does.
-        damping: share of the mean of a Hessian's diagonal that is added to the diagonal.
-        experts_per_group: experts quantized together.
-        batch_size: batch size of the evaluation.
-        variants: what to compare.
-    """
+    """Settings of a run, each an option of the command line (None for the tokenizer: the one beside the checkpoint)."""
 
     checkpoint: str
     tokenizer: Path | None
