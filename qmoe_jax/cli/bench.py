@@ -45,7 +45,8 @@ def bench(
     with working(f"loading {path}"):
         checkpoint = qj.open_checkpoint(path)
         model, params = load(checkpoint, dtype, experts, expert_cache)
-    loading, runs = time.monotonic() - began, []
+    loading = time.monotonic() - began
+    runs: list[tuple[int, Throughput]] = []
     with qj.ProgressBar("measuring", "rounds") as progress:
         for batch in batch_size:
             generator = Generator(model, params, (batch, prompt), new_tokens)

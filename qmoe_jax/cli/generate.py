@@ -88,7 +88,7 @@ def generate(
     with qj.ProgressBar("filling", "texts") as progress:
         filled = qj.fill_blanks(
             model, params, pieces, lines, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-            batch_size=batch_size, progress=lambda *state: (clock(*state), progress(*state)),
+            batch_size=batch_size, progress=clock.forwarding_to(progress),
         )  # fmt: skip
     timing, statistics = clock.timing(filled), qj.expert_statistics(params)
     if stats:
@@ -103,15 +103,20 @@ def generate(
 
 
 class Stopwatch:
-    """A progress callback that notes when each batch is done; its first call ends the loading."""
+    """Times of loading and of each batch, taken when progress is reported; the first report ends the loading."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._calls: list[tuple[int, float]] = []
 
-    def __call__(self, done: int, total: int, label: str) -> None:
-        """Note that `done` texts are filled."""
-        self._calls.append((done, time.monotonic()))
+    def forwarding_to(self, progress: qj.ProgressCallback) -> qj.ProgressCallback:
+        """Return a progress callback that notes the time and calls `progress`."""
+
+        def report(done: int, total: int, label: str) -> None:
+            self._calls.append((done, time.monotonic()))
+            progress(done, total, label)
+
+        return report
 
     def timing(self, filled: list[qj.FilledText]) -> Timing:
         """Return the times, with the tokens of the texts that each batch filled."""
