@@ -38,7 +38,7 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.data import Example, samples
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
-from qmoe_jax.evaluation.variants import Variant, read_variant
+from qmoe_jax.evaluation.variants import Variant
 
 MINI = Path(__file__).parent / "switch_mini"
 ORIGINAL = "original"
@@ -140,9 +140,12 @@ def run_variant(
     )
     attachments = {"tokenizer.model": tokenizer.path.read_bytes()}
     with qj.ProgressBar(name) as progress:
-        qj.compress(checkpoint, output, calibration, config, attachments=attachments, progress=progress)
+        report = qj.compress(
+            checkpoint, output, calibration, config, attachments=attachments, progress=progress
+        )
     model, params = qj.load_compressed(output)
-    return read_variant(name, output, qj.evaluate(model, params, validation, batch_size=settings.batch_size))
+    evaluation = qj.evaluate(model, params, validation, batch_size=settings.batch_size)
+    return Variant(name, evaluation, report)
 
 
 def show(variants: list[Variant], console: Console) -> None:
@@ -157,7 +160,7 @@ def show(variants: list[Variant], console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for variant in variants:
-        for note in calibration_notes(variant):
+        for note in calibration_notes(variant.report) if variant.report else ():
             console.print(f"{variant.name}: {note}")
 
 

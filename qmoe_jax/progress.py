@@ -30,6 +30,26 @@ def no_progress(done: int, total: int, label: str) -> None:
     """Ignore progress: the default of every function that reports it."""
 
 
+class Tally:
+    """Work done so far, reported to a callback whenever it grows or another step begins."""
+
+    def __init__(self, progress: ProgressCallback, total: int):
+        """Report to `progress` that none of `total` units is done."""
+        self._progress, self._total = progress, total
+        self._done, self._label = 0, ""
+        self.advance(0)
+
+    def begin(self, label: str) -> None:
+        """Report that a step begins."""
+        self._label = label
+        self.advance(0)
+
+    def advance(self, units: int) -> None:
+        """Report that `units` more are done."""
+        self._done += units
+        self._progress(self._done, self._total, self._label)
+
+
 class ProgressBar:
     """A progress callback that draws a bar with the step, units done, rate and time left.
 

@@ -87,7 +87,8 @@ def expert_blocks(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
     Blocks are in the order of the experts, and the tokens of an expert in their own order.
     """
     token = np.argsort(expert_index, kind="stable")
-    return TokenBlocks(*_cut_into_blocks(expert_index[token]), token)
+    expert, lanes, first_lane, first_token = _cut_into_blocks(expert_index[token])
+    return TokenBlocks(expert, lanes, first_lane, first_token, token)
 
 
 @compiled

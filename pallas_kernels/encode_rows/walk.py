@@ -19,16 +19,16 @@ _JOINED_ROWS = 64  # copied by one thread at a time
 Codes = UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
 
 
-def walk(
-    digits: UInt8[np.ndarray, "row width"], table: EncodeTable, most: int | None = None
-) -> tuple[Codes, Int32[np.ndarray, "bound"]]:
-    """(codes, row offsets) of a matrix, of the codes the first `most`. Takes a code a symbol of scratch memory.
+def encode_matrix(
+    digits: UInt8[np.ndarray, "row width"],
+    table: EncodeTable,
+    codes: Codes,
+    row_offsets: Int32[np.ndarray, "bound"],
+) -> None:
+    """Write the codes of a matrix, zeros behind them, and its row offsets. Takes a code per symbol of scratch memory.
 
-    The digits are known to be 0, 1 or 2: they lead through the table unchecked. Its arrays are NumPy's, anywhere
-    in memory.
-
-    Raises:
-      ValueError: more codewords than an int32 counts.
+    The digits are known to be 0, 1 or 2: they lead through the table unchecked. `codes` has room for a code per
+    symbol. All arrays are NumPy's.
     """
     rows, width = digits.shape
     follow, code, last_code = map(read_only, (table.follow, table.code, table.last_code))
@@ -37,17 +37,15 @@ def walk(
     symbol = np.empty((0,) * table.symbol_digits, np.uint8)
     tables = follow.reshape(-1), code, last_code
     parallel_for(_encode_rows, read_only(digits), tables, symbol, scratch, counts)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
-    codes = np.empty(offsets[-1] if most is None else min(most, offsets[-1]), code.dtype)
-    parallel_for(_join_rows, scratch, offsets, codes)
-    return codes, offsets.astype(np.int32)
+    row_offsets[0] = 0
+    np.cumsum(counts, dtype=np.int32, out=row_offsets[1:])
+    parallel_for(_join_rows, scratch, row_offsets, codes)
+    codes[row_offsets[-1] :] = 0
 
 
 @compiled
 def _symbol_at(row, place, symbol):
-    """The digits from `place` on as one symbol; zeros follow a row."""
+    """Return the digits from `place` on as one symbol; zeros follow a row."""
     value, weight = as_index(0), as_index(1)
     for j in range(symbol.ndim):
         if place + as_index(j) < as_index(len(row)):

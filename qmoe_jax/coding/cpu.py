@@ -1,4 +1,4 @@
-"""The loop of decoding, compiled by numba; rows in parallel."""
+"""Decoding compiled by numba; rows in parallel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK_ROWS = 16
 def decode(
     codes: np.ndarray, row_offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
 ) -> UInt8[np.ndarray, "row width"]:
-    """The digits of rows whose codewords are known to cover them."""
+    """Return the digits of rows whose codewords are known to cover them."""
     digits = np.empty((len(row_offsets) - 1, width), np.uint8)
     parallel_for(_decode_rows, codes, row_offsets, (codebook.lengths, codebook.digits), digits)
     return digits

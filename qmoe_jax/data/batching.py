@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from qmoe_jax.data.span_corruption import Example
+from qmoe_jax.data.examples import Examples
 
 
 class Batch(NamedTuple):
@@ -47,9 +47,7 @@ def pad_rows(rows: Sequence[np.ndarray], count: int, length: int) -> Int32[np.nd
     return out
 
 
-def batches(
-    examples: Sequence[Example | tuple[np.ndarray, np.ndarray]], batch_size: int, multiple: int = 16
-) -> Iterator[Batch]:
+def batches(examples: Examples, batch_size: int, multiple: int = 16) -> Iterator[Batch]:
     """Yield `examples` in order as batches of one shape: the largest lengths, rounded up to `multiple`."""
     encoder_length = round_up(max(len(encoder) for encoder, _ in examples), multiple)
     decoder_length = round_up(max(len(decoder) for _, decoder in examples), multiple)

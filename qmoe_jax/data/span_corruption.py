@@ -8,10 +8,11 @@ by a sentinel; the decoder writes the runs, each after its sentinel. Masks come 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool
+
+from qmoe_jax.data.examples import Example
 
 EOS = 1
 DECODER_START = 0
@@ -32,13 +33,6 @@ class Sentinels:
     def id(self, index: np.ndarray | int) -> np.ndarray | int:
         """Return the id of sentinel number `index`."""
         return self.last - index
-
-
-class Example(NamedTuple):
-    """One sample: encoder ids, and decoder ids that begin with the start token 0."""
-
-    encoder: Int32[np.ndarray, "n"]
-    decoder: Int32[np.ndarray, "m"]
 
 
 def _random_segmentation(items: int, segments: int, generator: np.random.RandomState) -> np.ndarray:

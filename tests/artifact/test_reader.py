@@ -11,7 +11,7 @@ import pytest
 
 from qmoe_jax.artifact import ArtifactReader, Kind, dequantize, measure
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.coding import Encoded, decode
+from qmoe_jax.coding import EncodedRows, decode
 from qmoe_jax.files.errors import CheckpointError
 from tests.helpers import artifact_samples as samples
 
@@ -77,7 +77,9 @@ def test_packed_matrices_decode_to_the_same(artifact_of: ArtifactOf, name: str) 
     for index, expected in enumerate(reader.read(WI, slice(1, 5))):
         offsets = np.asarray(packed.row_offsets[index])
         digits = np.asarray(
-            decode(Encoded(np.asarray(packed.codes[index])[: offsets[-1]], offsets), codebook, packed.width)
+            decode(
+                EncodedRows(np.asarray(packed.codes[index])[: offsets[-1]], offsets), codebook, packed.width
+            )
         )
         table = np.pad(np.asarray(packed.levels[index], np.float32), ((0, 0), (1, 0)))
         weights = np.take_along_axis(table, digits.astype(np.intp), 1)

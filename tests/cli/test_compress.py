@@ -6,11 +6,10 @@ import pytest
 from rich.console import Console
 
 import qmoe_jax as qj
+from qmoe_jax.artifact.report import GroupReport, MatrixReport
 from qmoe_jax.artifact.sizes import measure
-from qmoe_jax.cli.compress import result_table, under_calibrated
-from qmoe_jax.compression import pipeline
-from qmoe_jax.compression.experts import MatrixRecord
-from qmoe_jax.compression.report import GroupRecord
+from qmoe_jax.cli.compress import result_table
+from qmoe_jax.compression import resume
 from qmoe_jax.data import Tokenizer
 from tests.helpers.cli_runs import answer, compress_arguments, qmoe
 
@@ -47,9 +46,9 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
             raise KeyboardInterrupt
         return compress_group(*args, **kwargs)
 
-    compress_group = pipeline.compress_group
+    compress_group = resume.compress_group
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "compress_group", stop_at_the_third)
+        patch.setattr(resume, "compress_group", stop_at_the_third)
         result = qmoe(*arguments)
     assert (result.exit_code, result.stdout) == (130, "")
     assert f"safe in {tmp_path / 'out'}" in result.stderr
@@ -101,16 +100,16 @@ def test_a_tokenizer_far_smaller_than_the_vocabulary_gives_a_warning(model, text
     assert "the model has 512; check that the model was trained with it" in result.stderr
 
 
-def group(start: int, calibrated: list[int], fallback: list[bool]) -> GroupRecord:
-    nothing = [0.0] * len(calibrated)
-    matrix = MatrixRecord(nothing, nothing, nothing, [0] * len(calibrated), fallback)
-    return GroupRecord("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
+def group(start: int, calibrated: tuple[int, ...], fallback: tuple[bool, ...]) -> GroupReport:
+    nothing = (0.0,) * len(calibrated)
+    matrix = MatrixReport(nothing, nothing, nothing, (0,) * len(calibrated), fallback)
+    return GroupReport("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
 
 
 def test_starved_experts_are_named_with_their_tokens(compressed):
-    groups = (group(0, [100, 5], [False, False]), group(2, [0, 95], [True, False]))
-    report = qj.CompressionReport(compressed[0], measure(compressed[0]), groups, 1.0)
-    assert under_calibrated(report) == {"encoder 1": {2: 0}}
+    groups = (group(0, (100, 5), (False, False)), group(2, (0, 95), (True, False)))
+    report = qj.CompressionReport(groups, 1.0, path=compressed[0], sizes=measure(compressed[0]))
+    assert report.under_calibrated() == {"encoder 1": {2: 0}}
     console = Console(width=200)
     with console.capture() as capture:
         console.print(result_table(report))
@@ -119,4 +118,7 @@ def test_starved_experts_are_named_with_their_tokens(compressed):
         "1 expert, for want of calibration tokens: encoder 1 expert 2 (0 tokens)"
         in rows["rounded to nearest"]
     )
-    assert "1 expert, under 10% of the even share: encoder 1 expert 2 (0 tokens)" in rows["under-calibrated"]
+    assert (
+        "1 expert, fewer than 10% of the mean number of tokens: encoder 1 expert 2 (0 tokens)"
+        in rows["under-calibrated"]
+    )

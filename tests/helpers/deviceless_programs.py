@@ -18,6 +18,7 @@ import pallas_kernels as pk
 from pallas_kernels.backend import triton_parameters
 from qmoe_jax import SwitchConfig
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.quantization import ternary_grid
 
 H100 = deviceless.GPUS["sm_90"]
 SMALL = SwitchConfig(
@@ -87,15 +88,15 @@ def compression() -> dict[str, list[dict[str, object]]]:
     factor = array((16, 128, 128), jnp.float32), array((16, 128), jnp.float32)
     levels, group = array((16, 1, rows, 2), jnp.float32), array((128,), jnp.int32)
 
-    def block(w, pull, lower, curvature, levels, group):
+    def block(w, error_feedback, lower, curvature, levels, group_index):
         return pk.quantize_block(
             w,
-            pull,
+            error_feedback,
             lower,
             curvature,
             levels=levels,
-            group=group,
-            rounding=pk.TernaryRounding(),
+            group_index=group_index,
+            grid=ternary_grid(),
             backend="pallas",
         )
 

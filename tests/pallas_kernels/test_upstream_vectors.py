@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from qmoe_jax.coding import Encoded, pack, upstream_codebook
+from qmoe_jax.coding import EncodedRows, pack, upstream_codebook
 from tests.helpers.kernel_contract import BACKENDS, IMPLEMENTATIONS
 
 CASES = ("iid885_96x3072", "iid885_32x2080", "iid50_64x1024", "rowdensity_64x1536")
@@ -17,7 +17,7 @@ def bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def packed(codes, row_offsets, levels, width: int) -> pk.PackedMatrix:
     """One expert; upstream interleaves the levels."""
-    streams = [Encoded(codes, row_offsets)]
+    streams = [EncodedRows(codes, row_offsets)]
     return pack(streams, bfloat16(levels).reshape(1, -1, 2), upstream_codebook(), width)
 
 

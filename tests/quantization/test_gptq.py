@@ -113,8 +113,8 @@ def test_experts_without_a_usable_hessian_fall_back_and_are_flagged(run):
 @every_run
 def test_values_are_the_digits_under_the_levels_of_their_group(run):
     q, grid = quantized(run), golden.grid_of(run.bits)
-    levels = jnp.take_along_axis(q.levels, q.column_group[:, None, :, None], axis=2)
-    np.testing.assert_array_equal(grid.dequantize(q.digits, levels), q.values)
+    levels = jnp.take_along_axis(q.levels, q.group_index[:, None, :, None], axis=2)
+    np.testing.assert_array_equal(grid.value(q.digits, jnp.unstack(levels, axis=-1)), q.values)
 
 
 # The textbook, at odd sizes

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from pallas_kernels import PackedMatrix
-from qmoe_jax.coding import Encoded, decode, pack, upstream_codebook
+from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
@@ -35,9 +35,9 @@ class CodedMatrix:
         """The number of output features."""
         return self.offsets.shape[0] - 1
 
-    def read(self) -> tuple[Encoded, BFloat16[np.ndarray, "out 2"]]:
+    def read(self) -> tuple[EncodedRows, BFloat16[np.ndarray, "out 2"]]:
         """Return the codewords, and the minimum and maximum of each row."""
-        encoded = Encoded(read_all(self.codes).view(np.uint16), read_all(self.offsets))
+        encoded = EncodedRows(read_all(self.codes).view(np.uint16), read_all(self.offsets))
         return encoded, read_all(self.levels).reshape(-1, 2)
 
 
