@@ -9,11 +9,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 ProgressCallback = Callable[[int, int, str], object]
@@ -63,17 +65,16 @@ class ProgressBar:
 
         Args:
             title: the work, in front of the current step.
-            unit: name of the units of work, in the plural.
+            unit: name of the units of work, in the plural; "bytes" are scaled.
             console: where to draw; standard error by default.
         """
         console = console or Console(stderr=True)
         self._title, self._unit = title, unit
+        amount = [MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}")]
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[rate]}"),
+            *([DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else amount),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,

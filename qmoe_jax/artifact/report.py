@@ -18,8 +18,8 @@ import numpy as np
 from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
-from qmoe_jax.files.reading import read_whole
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_whole
 
 UNDER_CALIBRATED = 0.1
 """Experts with less than this share of the mean number of calibration tokens are called under-calibrated."""

@@ -14,6 +14,7 @@ from qmoe_jax.artifact.manifest import MANIFEST, REPORT, GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.artifact.sums import SUMS, listed_files, read_sums
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.durable import FileRecord, record_of
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
@@ -36,16 +37,18 @@ class Verification:
     bytes: int = 0
 
 
-def verify(path: str | Path, *, progress: ProgressCallback = no_progress) -> Verification:
+def verify(
+    checkpoint: str | os.PathLike[str] | Checkpoint, *, progress: ProgressCallback = no_progress
+) -> Verification:
     """Read every file of an artifact and check sizes, checksums, dense arrays and the codes of each expert.
 
     A file that is missing, or that is not listed, is a problem too (README, LICENSE and hidden files apart).
 
     Args:
-        path: the artifact.
+        checkpoint: the artifact, by path or opened.
         progress: called with the number of bytes whose checksum is checked, file by file.
     """
-    root = Path(path)
+    root = Path(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     try:
         manifest, sums = Manifest.read(root), read_sums(root)
     except CheckpointError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ from qmoe_jax.progress import ProgressCallback, no_progress
 
 
 def compress(
-    path: str | Path,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | Path,
     examples: Examples,
     config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
@@ -51,7 +52,7 @@ def compress(
     at once, and their compressed chunks.
 
     Args:
-        path: a checkpoint of any dense format, local or a URL.
+        checkpoint: a checkpoint of any dense format, by path or URL, or opened.
         output: the artifact's directory: missing, empty, or that of the same compression.
         examples: calibration samples, (encoder ids, decoder ids beginning with the start token 0).
         config: the options.
@@ -63,7 +64,7 @@ def compress(
         ValueError: the examples or the options do not fit the model.
     """
     began = time.monotonic()
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
     check_examples(examples, reader.config.vocab_size)
     by_matrix = fitted_codebooks(reader, config)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 
 class Example(NamedTuple):
-    """One sample: `encoder` ids and `decoder` ids, the latter beginning with the start token 0; both int32, 1-D."""
+    """One sample: encoder ids, and decoder ids that begin with the start token 0."""
 
-    encoder: np.ndarray
-    decoder: np.ndarray
+    encoder: Int32[np.ndarray, "n"]
+    decoder: Int32[np.ndarray, "m"]
 
 
 Examples = Sequence[tuple[np.ndarray, np.ndarray]]

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qmoe_jax.evaluation.variants import Variant
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("plots need matplotlib: pip install 'qmoe-jax[plots]'", name=error.name) from error
 
 INK, GRID = "#222222", "#dddddd"
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93", "#00798c")

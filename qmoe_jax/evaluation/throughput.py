@@ -41,7 +41,7 @@ class Phase:
         return self.tokens / self.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values, with milliseconds and bytes per token."""
+        """Return plain values, with milliseconds and bytes read per token."""
         fields: dict[str, Any] = {
             "tokens": self.tokens,
             "seconds": self.seconds,
