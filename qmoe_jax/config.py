@@ -1,4 +1,4 @@
-"""The architecture of a Switch Transformer: frozen, without I/O."""
+"""Architectures of Switch Transformers: the configuration class, and the published models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,30 @@ Activation = Literal["relu", "gelu"]
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig:
-    """An encoder-decoder of T5 blocks whose feed-forward parts are dense or routed to one of several experts.
+    """An encoder-decoder of T5 blocks, with feed-forward layers that are dense or route each token to an expert.
 
-    Shapes are the checkpoint's: attention is `num_heads * d_kv` wide, which need not be `d_model` (c-2048: 1,920
-    and 2,080). `encoder_sparse_layers` and `decoder_sparse_layers` list the layers that have experts. With `gated`
-    a feed-forward part is `(activation(x wi_0) * (x wi_1)) wo`, else `activation(x wi) wo`. `tied` models read
-    their logits off the embedding, scaled by `d_model ** -0.5`; the others have a `logits_dense`, unscaled.
+    Attributes:
+        d_model: width of the hidden states.
+        d_ff: width inside a feed-forward layer or expert.
+        d_kv: width of an attention head. The heads together, `num_heads * d_kv`, need not be as wide as
+            `d_model` (c-2048: 1,920 and 2,080).
+        num_heads: attention heads per layer.
+        num_encoder_layers: layers of the encoder.
+        num_decoder_layers: layers of the decoder.
+        num_experts: experts per sparse layer.
+        encoder_sparse_layers: layers of the encoder that have experts.
+        decoder_sparse_layers: layers of the decoder that have experts.
+        vocab_size: rows of the embedding, padding included.
+        activation: nonlinearity of the feed-forward layers.
+        gated: whether these are `(activation(x wi_0) * (x wi_1)) wo` instead of `activation(x wi) wo`.
+        tied: whether logits are computed with the embedding, scaled by `d_model ** -0.5`, instead of
+            `logits_dense`, unscaled.
+        relative_attention_buckets: buckets of the relative position bias.
+        relative_attention_max_distance: distance from which on positions share the last bucket.
+        layer_norm_epsilon: added to the variance in RMS norms.
+        pad_id: id of padding.
+        eos_id: id of the end token.
+        decoder_start_id: id that decoder inputs begin with.
     """
 
     d_model: int
@@ -39,23 +57,23 @@ class SwitchConfig:
     decoder_start_id: int = 0
 
     def sparse_layers(self, stack: str) -> tuple[int, ...]:
-        """The layers of `stack` ('encoder' or 'decoder') that have experts."""
+        """Return the layers of `stack` ("encoder" or "decoder") that have experts."""
         return {"encoder": self.encoder_sparse_layers, "decoder": self.decoder_sparse_layers}[stack]
 
     def num_layers(self, stack: str) -> int:
-        """The number of layers of `stack` ('encoder' or 'decoder')."""
+        """Return the number of layers of `stack` ("encoder" or "decoder")."""
         return {"encoder": self.num_encoder_layers, "decoder": self.num_decoder_layers}[stack]
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters that lie in experts."""
+        """Number of parameters that belong to experts."""
         matrices = 3 if self.gated else 2
         sparse = len(self.encoder_sparse_layers) + len(self.decoder_sparse_layers)
         return sparse * self.num_experts * matrices * self.d_model * self.d_ff
 
 
 def _published(layers: int, every: int, **kwargs: object) -> SwitchConfig:
-    """Layer i is sparse where `i % every == every - 1`, in both stacks (flaxformer's MIXED layout)."""
+    """Return a model whose layer i is sparse if `i % every == every - 1` (flaxformer's MIXED layout)."""
     sparse = tuple(range(every - 1, layers, every))
     return SwitchConfig(
         num_encoder_layers=layers,
@@ -90,4 +108,4 @@ PRESETS: dict[str, SwitchConfig] = {
         15, 1, d_model=2080, d_ff=6144, d_kv=64, num_heads=30, num_experts=2048, tied=False
     ),
 }
-"""The published models, as their training configurations and checkpoints have them (not as their Hub configs say)."""
+"""The published models, as in their training configurations and checkpoints; the Hub's configs differ."""

@@ -9,11 +9,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 ProgressCallback = Callable[[int, int, str], object]
@@ -26,6 +28,26 @@ at last with `done` = `total`.
 
 def no_progress(done: int, total: int, label: str) -> None:
     """Ignore progress: the default of every function that reports it."""
+
+
+class Tally:
+    """Work done so far, reported to a callback whenever it grows or another step begins."""
+
+    def __init__(self, progress: ProgressCallback, total: int):
+        """Report to `progress` that none of `total` units is done."""
+        self._progress, self._total = progress, total
+        self._done, self._label = 0, ""
+        self.advance(0)
+
+    def begin(self, label: str) -> None:
+        """Report that a step begins."""
+        self._label = label
+        self.advance(0)
+
+    def advance(self, units: int) -> None:
+        """Report that `units` more are done."""
+        self._done += units
+        self._progress(self._done, self._total, self._label)
 
 
 class ProgressBar:
@@ -43,17 +65,16 @@ class ProgressBar:
 
         Args:
             title: the work, in front of the current step.
-            unit: name of the units of work, in the plural.
+            unit: name of the units of work, in the plural; "bytes" are scaled.
             console: where to draw; standard error by default.
         """
         console = console or Console(stderr=True)
         self._title, self._unit = title, unit
+        amount = [MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}")]
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TextColumn("{task.fields[rate]}"),
+            *([DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else amount),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,

@@ -25,6 +25,7 @@ FORMAT = "qmoe"
 VERSION = 1
 MANIFEST = "manifest.json"
 RUN = "run.json"
+REPORT = "report.json"
 
 
 def canonical(content: Mapping[str, Any]) -> bytes:

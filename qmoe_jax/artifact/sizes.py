@@ -11,8 +11,8 @@ from pathlib import Path
 from qmoe_jax.artifact.codebook_file import CODEBOOKS
 from qmoe_jax.artifact.dense import DENSE
 from qmoe_jax.artifact.groups import GroupFile
+from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.reader import ArtifactReader
-from qmoe_jax.artifact.store import REPORT
 from qmoe_jax.artifact.sums import SUMS, listed_files
 
 OVERHEAD = "headers and padding"

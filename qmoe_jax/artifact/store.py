@@ -20,6 +20,7 @@ from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
 from qmoe_jax.artifact.groups import Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
     MANIFEST,
+    REPORT,
     RUN,
     ArrayRecord,
     GroupRecord,
@@ -28,6 +29,7 @@ from qmoe_jax.artifact.manifest import (
     canonical,
 )
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
+from qmoe_jax.artifact.report import RunReport
 from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
 from qmoe_jax.coding import Codebook
 from qmoe_jax.config import SwitchConfig
@@ -41,8 +43,6 @@ from qmoe_jax.files.durable import (
     write_durably,
 )
 from qmoe_jax.files.errors import CheckpointError
-
-REPORT = "report.json"
 
 
 class ArtifactWriter:
@@ -162,9 +162,11 @@ class ArtifactWriter:
             write_durably(path, [content])
         self._files[name] = record
 
-    def finish(
-        self, summary: Mapping[str, Any] | None = None, report: Mapping[str, Any] | None = None
-    ) -> Manifest:
+    def write_report(self, report: RunReport) -> None:
+        """Replace the report, which no checksum covers before the artifact is finished."""
+        write_durably(self.root / REPORT, [report.render()])
+
+    def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
         """Checks that nothing is missing, and writes the report, the checksums and, last, the manifest.
 
         Groups that this process neither wrote nor checked are read and checked here. With several hosts, the
@@ -188,7 +190,7 @@ class ArtifactWriter:
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
-        write_durably(self.root / REPORT, [canonical(report or {})])
+        self.write_report(report or RunReport())
         write_durably(self.root / SUMS, [self._render_sums(manifest)])
         write_durably(self.root / MANIFEST, [manifest.render()])
         return manifest

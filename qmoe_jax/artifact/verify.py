@@ -1,36 +1,34 @@
-"""Whether every byte of an artifact is what was written."""
+"""Verification of every byte of an artifact."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qmoe_jax.artifact.dense import DENSE, DenseTensor
 from qmoe_jax.artifact.kinds import Codebooks
-from qmoe_jax.artifact.manifest import MANIFEST, GroupRecord, Manifest
+from qmoe_jax.artifact.manifest import MANIFEST, REPORT, GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
-from qmoe_jax.artifact.store import REPORT
 from qmoe_jax.artifact.sums import SUMS, listed_files, read_sums
+from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.durable import FileRecord, record_of
 from qmoe_jax.files.errors import CheckpointError
-
-Progress = Callable[[int, int], object]
-"""Told of the bytes checked so far, and of all."""
+from qmoe_jax.progress import ProgressCallback, Tally, no_progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What was found.
+    """The result of `verify`.
 
     Attributes:
-      ok: nothing is wrong.
-      problems: what is: each names the file, what was expected and what was found.
-      files: files checked.
-      bytes: bytes checked.
+        ok: whether there are no problems.
+        problems: each names the file, what was expected and what was found.
+        files: number of files checked.
+        bytes: number of bytes checked.
     """
 
     ok: bool
@@ -39,13 +37,18 @@ class Verification:
     bytes: int = 0
 
 
-def verify(path: str | Path, progress: Progress | None = None) -> Verification:
-    """Reads every file of an artifact and checks it: sizes, checksums, each dense array, each expert's codes.
+def verify(
+    checkpoint: str | os.PathLike[str] | Checkpoint, *, progress: ProgressCallback = no_progress
+) -> Verification:
+    """Read every file of an artifact and check sizes, checksums, dense arrays and the codes of each expert.
 
-    A file that is missing, or that no one has listed, is a problem too (README, LICENSE and hidden files
-    apart).
+    A file that is missing, or that is not listed, is a problem too (README, LICENSE and hidden files apart).
+
+    Args:
+        checkpoint: the artifact, by path or opened.
+        progress: called with the number of bytes whose checksum is checked, file by file.
     """
-    root = Path(path)
+    root = Path(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     try:
         manifest, sums = Manifest.read(root), read_sums(root)
     except CheckpointError as error:
@@ -58,7 +61,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verification:
 
 
 def _misplaced(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterator[str]:
-    """Files that should be there and are not, and the other way round."""
+    """Yield a problem for each file that is missing or should not be there."""
     listed = {group.path for group in manifest.groups} | manifest.files.keys() | {MANIFEST, REPORT}
     expected = listed | {name for name in sums if name.startswith(f"{DENSE}/")}
     yield from (f"{name}: expected a file, found none" for name in sorted(expected - set(found)))
@@ -69,23 +72,18 @@ def _misplaced(manifest: Manifest, sums: dict[str, str], found: list[str]) -> It
 
 
 def _check_files(
-    root: Path, manifest: Manifest, sums: dict[str, str], names: list[str], progress: Progress | None
+    root: Path, manifest: Manifest, sums: dict[str, str], names: list[str], progress: ProgressCallback
 ) -> tuple[list[FileRecord], list[str]]:
-    """Hashes the files, several at a time, and compares."""
-    total, done = sum((root / name).stat().st_size for name in names), 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress is not None:
-            progress(done, total)
-
+    """Hash the files, several at a time, and compare; return their records and the problems."""
+    sizes = [(root / name).stat().st_size for name in names]
+    tally = Tally(progress, sum(sizes))
     recorded = {group.path: group.record for group in manifest.groups} | dict(manifest.files)
     problems, records = [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, record in zip(
-            names, pool.map(lambda name: _record(root / name, count), names), strict=True
-        ):
+        found = pool.map(lambda name: _record(root / name), names)
+        for name, size, record in zip(names, sizes, found, strict=True):
+            tally.begin(name)
+            tally.advance(size)
             if isinstance(record, CheckpointError):
                 problems.append(str(record))
                 continue
@@ -97,15 +95,15 @@ def _check_files(
     return records, problems
 
 
-def _record(path: Path, count: Callable[[int], object]) -> FileRecord | CheckpointError:
+def _record(path: Path) -> FileRecord | CheckpointError:
     try:
-        return record_of(path, count)
+        return record_of(path)
     except CheckpointError as error:
         return error
 
 
 def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Each dense array's content, read as a model reads it."""
+    """Yield a problem for each dense array whose content, read as a model reads it, is not the one listed."""
     for name, expected in manifest.dense.items():
         try:
             content = DenseTensor(root, name, expected).content()
@@ -117,7 +115,7 @@ def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _check_experts(root: Path) -> Iterator[str]:
-    """Each expert's codes: every row must decode to exactly the width of its matrix."""
+    """Yield a problem for each expert whose codes do not decode to exactly the width of its matrices."""
     try:
         reader = ArtifactReader.open(root)
     except CheckpointError as error:

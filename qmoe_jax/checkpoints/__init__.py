@@ -1,6 +1,5 @@
 """Switch Transformer checkpoints: one class to read them all by, and the formats to write."""
 
-from qmoe_jax.checkpoints.convert import convert as convert
 from qmoe_jax.checkpoints.open import FORMATS as FORMATS
 from qmoe_jax.checkpoints.open import open_dense as open_dense
 from qmoe_jax.checkpoints.reader import Checkpoint as Checkpoint

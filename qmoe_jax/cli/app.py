@@ -1,7 +1,8 @@
-"""The commands of `qmoe`, put together."""
+"""The application that holds the commands of `qmoe`."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Annotated
 
 import typer
@@ -21,10 +22,8 @@ for function in (inspect, compress, verify, evaluate, compare, generate, convert
     app.command()(command(function))
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        import importlib.metadata
-
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"qmoe {importlib.metadata.version('qmoe-jax')}")
         raise typer.Exit
 
@@ -35,20 +34,20 @@ def qmoe(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Switch Transformers below one bit a parameter.
+    """Compress Switch Transformers below one bit per parameter, and run them.
 
     Examples:
       $ qmoe inspect switch-base-128
       $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
       $ qmoe generate base-ternary "The ___ sat on the mat."
 
-    Every command takes --json for machines and --help with examples.
+    Every command has --help with examples, and --json for scripts.
 
-    Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 `qmoe verify`
-    found problems, 130 stopped by Ctrl-C.
+    Exit codes: 0 OK, 1 error, 2 wrong usage, 3 `qmoe verify` found problems,
+    130 interrupted with Ctrl-C.
     """
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app(prog_name="qmoe")

@@ -1,4 +1,4 @@
-"""What all commands share: --json and --debug, how an answer is printed, how a failure is."""
+"""The frame of every command: --json and --debug, printing of answers and of failures."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from rich.console import RenderableType
 from qmoe_jax.cli.console import print_json, stderr, stdout
 from qmoe_jax.cli.failures import FAILED, INTERRUPTED, OK, describe, message
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", help="Show the traceback of an error; so does the environment's QMOE_DEBUG=1."),
+    typer.Option("--debug", help="Show the traceback of an error; so does QMOE_DEBUG=1 in the environment."),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a command found: `fields` for --json, `shown` for people, and the exit code."""
+    """The result of a command.
+
+    Attributes:
+        fields: the JSON object that --json prints.
+        shown: tables and lines for people.
+        exit_code: exit code of the process.
+    """
 
     fields: Mapping[str, Any]
     shown: tuple[RenderableType, ...]
     exit_code: int = OK
 
     def print(self, as_json: bool) -> None:
-        """Print it on stdout."""
+        """Print the answer to stdout."""
         if as_json:
             print_json(self.fields)
             return
@@ -41,9 +47,10 @@ class Answer:
 
 
 def command(run: Callable[..., Answer]) -> Callable[..., None]:
-    """Make a typer command of a function that answers: with --json and --debug, and failures told in plain words.
+    """Turn a function that returns an answer into a typer command with --json and --debug.
 
-    With --json a failure is told on stdout too, as an object with the member "error".
+    A failure becomes a message on stderr and an exit code. With --json it is also printed to stdout, as an object with
+    the member "error".
     """
 
     @functools.wraps(run)
@@ -52,7 +59,7 @@ def command(run: Callable[..., Answer]) -> Callable[..., None]:
             answer = run(**arguments)
             answer.print(as_json)
         except KeyboardInterrupt as interrupt:
-            stderr().print(f"stopped. {interrupt}".rstrip(), soft_wrap=True)
+            stderr().print(f"interrupted. {interrupt}".rstrip(), soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.BadParameter, BrokenPipeError):
             raise
@@ -66,17 +73,16 @@ def command(run: Callable[..., Answer]) -> Callable[..., None]:
             raise typer.Exit(FAILED) from None
         raise typer.Exit(answer.exit_code)
 
-    _add_options(wrapper, run, as_json=AsJson, debug=Debug)
-    return wrapper
-
-
-def _add_options(wrapper: Any, run: Callable[..., Answer], **options: Any) -> None:
-    """Give `wrapper` the parameters of `run` and, after them, flags of these annotations."""
     signature = inspect.signature(run, eval_str=True)
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in options.items()
+        for name, annotation in {"as_json": AsJson, "debug": Debug}.items()
     ]
-    parameters = [*signature.parameters.values(), *flags]
-    wrapper.__signature__ = signature.replace(parameters=parameters, return_annotation=None)
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    set_parameters(wrapper, [*signature.parameters.values(), *flags])
+    return wrapper
+
+
+def set_parameters(function: Any, parameters: list[inspect.Parameter]) -> None:
+    """Make typer see `parameters` in place of a function's own."""
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

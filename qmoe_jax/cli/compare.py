@@ -1,4 +1,4 @@
-"""qmoe compare: how far is a compressed model from its original?"""
+"""qmoe compare: measures how far a compressed model is from its original."""
 
 from __future__ import annotations
 
@@ -7,84 +7,78 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import note, stderr, working
+from qmoe_jax.cli.console import note, working
 from qmoe_jax.cli.samples import (
     ExtraIds,
+    HeldOutText,
     MaxTokens,
-    SampleRules,
+    SampleOptions,
     Seed,
     Segment,
     Split,
     TokenizerFile,
-    check_vocabulary,
-    find_tokenizer,
-    open_tokenizer,
-    read_samples,
+    load_tokenizer,
 )
-
-if TYPE_CHECKING:
-    from qmoe_jax.evaluation import Comparison
+from qmoe_jax.data import find_tokenizer
 
 
 def compare(
     original: Annotated[
         str,
         typer.Argument(
-            metavar="ORIGINAL", help="A checkpoint of any format; T5X ones may be URLs.", show_default=False
+            metavar="ORIGINAL",
+            help="A checkpoint of any format; T5X checkpoints can be URLs.",
+            show_default=False,
         ),
     ],
     compressed: Annotated[
         str,
         typer.Argument(
             metavar="COMPRESSED",
-            help="What was made of it: an artifact, an upstream directory, or any other checkpoint of the same shape.",
+            help="The model made of it: an artifact, an upstream directory, or any checkpoint of the same shape.",
             show_default=False,
         ),
     ],
-    text: Annotated[
-        list[Path],
-        typer.Option(
-            help="Held-out text: a .txt or .jsonl file (.gz or .xz too), or a folder of them. May be repeated.",
-            show_default=False,
-            rich_help_panel="Text",
-        ),
-    ],
+    text: HeldOutText,
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Samples at most.", rich_help_panel="Text")] = 128,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Maximum number of samples.", rich_help_panel="Text")
+    ] = 128,
     max_tokens: MaxTokens = None,
     segment: Segment = None,
     split: Split = None,
     seed: Seed = 0,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Number format of the computation.")
+        Literal["float32", "bfloat16"], typer.Option(help="Dtype of the computation.")
     ] = "float32",
     experts_per_read: Annotated[
-        int, typer.Option(min=1, help="Experts of a layer that are in memory together, of each model.")
+        int, typer.Option(min=1, help="Experts of a layer in memory together, of each model.")
     ] = 16,
     scratch: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="For what does not fit in memory.",
+            help="Folder for data that does not fit in memory.",
             show_default="the system's folder for temporary files",
         ),
     ] = None,
 ) -> Answer:
     """Compare a compressed model with its original, on the same text.
 
-    Both run side by side, a layer of each in memory at a time, so that the
-    original need not fit. The answer: the relative error of every tensor, how
-    far the hidden states drift apart layer by layer, how often the routers
-    still agree, how the predictions differ, and both losses. Any two formats
-    can be compared; a checkpoint and its converted copy give zeros.
+    Both models run side by side, one layer of each in memory at a time, so
+    that the original need not fit. Reported are the relative error of every
+    tensor, the similarity of hidden states after each layer, the agreement of
+    the routers, the difference of the predictions, and both losses. Any two
+    formats can be compared; a checkpoint and its converted copy give zeros.
 
     Examples:
       $ qmoe compare experiments/switch_mini mini-ternary --segment 127 \\
@@ -92,29 +86,27 @@ def compare(
       $ qmoe compare switch-base-128 base-ternary --text c4-validation.json.gz
       $ qmoe compare t5x-original copy --text books/ --json | jq .weight_errors
     """
-    import qmoe_jax as qj
-
-    began, rules = time.monotonic(), SampleRules(samples, max_tokens, segment, split, seed)
+    began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {original}, {compressed} and the text"):
-        readers = qj.open_checkpoint(original), qj.open_checkpoint(compressed)
+        checkpoints = qj.open_checkpoint(original), qj.open_checkpoint(compressed)
         found = tokenizer or find_tokenizer(original) or find_tokenizer(compressed)
-        pieces = open_tokenizer(original, found, extra_ids)
-        check_vocabulary(pieces, readers[0].config.vocab_size)
-        examples = read_samples(text, pieces, rules)
-    note(f"{len(examples):,} samples; tokenizer {pieces.path}")
-    bar = qj.ProgressBar("comparing", stderr())
-    result = qj.compare(
-        *readers, examples, dtype=dtype, experts_per_read=experts_per_read, scratch=scratch, progress=bar
-    )
+        tokens = load_tokenizer(checkpoints[0], found, extra_ids)
+        examples = options.read(text, tokens)
+    note(f"{len(examples):,} samples; tokenizer {tokens.path}")
+    with qj.ProgressBar("comparing") as progress:
+        result = qj.compare(
+            *checkpoints, examples, dtype=dtype, experts_per_read=experts_per_read, scratch=scratch,
+            progress=progress,
+        )  # fmt: skip
     fields = {
-        "original": original, "compressed": compressed, "formats": [reader.format for reader in readers],
+        "original": original, "compressed": compressed, "formats": [each.format for each in checkpoints],
         "dtype": dtype, **result.to_json(), "seconds": time.monotonic() - began,
     }  # fmt: skip
     notes = [Text(f"note: {text}", style="dim") for text in result.notes]
     return Answer(fields, (_predictions(result), _layers(result), _weights(result), *notes))
 
 
-def _predictions(result: Comparison) -> Table:
+def _predictions(result: qj.Comparison) -> Table:
     table = Table("", "original", "compressed", "difference")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -124,14 +116,14 @@ def _predictions(result: Comparison) -> Table:
     table.add_row(
         "perplexity", *(f"{p:.2f}" for p in perplexities), f"{perplexities[1] - perplexities[0]:+.2f}"
     )
-    table.add_row("next token agrees", "", "", f"{result.next_token_agreement:.2%}")
-    table.add_row("KL of the predictions (nats)", "", "", f"{result.kl_divergence:.4g}")
+    table.add_row("same next token", "", "", f"{result.next_token_agreement:.2%}")
+    table.add_row("KL divergence (nats)", "", "", f"{result.kl_divergence:.4g}")
     table.caption = f"{result.tokens:,} predicted tokens in {result.examples:,} samples"
     return table
 
 
-def _layers(result: Comparison) -> Table:
-    table = Table("after layer", "cosine of the states", "same expert")
+def _layers(result: qj.Comparison) -> Table:
+    table = Table("after layer", "cosine of hidden states", "same expert")
     for column in table.columns[1:]:
         column.justify = "right"
     for layer in result.layers:
@@ -140,12 +132,12 @@ def _layers(result: Comparison) -> Table:
     return table
 
 
-def _weights(result: Comparison) -> Table:
-    """A row for each kind of tensor that differs; --json has every tensor."""
+def _weights(result: qj.Comparison) -> Table:
+    """Return a table with one row per kind of tensor that differs; --json has every tensor."""
     kinds = collections.defaultdict(list)
     for name, error in result.weight_errors.items():
         kinds[re.sub(r"/layers_\d+/", "/layers_*/", name)].append(error)
-    table = Table("tensors that differ", "count", "mean error", "largest")
+    table = Table("tensors that differ", "count", "mean error", "largest error")
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, errors in kinds.items():
@@ -154,5 +146,5 @@ def _weights(result: Comparison) -> Table:
             count = f"{differing}" if differing == len(errors) else f"{differing} of {len(errors)}"
             table.add_row(kind, count, f"{sum(errors) / len(errors):.4g}", f"{max(errors):.4g}")
     equal = sum(error == 0 for error in result.weight_errors.values())
-    table.caption = f"errors are ‖Q - W‖ / ‖W‖; {equal:,} of {len(result.weight_errors):,} tensors are equal"
+    table.caption = f"error: ‖Q - W‖ / ‖W‖; {equal:,} of {len(result.weight_errors):,} tensors are equal"
     return table

@@ -1,72 +1,66 @@
-"""qmoe compress: a checkpoint's experts below one bit a parameter."""
+"""qmoe compress: compresses a checkpoint's experts below one bit per parameter."""
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+import qmoe_jax as qj
+from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import note, stderr, working
+from qmoe_jax.cli.config_options import config_options
+from qmoe_jax.cli.console import note, working
 from qmoe_jax.cli.failures import Interrupted
-from qmoe_jax.cli.models import Checkpoint
+from qmoe_jax.cli.models import CheckpointPath
 from qmoe_jax.cli.samples import (
     ExtraIds,
     MaxTokens,
-    SampleRules,
+    SampleOptions,
     Seed,
     Segment,
     Split,
     TokenizerFile,
-    check_vocabulary,
-    open_tokenizer,
-    read_samples,
+    load_tokenizer,
 )
 
-if TYPE_CHECKING:
-    from qmoe_jax.compression import CompressionReport
-    from qmoe_jax.compression.report import Fallback
-
-BITS: dict[str, Literal["ternary", 2, 3, 4]] = {"ternary": "ternary", "2": 2, "3": 3, "4": 4}
-
 NAMED = 8
-"""Experts that a line of the table names; --json names them all."""
-
-FEW = 0.1
-"""Experts with less than this part of the even share of calibration tokens are called under-calibrated."""
-
-_panel: Any = {"rich_help_panel": "Quantization"}
+"""Number of experts that a line of the table names; --json names them all."""
 
 
+@config_options(qj.CompressionConfig, "Quantization")
 def compress(
-    path: Checkpoint,
+    path: CheckpointPath,
     output: Annotated[
         Path,
         typer.Argument(
-            help="The artifact's directory: new, or that of a run to go on with.", show_default=False
+            help="Directory of the artifact: new, or that of an interrupted run, which is resumed.",
+            show_default=False,
         ),
     ],
     calibration: Annotated[
         list[Path],
         typer.Option(
-            help="Text to calibrate on: a .txt or .jsonl file (.gz or .xz too), or a folder of them. May be repeated.",
+            help="Calibration text: a .txt or .jsonl file (.gz or .xz too), or a folder of them. Can be repeated.",
             show_default=False,
             rich_help_panel="Text",
         ),
     ],
+    *,
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = 100,
     samples: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Calibration samples at most. QMoE took 10,000 for 128 experts a layer and 160,000 for 2,048.",
+            help="Maximum number of calibration samples. QMoE used 10,000 for 128 experts per layer and 160,000 for "
+            "2,048.",
             rich_help_panel="Text",
         ),
     ] = 10_000,
@@ -74,92 +68,14 @@ def compress(
     segment: Segment = None,
     split: Split = None,
     seed: Seed = 0,
-    bits: Annotated[
-        Literal["ternary", "2", "3", "4"],
-        typer.Option(
-            help="Levels of a weight: ternary, which is coded below 1 bit, or 2 to the power of this.",
-            **_panel,
-        ),
-    ] = "ternary",
-    method: Annotated[
-        Literal["gptq", "nearest"],
-        typer.Option(
-            help="gptq makes up for rounding errors on the calibration text; nearest rounds.", **_panel
-        ),
-    ] = "gptq",
-    damping: Annotated[
-        float,
-        typer.Option(
-            min=0.0, help="Share of a Hessian's mean diagonal that is added to its diagonal.", **_panel
-        ),
-    ] = 0.1,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="COLUMNS",
-            help="Columns that share their levels.",
-            show_default="the whole row",
-            **_panel,
-        ),
-    ] = None,
-    activation_order: Annotated[
-        bool,
-        typer.Option("--activation-order", help="Quantize the columns of large activations first.", **_panel),
-    ] = False,
-    true_sequential: Annotated[
-        bool,
-        typer.Option(
-            "--true-sequential",
-            help="Calibrate an expert's second matrix on the outputs of its quantized first one.",
-            **_panel,
-        ),
-    ] = False,
-    skip: Annotated[
-        Literal["encoder", "decoder"] | None,
-        typer.Option(help="Leave this stack uncompressed.", show_default="neither", **_panel),
-    ] = None,
-    keep_sentinels: Annotated[
-        bool,
-        typer.Option(
-            "--keep-sentinels", help="Let the tokens that mark masked spans calibrate too.", **_panel
-        ),
-    ] = False,
-    sentinel_start: Annotated[
-        int | None,
-        typer.Option(metavar="ID", help="The first sentinel id.", show_default="the tokenizer's", **_panel),
-    ] = None,
-    token_cap: Annotated[
-        float,
-        typer.Option(
-            min=0.0, help="Tokens that may calibrate an expert, in even shares of all tokens.", **_panel
-        ),
-    ] = 4.0,
-    experts_per_group: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Experts quantized and written together. Memory: about 12 x d_ff² bytes for each of them.",
-            **_panel,
-        ),
-    ] = 16,
-    codebook: Annotated[
-        str,
-        typer.Option(
-            help="Of ternary digits: tunstall-N (codewords of N bits, 2 to 16, fitted to the model), or upstream.",
-            **_panel,
-        ),
-    ] = "tunstall-8",
-    level_dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="What the levels are stored as.", **_panel)
-    ] = "bfloat16",
+    config: qj.CompressionConfig,
 ) -> Answer:
     """Compress a checkpoint's experts into an artifact.
 
-    Layer by layer, a group of experts at a time: calibrate, quantize, code,
-    write. A finished group is safe on the disk: after Ctrl-C or a power cut
-    the same command goes on from there, and ends with the same bytes. The
-    tokenizer's model is put into the artifact.
+    Layer by layer, one group of experts at a time, the experts are calibrated,
+    quantized, coded and written. A finished group is safe on disk: after
+    Ctrl-C or a power failure the same command resumes there, and gives the
+    same bytes. The tokenizer's model is stored in the artifact.
 
     Examples:
       $ qmoe compress experiments/switch_mini mini-ternary \\
@@ -168,54 +84,28 @@ def compress(
       $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
           --calibration c4.json.gz --samples 20000
     """
-    import qmoe_jax as qj
-
-    rules = SampleRules(samples, max_tokens, segment, split, seed)
+    options = SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):
-        reader = qj.open_checkpoint(path)
-        pieces = open_tokenizer(path, tokenizer, extra_ids)
-        check_vocabulary(pieces, reader.config.vocab_size)
-        config = qj.CompressionConfig(
-            bits=BITS[bits],
-            method=method,
-            damping=damping,
-            group_size=group_size,
-            activation_order=activation_order,
-            true_sequential=true_sequential,
-            skip=skip,
-            keep_sentinels=keep_sentinels,
-            sentinel_start=pieces.sentinels.start if sentinel_start is None else sentinel_start,
-            token_cap=token_cap,
-            experts_per_group=experts_per_group,
-            codebook=codebook,
-            level_dtype=level_dtype,
-        )
-        examples = read_samples(calibration, pieces, rules)
+        checkpoint = qj.open_checkpoint(path)
+        pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
+        examples = options.read(calibration, pieces)
+    if config.sentinel_start is None:
+        config = dataclasses.replace(config, sentinel_start=pieces.sentinels.start)
     tokens = sum(len(encoder) + len(decoder) for encoder, decoder in examples)
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
-    bar = qj.ProgressBar(console=stderr())
     attachments = {"tokenizer.model": pieces.path.read_bytes()}
     try:
-        report = qj.compress(path, output, examples, config, attachments=attachments, progress=bar)
+        with qj.ProgressBar("compressing") as progress:
+            report = qj.compress(
+                checkpoint, output, examples, config, attachments=attachments, progress=progress
+            )
     except KeyboardInterrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
-        raise Interrupted(f"What is finished is safe in {output}; to go on from there:\n  {again}") from None
+        raise Interrupted(f"Finished groups are safe in {output}; to resume:\n  {again}") from None
     return Answer(_fields(report, len(examples), tokens), (result_table(report),))
 
 
-def under_calibrated(report: CompressionReport) -> dict[str, dict[int, int]]:
-    """The experts with less than `FEW` of their layer's even share of calibration tokens: by layer, their tokens."""
-    layers: dict[str, dict[int, int]] = collections.defaultdict(dict)
-    for group in report.groups:
-        layers[f"{group.stack} {group.layer}"] |= dict(enumerate(group.calibrated, group.start))
-    return {
-        layer: few
-        for layer, counts in layers.items()
-        if (few := {e: n for e, n in counts.items() if n < FEW * sum(counts.values()) / len(counts)})
-    }
-
-
-def _fields(report: CompressionReport, samples: int, tokens: int) -> dict[str, Any]:
+def _fields(report: qj.CompressionReport, samples: int, tokens: int) -> dict[str, Any]:
     sizes = report.sizes
     return {
         "path": report.path,
@@ -227,45 +117,44 @@ def _fields(report: CompressionReport, samples: int, tokens: int) -> dict[str, A
         "samples": samples,
         "tokens": tokens,
         "rounded_to_nearest": report.fallbacks,
-        "under_calibrated": under_calibrated(report),
+        "under_calibrated": report.under_calibrated(),
         "seconds": report.seconds,
     }
 
 
-def result_table(report: CompressionReport) -> Table:
-    """What a compression came to, for people."""
+def result_table(report: qj.CompressionReport) -> Table:
+    """Return a compression's result as a table."""
     sizes = report.sizes
     table = Table.grid(padding=(0, 2))
     table.title, table.title_justify = str(report.path), "left"
     table.add_row(
-        "bits", f"{sizes.bits_per_expert_parameter:.4f} an expert parameter, everything counted, on the disk"
+        "bits", f"{sizes.bits_per_expert_parameter:.4f} per expert parameter, everything on disk counted"
     )
-    table.add_row("", f"{sizes.bits_per_parameter:.4f} a parameter of the whole model")
+    table.add_row("", f"{sizes.bits_per_parameter:.4f} per parameter of the whole model")
     table.add_row(
         "size", f"{sizes.total_bytes:,} bytes, {sizes.compression_ratio:.1f} times smaller than bfloat16"
     )
-    table.add_row("zeros", f"{report.sparsity:.1%} of the experts' weights")
-    table.add_row("seconds", f"{report.seconds:.1f}")
+    table.add_row("sparsity", f"{report.sparsity:.1%} of the experts' weights are zero")
+    table.add_row("seconds", "unknown" if report.seconds is None else f"{report.seconds:.1f}")
     table.add_row("rounded to nearest", _fallbacks(report.fallbacks))
-    table.add_row("under-calibrated", _few(under_calibrated(report)))
+    table.add_row("under-calibrated", _under_calibrated(report.under_calibrated()))
     return table
 
 
 def _fallbacks(fallbacks: tuple[Fallback, ...]) -> Text:
-    """The experts without a usable Hessian."""
-    tokens = {(f.stack, f.layer, f.expert): f.calibrated_tokens for f in fallbacks}
+    tokens = {(f.stack, f.layer, f.expert): f.calibration_tokens for f in fallbacks}
     names = [f"{stack} {layer} expert {e} ({n} tokens)" for (stack, layer, e), n in tokens.items()]
-    return _named(names, "for want of calibration tokens", "none")
+    return _named(names, "no usable Hessian")
 
 
-def _few(layers: dict[str, dict[int, int]]) -> Text:
+def _under_calibrated(layers: dict[str, dict[int, int]]) -> Text:
     names = [f"{layer} expert {e} ({n} tokens)" for layer, few in layers.items() for e, n in few.items()]
-    return _named(names, f"under {FEW:.0%} of the even share", "none")
+    return _named(names, f"under {UNDER_CALIBRATED:.0%} of the even share of tokens")
 
 
-def _named(names: list[str], reason: str, otherwise: str) -> Text:
+def _named(names: list[str], reason: str) -> Text:
     if not names:
-        return Text(otherwise)
+        return Text("none")
     more = f", and {len(names) - NAMED:,} more (--json names them)" if len(names) > NAMED else ""
     count = "1 expert" if len(names) == 1 else f"{len(names):,} experts"
     return Text(f"{count}, {reason}: {', '.join(names[:NAMED])}{more}", style="yellow")

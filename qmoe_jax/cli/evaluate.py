@@ -1,85 +1,72 @@
-"""qmoe evaluate: how good is a model on a text?"""
+"""qmoe evaluate: measures the loss of a model on held-out text."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import progress, working
-from qmoe_jax.cli.models import Checkpoint, Dtype, ExpertCache, Experts, load
+from qmoe_jax.cli.console import working
+from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load
 from qmoe_jax.cli.samples import (
     ExtraIds,
+    HeldOutText,
     MaxTokens,
-    SampleRules,
+    SampleOptions,
     Seed,
     Segment,
     Split,
     TokenizerFile,
-    check_vocabulary,
-    open_tokenizer,
-    read_samples,
+    load_tokenizer,
 )
 
 
 def evaluate(
-    path: Checkpoint,
-    text: Annotated[
-        list[Path],
-        typer.Option(
-            help="Held-out text: a .txt or .jsonl file (.gz or .xz too), or a folder of them. May be repeated.",
-            show_default=False,
-            rich_help_panel="Text",
-        ),
-    ],
+    path: CheckpointPath,
+    text: HeldOutText,
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = 100,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples at most.", show_default="all there are", rich_help_panel="Text"),
+        typer.Option(min=1, help="Maximum number of samples.", show_default="all", rich_help_panel="Text"),
     ] = None,
     max_tokens: MaxTokens = None,
     segment: Segment = None,
     split: Split = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run through the model together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of samples that run together.")] = 16,
     dtype: Dtype = None,
     experts: Experts = None,
     expert_cache: ExpertCache = None,
 ) -> Answer:
     """Measure a model's loss on held-out text.
 
-    Spans of each text are masked as in training (15 % of the tokens, 3 a span
-    on average), and the model says what stood there. Loss is the mean
-    cross-entropy of a token in nats. A compressed model runs packed, as it is.
+    Spans of each text are masked as in pretraining (15 % of the tokens, 3 per
+    span on average), and the model predicts them. The loss is the mean
+    cross-entropy per token in nats. The experts of a compressed model stay
+    packed.
 
     Examples:
       $ qmoe evaluate mini-ternary --text validation.jsonl.xz --segment 127
       $ qmoe evaluate switch-base-128 --text c4-validation.json.gz --samples 128
       $ qmoe evaluate mini-ternary --text books/ --segment 127 --json | jq .loss
     """
-    import qmoe_jax as qj
-
-    began, rules = time.monotonic(), SampleRules(samples, max_tokens, segment, split, seed)
+    began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):
-        reader = qj.open_checkpoint(path)
-        pieces = open_tokenizer(path, tokenizer, extra_ids)
-        check_vocabulary(pieces, reader.config.vocab_size)
-        examples = read_samples(text, pieces, rules)
+        checkpoint = qj.open_checkpoint(path)
+        examples = options.read(text, load_tokenizer(checkpoint, tokenizer, extra_ids))
     with working(f"loading {path}"):
-        model, params = load(reader, dtype, experts, expert_cache)
-    with progress("evaluating", "samples") as advance:
-        result = qj.evaluate(
-            model, params, examples, batch_size=batch_size, done=lambda done: advance(done, len(examples))
-        )
-    seconds = time.monotonic() - began
+        model, params = load(checkpoint, dtype, experts, expert_cache)
+    with qj.ProgressBar("evaluating", "samples") as progress:
+        result = qj.evaluate(model, params, examples, batch_size=batch_size, progress=progress)
+    seconds, statistics = time.monotonic() - began, qj.expert_statistics(params)
     fields = {
         "path": path,
-        "format": reader.format,
+        "format": checkpoint.format,
         "dtype": model.dtype,
         "samples": len(examples),
         "tokens": result.tokens,
@@ -87,12 +74,12 @@ def evaluate(
         "perplexity": result.perplexity,
         "accuracy": result.accuracy,
         "seconds": seconds,
-        "experts": None if (used := qj.expert_statistics(params)) is None else used.to_json(),
+        "experts": None if statistics is None else statistics.to_json(),
     }
     table = Table.grid(padding=(0, 2))
-    table.add_row("loss", f"{result.loss:.4f} nats a token")
+    table.add_row("loss", f"{result.loss:.4f} nats per token")
     table.add_row("perplexity", f"{result.perplexity:.2f}")
-    table.add_row("accuracy", f"{result.accuracy:.2%} of the tokens most likely")
+    table.add_row("accuracy", f"{result.accuracy:.2%} of tokens predicted correctly")
     table.add_row("tokens", f"{result.tokens:,} in {len(examples):,} samples")
-    table.add_row("seconds", f"{seconds:.1f}, loading and compilation included")
+    table.add_row("seconds", f"{seconds:.1f}, including loading and compilation")
     return Answer(fields, (table,))

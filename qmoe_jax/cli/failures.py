@@ -1,31 +1,31 @@
-"""What a person reads instead of a traceback: what is wrong, where, what was expected and found, what to do."""
+"""Messages for errors: what happened, where, what was expected and found, and the remedy."""
 
 from __future__ import annotations
 
 import errno
 from typing import Any
 
+from qmoe_jax.files.errors import CheckpointError
+
 OK, FAILED, PROBLEMS, INTERRUPTED = 0, 1, 3, 130
-"""Exit codes: all is well; an error; `verify` found problems; Ctrl-C. Wrong usage exits with 2."""
+"""Exit codes: OK; an error; `verify` found problems; Ctrl-C. Wrong usage exits with 2."""
 
 REMEDIES = {
     errno.ENOSPC: "free some space on that disk, then run the same command again",
     errno.EDQUOT: "free some of your quota, then run the same command again",
-    errno.EACCES: "choose a place that you may read and write",
-    errno.EPERM: "choose a place that you may read and write",
-    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a location where you have read and write permission",
+    errno.EPERM: "choose a location where you have read and write permission",
+    errno.EROFS: "choose a location on a writable file system",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what to know about it as its message."""
+    """Ctrl-C; the message says what remains and how to continue."""
 
 
 def describe(error: Exception) -> dict[str, Any]:
-    """An error as data: `type`, `problem`, and where they are known `path`, `key`, `expected`, `found`, `remedy`."""
-    from qmoe_jax.files.errors import CheckpointError
-
+    """Return an error as data: `type`, `problem`, and where known `path`, `key`, `expected`, `found`, `remedy`."""
     kind = type(error).__name__
     if isinstance(error, CheckpointError):
         fields = {
@@ -44,13 +44,13 @@ def describe(error: Exception) -> dict[str, Any]:
     else:
         fields = {
             "problem": f"{kind}: {error}",
-            "remedy": "this may be a mistake in qmoe itself: --debug shows where it happened",
+            "remedy": "this may be a bug in qmoe: run the command with --debug, and report the traceback",
         }
     return {"type": kind} | {name: value for name, value in fields.items() if value is not None}
 
 
 def message(fields: dict[str, Any]) -> str:
-    """The lines that say what `describe` found."""
+    """Return the lines to print for an error that `describe` returned."""
     where = f"{fields['path']}: " if "path" in fields else ""
     details = [
         f"  {name}: {fields[name]}" for name in ("key", "expected", "found", "remedy") if name in fields

@@ -1,32 +1,25 @@
-"""qmoe generate: fill the blanks of a text."""
+"""qmoe generate: fills the blanks of texts."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import progress, stderr, working
-from qmoe_jax.cli.models import Checkpoint, Dtype, ExpertCache, Experts, load
-from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, check_vocabulary, open_tokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from qmoe_jax.inference import Sampling
-    from qmoe_jax.models import SwitchTransformer
-
-LENGTH_MULTIPLE = 16
-"""Texts are padded to a multiple of this many tokens, so that near lengths share one compiled program."""
+from qmoe_jax.cli.console import stderr, working
+from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load
+from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, load_tokenizer
+from qmoe_jax.data.infill import Infill
 
 
 def generate(
-    path: Checkpoint,
+    path: CheckpointPath,
     text: Annotated[
         str | None,
         typer.Argument(
@@ -34,47 +27,48 @@ def generate(
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Texts to fill instead, one a line.", show_default=False)
+        Path | None,
+        typer.Option(help="Fill the texts of this file instead, one per line.", show_default=False),
     ] = None,
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = 100,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to write at most, for all blanks of a text.")
+        int, typer.Option(min=1, help="Maximum number of tokens to generate, for all blanks of a text.")
     ] = 32,
     temperature: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="0 takes the most likely token each time; 1 draws tokens as the model weighs them.",
+            help="Sampling temperature; 0 takes the most likely token (greedy).",
             show_default="0, or 1 with --top-k or --top-p",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Draw from this many of the likeliest tokens.", show_default="all"),
+        typer.Option(min=1, help="Sample from this many most likely tokens.", show_default="all"),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Draw from the likeliest tokens that have this share together.",
+            help="Sample from the most likely tokens whose total probability is this.",
             show_default="all",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines of --file that are filled together.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of lines of --file that run together.")] = 8,
     dtype: Dtype = None,
     experts: Experts = None,
     expert_cache: ExpertCache = None,
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Tell times, tokens a second and what was read of experts, on stderr."),
+        typer.Option("--stats", help="Print timing, tokens per second and expert I/O statistics to stderr."),
     ] = False,
 ) -> Answer:
-    """Fill the blanks of a text, and print it filled.
+    """Fill the blanks of a text, and print the result.
 
-    Experts of a compressed model stay packed while it runs.
+    The experts of a compressed model stay packed.
 
     Examples:
       $ qmoe generate mini-ternary "The ___ sat on the mat."
@@ -82,47 +76,71 @@ def generate(
       $ qmoe generate mini-ternary --file lines.txt --stats > filled.txt
       $ qmoe generate c2048-ternary "Paris is the ___." --experts disk --expert-cache 4GB
     """
-    import qmoe_jax as qj
-    from qmoe_jax.data.infill import Infill, read_spans
-
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
-    sampling = qj.Sampling(temperature, top_k, top_p)
-    infills = [Infill.parse(line) for line in _lines(text, file)]
-    began = time.monotonic()
+    sampling, lines, clock = qj.Sampling(temperature, top_k, top_p), _lines(text, file), Stopwatch()
     with working(f"loading {path}"):
-        reader = qj.open_checkpoint(path)
-        pieces = open_tokenizer(path, tokenizer, extra_ids)
-        check_vocabulary(pieces, reader.config.vocab_size)
-        encoded = [infill.encode(pieces) for infill in infills]
-        model, params = load(reader, dtype, experts, expert_cache)
-    loading = time.monotonic() - began
-    outputs, batches = _write(model, params, encoded, batch_size, max_new_tokens, sampling, seed)
-    spans = [read_spans(ids, pieces.sentinels) for ids in outputs]
-    filled = [infill.fill(span, pieces) for infill, span in zip(infills, spans, strict=True)]
-    timing = Timing(loading, batches)
-    used = qj.expert_statistics(params)
+        checkpoint = qj.open_checkpoint(path)
+        pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
+        for line in lines:
+            Infill.parse(line).encode(pieces)  # refuses a bad text before the model is loaded
+        model, params = load(checkpoint, dtype, experts, expert_cache)
+    with qj.ProgressBar("filling", "texts") as progress:
+        filled = qj.fill_blanks(
+            model, params, pieces, lines, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            batch_size=batch_size, progress=clock.forwarding_to(progress),
+        )  # fmt: skip
+    timing, statistics = clock.timing(filled), qj.expert_statistics(params)
     if stats:
-        for line in (timing, used):
-            if line is not None:
-                stderr().print(str(line), soft_wrap=True)
-    texts = [
-        {"filled": result, "spans": {n: pieces.decode(ids) for n, ids in span.items()}}
-        for result, span in zip(filled, spans, strict=True)
-    ]
-    stated = timing.to_json() | {"experts": None if used is None else used.to_json()}
-    return Answer({"texts": texts, "stats": stated}, tuple(filled))
+        for found in (timing, statistics):
+            if found is not None:
+                stderr().print(str(found), soft_wrap=True)
+    fields = {
+        "texts": [{"filled": each.text, "spans": each.spans} for each in filled],
+        "stats": timing.to_json() | {"experts": None if statistics is None else statistics.to_json()},
+    }
+    return Answer(fields, tuple(each.text for each in filled))
+
+
+class Stopwatch:
+    """Times of loading and of each batch, taken when progress is reported; the first report ends the loading."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._calls: list[tuple[int, float]] = []
+
+    def forwarding_to(self, progress: qj.ProgressCallback) -> qj.ProgressCallback:
+        """Return a progress callback that notes the time and calls `progress`."""
+
+        def report(done: int, total: int, label: str) -> None:
+            self._calls.append((done, time.monotonic()))
+            progress(done, total, label)
+
+        return report
+
+    def timing(self, filled: list[qj.FilledText]) -> Timing:
+        """Return the times, with the tokens of the texts that each batch filled."""
+        batches = [
+            (sum(each.tokens for each in filled[first:last]), end - begin)
+            for (first, begin), (last, end) in itertools.pairwise(self._calls)
+        ]
+        return Timing(self._calls[0][1] - self._began, batches)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds that loading took, and for each batch (the first with its compilation) tokens written and seconds."""
+    """Durations of a run.
+
+    Attributes:
+        loading: seconds that loading took.
+        batches: tokens generated and seconds of each batch; the first includes compilation.
+    """
 
     loading: float
     batches: list[tuple[int, float]]
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The rate is that of the batches behind the first; None where there is none."""
+        """Return plain values. The rate is that of the batches after the first; None where there is only one."""
         tokens, seconds = map(sum, zip(*self.batches, strict=True))
         first_tokens, first_seconds = self.batches[0]
         later = len(self.batches) > 1
@@ -135,67 +153,24 @@ class Timing:
         }
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         found = self.to_json()
         rate = found["tokens_per_second"]
         later = f", then {rate:,.0f} tokens/s" if rate else ""
         return (
-            f"loaded in {self.loading:.1f} s; {found['tokens']:,} tokens in {found['seconds']:.2f} s: the first batch, "
-            f"compilation included, {found['first_batch_seconds']:.2f} s{later}"
+            f"loaded in {self.loading:.1f} s; {found['tokens']:,} tokens in {found['seconds']:.2f} s: first batch "
+            f"{found['first_batch_seconds']:.2f} s including compilation{later}"
         )
 
 
-def _write(
-    model: SwitchTransformer,
-    params: dict[str, Any],
-    encoded: Sequence[np.ndarray],
-    batch_size: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-) -> tuple[list[np.ndarray], list[tuple[int, float]]]:
-    """What the model writes for each text, int32 `[new]`; and tokens and seconds of each batch."""
-    import numpy as np
-    from jax import numpy as jnp
-
-    from qmoe_jax.inference import generate as write
-
-    outputs: list[np.ndarray] = []
-    batches: list[tuple[int, float]] = []
-    with progress("filling", "texts") as advance:
-        for number, rows in enumerate(_batches(encoded, batch_size)):
-            began = time.monotonic()
-            # Another seed for every batch, so that equal lines of two batches are drawn apart.
-            ids = write(
-                model, params, jnp.asarray(rows), max_new_tokens=max_new_tokens, sampling=sampling,
-                seed=seed + number,
-            )  # fmt: skip
-            new = list(np.asarray(ids))[: len(encoded) - len(outputs)]
-            batches.append((int(np.count_nonzero(new)), time.monotonic() - began))
-            outputs += new
-            advance(len(outputs), len(encoded))
-    return outputs, batches
-
-
 def _lines(text: str | None, file: Path | None) -> list[str]:
-    """The text of the command line, or the lines of a file that are not empty."""
+    """Return the text of the command line, or the lines of a file that are not empty."""
     if (text is None) == (file is None):
-        raise typer.BadParameter("give a text with blanks, or --file with one a line")
+        raise typer.BadParameter("give either a text with blanks, or --file with one text per line")
     if text is not None:
         return [text]
     assert file is not None
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"{file}: no line of text")
+        raise ValueError(f"{file}: expected at least one line of text, found none")
     return lines
-
-
-def _batches(encoded: Sequence[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Encoder ids as batches of one shape, int32 `[row, n]`; the last row is repeated to fill the last batch."""
-    from qmoe_jax.data.batching import pad_rows, round_up
-
-    rows = min(batch_size, len(encoded))
-    length = round_up(max(map(len, encoded)), LENGTH_MULTIPLE)
-    for start in range(0, len(encoded), rows):
-        part = list(encoded[start : start + rows])
-        yield pad_rows(part + part[-1:] * (rows - len(part)), rows, length)

@@ -1,48 +1,44 @@
-"""qmoe inspect: what is in a checkpoint?"""
+"""qmoe inspect: shows what a checkpoint holds."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+import qmoe_jax as qj
+from qmoe_jax.artifact.inspect import Inspection, Layer
+from qmoe_jax.artifact.reader import ArtifactReader
+from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.models import Checkpoint
-
-if TYPE_CHECKING:
-    from qmoe_jax.artifact.reader import ArtifactReader
-    from qmoe_jax.artifact.sizes import Sizes
-    from qmoe_jax.checkpoints.inspect import Inspection, Layer
+from qmoe_jax.cli.models import CheckpointPath
 
 
-def inspect(path: Checkpoint) -> Answer:
-    """Tell what a checkpoint holds, without reading its tensors.
+def inspect(path: CheckpointPath) -> Answer:
+    """Show what a checkpoint holds, without reading its tensors.
 
-    Configuration (from the tensors' own shapes), layers, experts, parameters,
-    bytes on the disk, the memory that each compressed form would need, and
-    files that are missing or damaged; of a compressed model also its bits a
-    parameter.
+    Configuration (inferred from the tensors' shapes), layers, experts,
+    parameters, bytes on disk, the memory that each compressed form would need,
+    and files that are missing or damaged; for a compressed model also its bits
+    per parameter.
 
     Examples:
       $ qmoe inspect switch-base-128
       $ qmoe inspect gs://bucket/switch/checkpoint_500100
       $ qmoe inspect mini-ternary --json | jq .compression.bits_per_expert_parameter
     """
-    import qmoe_jax as qj
-    from qmoe_jax.artifact.reader import ArtifactReader
-    from qmoe_jax.artifact.sizes import measure
-
-    reader = qj.open_checkpoint(path, check=False)
-    found = qj.inspect(reader)
+    checkpoint = qj.open_checkpoint(path, check=False)
+    found = qj.inspect(checkpoint)
     fields: dict[str, Any] = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     shown = [_facts(found), _layers(found), _memory(found)]
-    if isinstance(reader, ArtifactReader) and not found.damaged:
-        sizes = measure(reader.path)
-        fields["compression"] = _compression(reader, sizes)
-        shown.insert(1, _compression_table(reader, sizes))
+    if isinstance(checkpoint, ArtifactReader) and not found.damaged:
+        sizes = measure(checkpoint.path)
+        fields["compression"] = _compression(checkpoint, sizes)
+        shown.insert(1, _compression_table(checkpoint, sizes))
     warnings = [Text(f"{shard.name}: {shard.problem}", style="red") for shard in found.damaged]
     notes = [Text(f"note: {text}", style="dim") for text in found.notes]
     return Answer(fields, (*shown, *warnings, *notes))
@@ -51,15 +47,11 @@ def inspect(path: Checkpoint) -> Answer:
 def _facts(found: Inspection) -> Table:
     config = found.config
     share = found.expert_parameters / max(found.parameters, 1)
-    disk = (
-        "unknown"
-        if found.bytes_on_disk is None
-        else f"{_bytes(found.bytes_on_disk)} in {found.files:,} files"
-    )
+    size = found.bytes_on_disk
     feed_forward = f"{'gated ' if config.gated else ''}{config.activation}"
     facts = {
         "format": found.format,
-        "architecture": found.preset or "none of the published ones",
+        "architecture": found.preset or "not one of the published models",
         "parameters": f"{found.parameters:,}",
         "in experts": f"{found.expert_parameters:,} ({share:.1%})",
         "experts": f"{config.num_experts} in {len(config.encoder_sparse_layers)} + "
@@ -67,9 +59,9 @@ def _facts(found: Inspection) -> Table:
         "layers": f"{config.num_encoder_layers} encoder + {config.num_decoder_layers} decoder",
         "width": f"{config.d_model}, feed-forward {config.d_ff} ({feed_forward})",
         "attention": f"{config.num_heads} heads of {config.d_kv}",
-        "vocabulary": f"{config.vocab_size:,}, head {'tied to' if config.tied else 'apart from'} the embedding",
+        "vocabulary": f"{config.vocab_size:,}, head {'tied to' if config.tied else 'separate from'} the embedding",
         "stored as": ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()),
-        "on disk": disk,
+        "on disk": "unknown" if size is None else f"{decimal(size)} in {found.files:,} files",
     }
     table = Table.grid(padding=(0, 2))
     table.title, table.title_justify = found.path, "left"
@@ -79,8 +71,8 @@ def _facts(found: Inspection) -> Table:
 
 
 def _layers(found: Inspection) -> Table:
-    """A row for each run of equal layers."""
-    table = Table("layers", "experts", "parameters a layer")
+    """Return a table with one row per run of equal layers."""
+    table = Table("layers", "experts", "parameters per layer")
     for column in table.columns[1:]:
         column.justify = "right"
     alike = lambda layer: (layer.stack, layer.experts, layer.parameters)
@@ -93,7 +85,7 @@ def _layers(found: Inspection) -> Table:
 
 
 def _interleaved(layers: tuple[Layer, ...]) -> list[Layer]:
-    """Layers of a kind side by side: stack after stack, in each the kinds as they come first."""
+    """Return the layers with those of a kind together: stack by stack, kinds in the order of their first layer."""
     first: dict[tuple[str, int, int], int] = {}
     for place, layer in enumerate(layers):
         first.setdefault((layer.stack, layer.experts, layer.parameters), place)
@@ -101,44 +93,35 @@ def _interleaved(layers: tuple[Layer, ...]) -> list[Layer]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in short: 0-4, or 1, 3, 5."""
+    """Return numbers as text: 0-4 for a range, else 1, 3, 5."""
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}-{numbers[-1]}"
     return ", ".join(map(str, numbers))
 
 
 def _memory(found: Inspection) -> Table:
-    table = Table("experts as", "memory for the model")
+    table = Table("experts as", "memory of the model")
     table.columns[1].justify = "right"
     for form, size in found.memory.items():
-        table.add_row(form if form == "bfloat16" else f"{form} (estimate)", _bytes(size))
+        table.add_row(form if form == "bfloat16" else f"{form} (estimate)", decimal(size))
     return table
 
 
-def _compression(reader: ArtifactReader, sizes: Sizes) -> dict[str, Any]:
+def _compression(artifact: ArtifactReader, sizes: Sizes) -> dict[str, Any]:
     ratios = ("bits_per_expert_parameter", "bits_per_parameter", "compression_ratio")
     return {
-        "options": reader.manifest.run.options,
-        "source": reader.manifest.run.source,
+        "options": artifact.manifest.run.options,
+        "source": artifact.manifest.run.source,
         **{name: getattr(sizes, name) for name in ratios},
         "sizes": sizes,
     }
 
 
-def _compression_table(reader: ArtifactReader, sizes: Sizes) -> Table:
-    options = reader.manifest.run.options
+def _compression_table(artifact: ArtifactReader, sizes: Sizes) -> Table:
+    options = artifact.manifest.run.options
     table = Table.grid(padding=(0, 2))
     table.add_row("compressed", ", ".join(f"{name} {value}" for name, value in options.items() if value))
-    table.add_row("bits", f"{sizes.bits_per_expert_parameter:.4f} an expert parameter, everything counted")
-    table.add_row("", f"{sizes.bits_per_parameter:.4f} a parameter of the whole model")
-    table.add_row("ratio", f"{sizes.compression_ratio:.1f} to bfloat16")
+    table.add_row("bits", f"{sizes.bits_per_expert_parameter:.4f} per expert parameter, everything counted")
+    table.add_row("", f"{sizes.bits_per_parameter:.4f} per parameter of the whole model")
+    table.add_row("ratio", f"{sizes.compression_ratio:.1f} times smaller than bfloat16")
     return table
-
-
-def _bytes(size: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:,.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"

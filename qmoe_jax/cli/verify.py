@@ -1,4 +1,4 @@
-"""qmoe verify: is every byte of an artifact what was written?"""
+"""qmoe verify: checks every byte of an artifact."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+import qmoe_jax as qj
+from qmoe_jax.artifact.open import is_artifact
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import progress
 from qmoe_jax.cli.failures import OK, PROBLEMS
 
 
@@ -20,31 +21,29 @@ def verify(
 ) -> Answer:
     """Check every byte of a compressed model.
 
-    Each file is read and compared with its checksum, each array with the
-    manifest, and each expert's codes are decoded. Exits with 0 if all is well
-    and with 3 if not: then each problem is named, with expected and found.
+    Every file is read and compared with its checksum, every array with the
+    manifest, and the codes of every expert are decoded. Exits with 0 if the
+    artifact is intact, and with 3 if not: then each problem is printed, with
+    what was expected and found.
 
     Examples:
       $ qmoe verify mini-ternary
       $ qmoe verify mini-ternary --json | jq -r '.problems[]'
       $ qmoe verify mini-ternary && rsync -a mini-ternary server:models/
     """
-    import qmoe_jax as qj
-    from qmoe_jax.artifact.open import is_artifact
-
     if not is_artifact(path):
-        found = qj.open_checkpoint(path, check=False).format  # names what is missing where there is nothing
+        found = qj.open_checkpoint(path, check=False).format  # raises where there is nothing
         raise qj.CheckpointError(
-            "is no artifact", path=path, found=f"a {found} checkpoint", remedy="look at it by qmoe inspect"
+            "is not an artifact", path=path, found=f"a {found} checkpoint", remedy="use qmoe inspect"
         )
-    with progress("checking", "bytes") as advance:
-        result = qj.verify(path, advance)
+    with qj.ProgressBar("checking", "bytes") as progress:
+        result = qj.verify(path, progress=progress)
     fields = {
         "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes, "problems": result.problems,
     }  # fmt: skip
-    counted = f"{result.files:,} files, {result.bytes:,} bytes"
+    checked = f"{result.files:,} files, {result.bytes:,} bytes"
     if result.ok:
-        return Answer(fields, (Text(f"{path}: all is well: {counted}", style="green"),), OK)
+        return Answer(fields, (Text(f"{path}: OK: {checked}", style="green"),), OK)
     problems = "1 problem" if len(result.problems) == 1 else f"{len(result.problems):,} problems"
-    verdict = Text(f"{path}: {problems} in {counted}", style="red")
+    verdict = Text(f"{path}: {problems} in {checked}", style="red")
     return Answer(fields, (verdict, *(f"  {problem}" for problem in result.problems)), PROBLEMS)

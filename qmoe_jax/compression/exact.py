@@ -1,8 +1,8 @@
-"""Levels as quantization found them, kept beside an unfinished artifact.
+"""Float32 levels, kept beside an unfinished artifact.
 
-An artifact rounds levels to bfloat16, but tokens run on through experts with float32 levels, as upstream's do. A run
-that goes on from finished groups must do the same, so their levels wait in a hidden folder until all is written:
-8 bytes a row (4 GB for c-2048).
+An artifact rounds levels to bfloat16, but calibration tokens run on through experts with float32 levels, as
+upstream's do. A resumed run must do the same, so the levels of finished groups wait in a hidden folder until the
+artifact is finished: 8 bytes per row (4 GB for c-2048).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from qmoe_jax.files.durable import write_durably
 FOLDER = ".exact-levels"
 
 Levels = Mapping[str, np.ndarray]
-"""Of each matrix of a group, float32 `[expert, out, group, 2]`."""
+"""Levels of each matrix of a group, float32 `[expert, out, group, 2]`."""
 
 
 class ExactLevels:
-    """The levels of an unfinished artifact's groups."""
+    """The levels of an unfinished artifact's groups, one file per group."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def write(self, key: GroupKey, levels: Levels) -> None:
-        """Keep a group's levels; to be called before the group is written."""
+        """Write a group's levels; to be called before the group itself is written."""
         write_durably(
             self._path(key), [save({name: np.ascontiguousarray(part) for name, part in levels.items()})]
         )
 
     def read(self, key: GroupKey) -> Levels | None:
-        """A group's levels, None where there are none."""
+        """Read a group's levels; None where there are none."""
         path = self._path(key)
         return load(path.read_bytes()) if path.exists() else None
 
     def remove(self) -> None:
-        """Forget them all, once the artifact is finished."""
+        """Remove all of them, once the artifact is finished."""
         shutil.rmtree(self.root / FOLDER, ignore_errors=True)
 
     def _path(self, key: GroupKey) -> Path:
@@ -55,7 +55,11 @@ class ExactLevels:
 def exact_values(
     experts: Sequence[Mapping[str, PackedExpertMatrix]], levels: Levels, codebooks: Codebooks
 ) -> dict[str, np.ndarray]:
-    """The matrices of a group with exact levels for the stored ones, float32 `[expert, in, out]`."""
+    """Dequantize the matrices of a group with exact levels in place of the stored ones.
+
+    Returns:
+        The matrices by name, float32 `[expert, in, out]`.
+    """
     return {
         name: np.stack(
             [dequantize(_exact(expert[name], part[e]), codebooks).T for e, expert in enumerate(experts)]
@@ -65,9 +69,9 @@ def exact_values(
 
 
 def _exact(matrix: PackedExpertMatrix, levels: np.ndarray) -> PackedExpertMatrix:
-    """The matrix with other levels, `[out, group, 2]`."""
+    """Return the matrix with other levels, `[out, group, 2]`."""
     part = "levels" if isinstance(matrix.kind, Ternary) else "scales"
     values = levels if part == "levels" else levels[..., 0]
     parts = {**matrix.parts, part: values.reshape(matrix.parts[part].shape)}
-    kind = dataclasses.replace(cast(Any, matrix.kind), level_dtype="float32")  # a dataclass, whichever it is
+    kind = dataclasses.replace(cast(Any, matrix.kind), level_dtype="float32")  # a dataclass of either kind
     return dataclasses.replace(matrix, kind=kind, parts=parts)

@@ -15,22 +15,25 @@ PUBLISHED_VOCABULARY = 32128
 
 @dataclasses.dataclass(frozen=True)
 class CompressionConfig:
-    """How experts are quantized and coded; the defaults are upstream QMoE's, but for the code.
+    """Options of a compression; the defaults are upstream QMoE's, except for the codebook.
+
+    The command line makes its options from these fields, and its help from the entries below.
 
     Attributes:
-      bits: "ternary", or 2, 3, 4 for uniform grids.
-      method: "gptq", or "nearest" for rounding without calibration.
-      damping: share of the Hessian's mean diagonal added to its diagonal.
-      group_size: columns that share levels; None: the whole row.
-      activation_order: quantize the columns of the largest activations first.
-      true_sequential: calibrate an expert's second matrix on the outputs of its quantized first one.
-      skip: leave that stack uncompressed.
-      keep_sentinels: let sentinel tokens (and the decoder tokens that predict them) enter the Hessians.
-      sentinel_start: the first sentinel id; None: 32,000 for the published models' vocabulary.
-      token_cap: tokens that may calibrate an expert, in even shares.
-      experts_per_group: experts that are in memory, quantized and written together.
-      codebook: of ternary digits: "tunstall-<bits>", fitted to the model, or "upstream".
-      level_dtype: what levels are rounded to in the artifact.
+        bits: levels of a weight: ternary, which is coded below 1 bit, or 2 to the power of 2, 3 or 4.
+        method: gptq for error-compensated quantization with calibration text, nearest for round-to-nearest (RTN).
+        damping: share of the mean of a Hessian's diagonal that is added to the diagonal.
+        group_size: columns that share their levels; by default the whole row.
+        activation_order: quantize the columns with the largest activations first.
+        true_sequential: calibrate an expert's second matrix on the outputs of its quantized first one.
+        skip: stack to leave uncompressed, encoder or decoder; by default neither.
+        keep_sentinels: let sentinel tokens, and the decoder tokens that predict them, enter the Hessians.
+        sentinel_start: first sentinel id; by default the tokenizer's on the command line, and in Python 32000 for the
+            vocabulary of the published models.
+        token_cap: maximum of tokens that calibrate an expert, as a multiple of the even share of all tokens.
+        experts_per_group: experts that are quantized and written together; each needs about 12 x d_ff² bytes of memory.
+        codebook: codebook of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model), or upstream.
+        level_dtype: dtype that levels are stored in.
     """
 
     bits: Literal["ternary", 2, 3, 4] = "ternary"

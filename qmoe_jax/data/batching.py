@@ -1,4 +1,4 @@
-"""Examples of uneven length to batches of one shape, so that a jitted step compiles once."""
+"""Batches of one shape from examples of uneven length, so that a jitted step compiles once."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
-from qmoe_jax.data.span_corruption import Example
+from qmoe_jax.data.examples import Examples
 
 
 class Batch(NamedTuple):
-    """Rows padded with 0: `encoder` int32 `[row, n]`, `decoder` int32 `[row, m]`, `lengths` int32 `[row]`.
+    """Examples as rows padded with 0.
 
-    `lengths` counts a row's decoder tokens, start token included: an id of 0 inside a text is not padding.
-    Rows beyond the last example have length 0. `start` is the number of the batch's first example.
+    Attributes:
+        encoder: encoder ids.
+        decoder: decoder ids.
+        lengths: decoder tokens of each row, start token included, since an id of 0 inside a text is not padding; 0 for
+            rows beyond the last example.
+        start: index of the batch's first example.
     """
 
-    encoder: np.ndarray
-    decoder: np.ndarray
-    lengths: np.ndarray
+    encoder: Int32[np.ndarray, "row n"]
+    decoder: Int32[np.ndarray, "row m"]
+    lengths: Int32[np.ndarray, "row"]
     start: int
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `value`."""
+    """Round `value` up to a multiple of `multiple`."""
     return -(-value // multiple) * multiple
 
 
-def pad_rows(rows: Sequence[np.ndarray], count: int, length: int) -> np.ndarray:
-    """Rows as one int32 array `[count, length]`, filled with 0.
+def pad_rows(rows: Sequence[np.ndarray], count: int, length: int) -> Int32[np.ndarray, "row token"]:
+    """Return rows of ids as one array `[count, length]`, padded with 0.
 
     Raises:
         ValueError: a row is longer than `length`.
@@ -37,15 +42,13 @@ def pad_rows(rows: Sequence[np.ndarray], count: int, length: int) -> np.ndarray:
     out = np.zeros((count, length), np.int32)
     for i, row in enumerate(rows):
         if len(row) > length:
-            raise ValueError(f"example {i} has {len(row)} tokens; the batch is {length} wide")
+            raise ValueError(f"example {i}: expected at most {length} tokens, found {len(row)}")
         out[i, : len(row)] = row
     return out
 
 
-def batches(
-    examples: Sequence[Example | tuple[np.ndarray, np.ndarray]], batch_size: int, multiple: int = 16
-) -> Iterator[Batch]:
-    """Yield `examples` in order as batches of one shape: the longest lengths, rounded up to `multiple`."""
+def batches(examples: Examples, batch_size: int, multiple: int = 16) -> Iterator[Batch]:
+    """Yield `examples` in order as batches of one shape: the largest lengths, rounded up to `multiple`."""
     encoder_length = round_up(max(len(encoder) for encoder, _ in examples), multiple)
     decoder_length = round_up(max(len(decoder) for _, decoder in examples), multiple)
     for start in range(0, len(examples), batch_size):

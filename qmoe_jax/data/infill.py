@@ -1,4 +1,4 @@
-"""Texts with blanks: encoder ids with a sentinel for each, and what a model writes for them back into the text.
+"""Texts with blanks: encoding them with sentinels, and putting the spans that a model writes into the blanks.
 
 A blank is written `<extra_id_7>`, with the number of its sentinel, or `___` (three underscores or more), which takes
 the next number that the text does not name itself.
@@ -12,23 +12,24 @@ import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from jaxtyping import Int32
 
 from qmoe_jax.data.span_corruption import EOS, Sentinels
-from qmoe_jax.data.text import Tokenizer
+from qmoe_jax.data.tokenizer import Tokenizer
 
 BLANK = re.compile(r"<extra_id_(\d+)>|_{3,}")
 WORD_START = "▁"
-"""What sentencepiece writes for the space before a word."""
+"""The mark that sentencepiece writes for the space before a word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Infill:
-    """A text cut at its blanks: `texts[i]` stands before blank i, the last one behind them all.
+    """A text cut at its blanks: `texts[i]` precedes blank i, the last one follows the last blank.
 
     Attributes:
-      texts: one more than there are blanks; any may be empty.
-      marks: each blank as it was written.
-      numbers: the number of each blank's sentinel; the same number twice asks for the same words twice.
+        texts: one more than there are blanks; each may be empty.
+        marks: each blank as it was written.
+        numbers: number of each blank's sentinel; a number that occurs twice asks for the same words twice.
     """
 
     texts: tuple[str, ...]
@@ -40,7 +41,7 @@ class Infill:
         """Find the blanks of a text.
 
         Raises:
-          ValueError: there is none.
+            ValueError: the text has no blank.
         """
         blanks = list(BLANK.finditer(text))
         if not blanks:
@@ -55,22 +56,24 @@ class Infill:
         texts = tuple(text[start:end] for start, end in zip(starts, ends, strict=True))
         return cls(texts, tuple(blank[0] for blank in blanks), numbers)
 
-    def encode(self, tokenizer: Tokenizer) -> np.ndarray:
-        """Encoder ids, int32 `[token]`, end token included.
+    def encode(self, tokenizer: Tokenizer) -> Int32[np.ndarray, "token"]:
+        """Return encoder ids, end token included.
 
         Raises:
-          ValueError: a blank's number has no sentinel.
+            ValueError: a blank has a number for which the tokenizer has no sentinel.
         """
         sentinels = tokenizer.sentinels
         if (largest := max(self.numbers)) >= sentinels.count:
-            raise ValueError(f"<extra_id_{largest}>: the tokenizer has sentinels 0 to {sentinels.count - 1}")
+            raise ValueError(
+                f"<extra_id_{largest}>: expected a number of 0 to {sentinels.count - 1}, the tokenizer's"
+            )
         ids = tokenizer.encode(self.texts[0]).tolist()
         for number, text in zip(self.numbers, self.texts[1:], strict=True):
-            ids += [int(sentinels.id(number)), *_encode_behind(text, tokenizer)]
+            ids += [int(sentinels.id(number)), *_encode_after_blank(text, tokenizer)]
         return np.array([*ids, EOS], np.int32)
 
     def fill(self, spans: Mapping[int, list[int]], tokenizer: Tokenizer) -> str:
-        """The text with the ids of `spans` (by sentinel number) as words; a blank without a span stays as it is."""
+        """Return the text with `spans` (ids by sentinel number) in its blanks; the other blanks stay."""
         filled = self.texts[0]
         for number, mark, text in zip(self.numbers, self.marks, self.texts[1:], strict=True):
             span = spans.get(number)
@@ -80,11 +83,10 @@ class Infill:
 
 
 def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]:
-    """Cut what a model wrote at its sentinels: the ids after each, by its number.
+    """Cut generated ids at their sentinels: return the ids after each sentinel, by its number.
 
-    Everything before the first sentinel and from the end token on is left out, and so are ids that stand for nothing:
-    padding, and those beyond the tokenizer's, which models have to make their vocabulary a round number. Where a
-    model repeats a sentinel, what it wrote first counts.
+    Left out are all ids before the first sentinel and from the end token on, padding, and ids beyond the tokenizer's,
+    which a padded vocabulary has. Where a model repeats a sentinel, its first span counts.
     """
     spans: dict[int, list[int]] = {}
     current: list[int] = []
@@ -99,8 +101,8 @@ def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]
     return spans
 
 
-def _encode_behind(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text behind a blank.
+def _encode_after_blank(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text that follows a blank.
 
     Sentencepiece puts a space before every text; where the text begins without one ("___ing", "___, then"), the
     first piece is replaced by the same piece without its space, if the vocabulary has that.
@@ -108,17 +110,17 @@ def _encode_behind(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text).tolist()
     if not ids or text[0].isspace():
         return ids
-    pieces = tokenizer.pieces
-    first = pieces.id_to_piece(ids[0])
+    model = tokenizer.model
+    first = model.id_to_piece(ids[0])
     if first == WORD_START:
         return ids[1:]
-    bare = pieces.piece_to_id(first.removeprefix(WORD_START))
-    return [ids[0] if bare == pieces.unk_id() else bare, *ids[1:]]
+    bare = model.piece_to_id(first.removeprefix(WORD_START))
+    return [ids[0] if bare == model.unk_id() else bare, *ids[1:]]
 
 
 def _join(before: str, span: list[int], tokenizer: Tokenizer) -> str:
-    """A text and the words that follow: a space between them where the span's first piece asks for one."""
-    words = tokenizer.pieces.decode(span)
-    if not tokenizer.pieces.id_to_piece(span[0]).startswith(WORD_START):
+    """Append the words of a span to a text, after a space if its first piece begins with one."""
+    words = tokenizer.model.decode(span)
+    if not tokenizer.model.id_to_piece(span[0]).startswith(WORD_START):
         return before.rstrip(" ") + words
     return before + words if not before or before[-1].isspace() else f"{before} {words}"

@@ -1,16 +1,18 @@
-"""T5's span corruption, bit for bit as upstream QMoE draws it (Raffel et al. 2019, §3.1.4; QMoE `datautils.py`).
+"""T5's span corruption, with the same masks as upstream QMoE (Raffel et al. 2019, §3.1.4; QMoE `datautils.py`).
 
 A text is cut into alternating runs of kept and noise tokens. The encoder reads the text with each noise run replaced
 by a sentinel; the decoder writes the runs, each after its sentinel. Masks come from NumPy's legacy generator
-(`np.random.RandomState`), whose stream is frozen: a seed gives the same mask in every version.
+(`np.random.RandomState`), whose stream is frozen: a seed gives the same mask in every version of NumPy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
+
+from qmoe_jax.data.examples import Example
 
 EOS = 1
 DECODER_START = 0
@@ -18,30 +20,23 @@ DECODER_START = 0
 
 @dataclasses.dataclass(frozen=True)
 class Sentinels:
-    """The sentinel ids, counted downwards: sentinel i is `last - i`, and none is below `start`."""
+    """The ids of the sentinels, counted downwards: sentinel i is `last - i`, and none is below `start`."""
 
     start: int
     last: int
 
     @property
     def count(self) -> int:
-        """How many sentinels there are."""
+        """Number of sentinels."""
         return self.last - self.start + 1
 
     def id(self, index: np.ndarray | int) -> np.ndarray | int:
-        """The id of sentinel number `index`."""
+        """Return the id of sentinel number `index`."""
         return self.last - index
 
 
-class Example(NamedTuple):
-    """One sample: `encoder` ids and `decoder` ids, the latter beginning with the start token 0; both int32, 1-D."""
-
-    encoder: np.ndarray
-    decoder: np.ndarray
-
-
 def _random_segmentation(items: int, segments: int, generator: np.random.RandomState) -> np.ndarray:
-    """Lengths of `segments` non-empty runs that add up to `items`, all splits equally likely."""
+    """Return the lengths of `segments` non-empty runs that add up to `items`, all splits equally likely."""
     starts = np.arange(items - 1) < segments - 1
     generator.shuffle(starts)
     return np.bincount(np.concatenate([[0], np.cumsum(starts)]), minlength=segments)
@@ -49,14 +44,20 @@ def _random_segmentation(items: int, segments: int, generator: np.random.RandomS
 
 def noise_mask(
     length: int, generator: np.random.RandomState, density: float = 0.15, mean_span: float = 3.0
-) -> np.ndarray:
-    """Draw which of `length` tokens are noise: bool `[length]`, beginning with a kept token, ending with noise.
+) -> Bool[np.ndarray, "token"]:
+    """Draw which of `length` tokens are noise; the first is kept, the last is noise.
+
+    Args:
+        length: tokens of the text, end token included.
+        generator: source of randomness; it is advanced.
+        density: share of noise tokens.
+        mean_span: mean length of a run of noise.
 
     Raises:
-        ValueError: a text of fewer than 2 tokens has nothing to keep beside its noise.
+        ValueError: the text has fewer than 2 tokens, so that none could be kept beside the noise.
     """
     if length < 2:
-        raise ValueError(f"span corruption needs at least 2 tokens, the end token counted; found {length}")
+        raise ValueError(f"expected a text of at least 2 tokens, end token included, found {length}")
     noise = min(max(round(length * density), 1), length - 1)
     spans = min(max(round(noise / mean_span), 1), length - noise)
     noise_runs = _random_segmentation(noise, spans, generator)  # first, as upstream draws them
@@ -66,7 +67,12 @@ def noise_mask(
 
 
 def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Example:
-    """Replace each run of `mask` in `tokens` (end token included) by a sentinel.
+    """Replace each run of `mask` in `tokens` by a sentinel.
+
+    Args:
+        tokens: int `[token]`, end token included.
+        mask: bool `[token]`, as `noise_mask` draws it.
+        sentinels: ids of the sentinels; one more than there are runs is used.
 
     Raises:
         ValueError: there are more runs than sentinels.
@@ -75,7 +81,7 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Examp
     spans = int(first.sum())
     if spans + 1 > sentinels.count:
         raise ValueError(
-            f"{spans} noise spans need {spans + 1} sentinels; the vocabulary has {sentinels.count}"
+            f"{spans} noise spans: expected at least {spans + 1} sentinels, found {sentinels.count}"
         )
     marked = np.where(first, sentinels.id(np.cumsum(first) - 1), tokens)
     encoder = np.append(marked[~mask | first], EOS)
@@ -95,7 +101,7 @@ def span_corruption(
 ) -> list[Example]:
     """Corrupt tokenized `texts` (int `[token]`, without the end token) in order, from one generator.
 
-    Upstream reseeds with 0 for the training texts and again for the validation texts: one call each does that.
+    Upstream seeds with 0 before the training texts and again before the validation texts, as one call for each does.
     """
     generator = np.random.RandomState(seed)
     examples = []

@@ -1,4 +1,4 @@
-"""How good a model is, and how far a compressed one is from its original."""
+"""Quality of a model, and how far a compressed model is from its original."""
 
 from qmoe_jax.evaluation.compare import Comparison as Comparison
 from qmoe_jax.evaluation.compare import compare as compare

@@ -1,24 +1,21 @@
-"""Loss of a model on held-out examples, jitted once for all batches."""
+"""Loss of a model on held-out examples."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from qmoe_jax.data.batching import batches
+from qmoe_jax.data import Examples, batches, check_examples
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
-
-Example = tuple[np.ndarray, np.ndarray]
+from qmoe_jax.progress import ProgressCallback, Tally, no_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +23,11 @@ class Evaluation:
     """The result of `evaluate`, over the decoder tokens after each example's first.
 
     Attributes:
-      loss: mean cross-entropy a token, in nats, weighted by tokens.
-      perplexity: `exp(loss)`.
-      accuracy: share of tokens that the model finds most likely.
-      tokens: how many tokens that is.
-      per_example: float64 `[example]`: mean cross-entropy over an example's own tokens.
+        loss: mean cross-entropy per token, in nats.
+        perplexity: `exp(loss)`.
+        accuracy: share of tokens that the model finds most likely.
+        tokens: number of these tokens.
+        per_example: float64 `[example]`, mean cross-entropy over an example's own tokens.
     """
 
     loss: float
@@ -48,7 +45,7 @@ def score(
     decoder: Int[Array, "row m"],
     lengths: Int[Array, "row"],
 ) -> tuple[Float[Array, "row"], Int[Array, "row"]]:
-    """Summed cross-entropy and number of correct tokens of each row, over its first `lengths - 1` predictions."""
+    """Return the summed cross-entropy and number of correct tokens of each row's first `lengths - 1` predictions."""
     logits = model.apply({"params": params}, encoder, decoder)[:, :-1]
     targets = decoder[:, 1:]
     real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1
@@ -60,47 +57,34 @@ def score(
 def evaluate(
     model: SwitchTransformer,
     params: dict[str, Any],
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     batch_size: int = 16,
-    done: Callable[[int], None] = lambda count: None,
+    progress: ProgressCallback = no_progress,
 ) -> Evaluation:
-    """Evaluate on examples: (encoder ids, decoder ids beginning with the start token 0), both 1-D int32.
+    """Evaluate a model on held-out examples; all batches have one shape, so the step compiles once.
 
-    All batches have one shape, so the step compiles once. `done` is told the number of examples finished.
+    Args:
+        model: the module.
+        params: its parameters.
+        examples: (encoder ids, decoder ids beginning with the start token 0), both 1-D int32.
+        batch_size: examples that run through the model together.
+        progress: called with the number of examples done.
 
     Raises:
-      ValueError: there is no example, one without a token to predict, or an id beyond the vocabulary.
-      CheckpointError: experts on disk that were needed cannot be read.
+        ValueError: there is no example, one without a token to predict, or an id outside the vocabulary.
+        CheckpointError: experts on disk that were needed cannot be read.
     """
-    check_examples(examples, model.config.vocab_size)
+    check_examples(examples, model.config.vocab_size, min_decoder=2)
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    tally = Tally(progress, len(examples))
     for batch in batches(examples, min(batch_size, len(examples))):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
         with raise_store_errors(params):
             losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
-        done(part.stop)
+        tally.advance(part.stop - part.start)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])
     loss = float(sums.sum() / tokens.sum())
     accuracy = float(correct.sum() / tokens.sum())
     return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, int(tokens.sum()), sums / tokens)
-
-
-def check_examples(examples: Sequence[Example], vocab_size: int) -> None:
-    """Refuse what cannot be evaluated.
-
-    Raises:
-      ValueError: there is no example, one without a token to predict, or an id beyond the vocabulary.
-    """
-    if not examples:
-        raise ValueError("no examples to evaluate")
-    for number, (encoder, decoder) in enumerate(examples):
-        if len(encoder) == 0 or len(decoder) < 2:
-            raise ValueError(f"example {number}: expected encoder ids and at least 2 decoder ids")
-        ids = np.concatenate([encoder, decoder])
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            raise ValueError(
-                f"example {number}: expected ids of 0 to {vocab_size - 1}, found {ids.min()} to {ids.max()}; "
-                "is the tokenizer this model's?"
-            )

@@ -1,4 +1,4 @@
-"""Plots of a comparison, with matplotlib, into files."""
+"""Plots of a comparison, drawn by matplotlib into files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qmoe_jax.evaluation.variants import Variant
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("plots need matplotlib: pip install 'qmoe-jax[plots]'", name=error.name) from error
 
 INK, GRID = "#222222", "#dddddd"
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93", "#00798c")
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure that belongs to no window and no global state."""
+    """Return a figure outside matplotlib's global state, and its axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
     for ax in axes:
@@ -28,11 +32,11 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 
 
 def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
-    """Loss of each artifact against its bits per expert parameter; the original as a line."""
+    """Plot the loss of each artifact against its bits per expert parameter; the original as a line."""
     figure, (ax,) = _figure(6.4, 4.0)
     shown = 0
     for variant in variants:
-        if variant.sizes is None:
+        if variant.report is None:
             ax.axhline(variant.evaluation.loss, color=INK, linewidth=1, linestyle="--")
             label = f"{variant.name} (16 bits): {variant.evaluation.loss:.3f}"
             ax.annotate(label, (0.5, variant.evaluation.loss), xycoords=("axes fraction", "data"), ha="center",
@@ -43,25 +47,25 @@ def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
         ax.annotate(variant.name, point, textcoords="offset points", color=INK,
                     xytext=(8, 6), fontsize=9)  # fmt: skip
         shown += 1
-    ax.set_xlabel("bits per expert parameter, on the disk, everything counted")
-    ax.set_ylabel("held-out loss (nats a token)")
+    ax.set_xlabel("bits per expert parameter on disk, including headers and codebooks")
+    ax.set_ylabel("held-out loss (nats per token)")
     ax.margins(x=0.25, y=0.15)
     figure.savefig(path, dpi=150)
 
 
 def plot_layers(variants: Sequence[Variant], path: Path) -> None:
-    """Sparsity, bits and relative output error, layer by layer, a line a variant."""
+    """Plot sparsity, bits and relative output error of each layer, one line per variant."""
     figure, axes = _figure(12.0, 3.6, columns=3)
     fields = (
-        ("zeros", "share of zeros"),
-        ("bits", "bits per expert parameter"),
+        ("sparsity", "sparsity"),
+        ("bits_per_parameter", "bits per expert parameter"),
         ("output_error", "relative output error"),
     )
+    layers = {variant.name: variant.report.layers for variant in variants if variant.report}
     for ax, (field, title) in zip(axes, fields, strict=True):
-        for color, variant in zip(COLORS, variants, strict=False):
-            values = [getattr(layer, field) for layer in variant.layers]
-            ax.plot(values, "o-", markersize=4, color=color, label=variant.name)
-        names = [layer.name for layer in variants[0].layers]
+        for color, (name, mine) in zip(COLORS, layers.items(), strict=False):
+            ax.plot([getattr(layer, field) for layer in mine], "o-", markersize=4, color=color, label=name)
+        names = [layer.name for layer in next(iter(layers.values()))]
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
         ax.set_title(title, fontsize=10, color=INK)
         ax.set_ylim(bottom=0)
@@ -70,14 +74,15 @@ def plot_layers(variants: Sequence[Variant], path: Path) -> None:
 
 
 def plot_tokens(variants: Sequence[Variant], path: Path) -> None:
-    """Calibration tokens of each expert, a panel a layer (of the first variant), the even share as a line."""
-    layers = variants[0].layers
+    """Plot the calibration tokens of each expert of the first variant, one panel per layer, and their mean."""
+    report = variants[0].report
+    layers = report.layers if report else ()
     figure, axes = _figure(min(3.0 * len(layers), 24.0), 3.0, columns=len(layers))
     for ax, layer in zip(axes, layers, strict=True):
-        counts = np.sort(layer.tokens)[::-1]
+        counts = np.sort(layer.calibration_tokens)[::-1]
         ax.bar(range(len(counts)), counts, color=COLORS[0], width=0.9)
         ax.axhline(counts.mean(), color=INK, linewidth=1, linestyle="--")
         ax.set_title(layer.name, fontsize=10, color=INK)
-        ax.set_xlabel("experts, busiest first", fontsize=8)
-    axes[0].set_ylabel("tokens in the Hessian")
+        ax.set_xlabel("experts, most tokens first", fontsize=8)
+    axes[0].set_ylabel("calibration tokens")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""What two models predict for the same tokens: their losses, how often they agree, the divergence of their logits."""
+"""Predictions of two models for the same tokens: losses, agreement and divergence of the next token."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.inference.blockwise.states import HiddenStates
@@ -19,7 +18,7 @@ from qmoe_jax.models.layers import Dense, Embedding
 from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 TOKENS = 512
-"""Tokens whose logits are computed at a time: 66 MB of each model at T5's vocabulary."""
+"""Tokens whose logits are computed at a time: 66 MB per model at T5's vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +26,10 @@ class Predictions:
     """Means over the decoder tokens after each example's first.
 
     Attributes:
-      tokens: how many these are.
-      losses: cross-entropy in nats, of the original and of the compressed.
-      agreement: share of tokens where both find the same next token most likely.
-      divergence: KL(original || compressed) of the next token's distributions, in nats.
+        tokens: number of these tokens.
+        losses: cross-entropy in nats, of the original and of the compressed model.
+        agreement: share of tokens for which both find the same next token most likely.
+        divergence: KL(original || compressed) of the distributions of the next token, in nats.
     """
 
     tokens: int
@@ -42,13 +41,13 @@ class Predictions:
 def compare_predictions(
     pair: Pair, states: Sequence[HiddenStates], tokens: Sequence[np.ndarray], dtype: DTypeLike
 ) -> Predictions:
-    """Compare what follows each decoder token.
+    """Compare the predictions of two models for each decoder token's successor.
 
     Args:
-      pair: the models; an untied head is measured on the way.
-      states: each decoder's, after its final norm.
-      tokens: each example's decoder ids, at least 2.
-      dtype: of the computation.
+        pair: the models; an untied head is measured on the way.
+        states: each decoder's states after its final norm.
+        tokens: each example's decoder ids, at least 2.
+        dtype: dtype of the computation.
     """
     heads = _heads(pair, dtype)
     ends = np.cumsum([len(ids) for ids in tokens])
@@ -66,7 +65,7 @@ def compare_predictions(
 
 
 def _heads(pair: Pair, dtype: DTypeLike) -> tuple[Array, Array]:
-    """The matrices that logits are read off: the embeddings of tied models."""
+    """Return each model's output projection: the embedding of tied models."""
     if pair.config.tied:
         return pair.read(EMBEDDING, dtype)
     original, compressed = pair.params([LOGITS], dtype)
@@ -87,7 +86,7 @@ def _score(
     targets: Int[Array, "token"],
     tied: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Of each token: both losses, whether both find the same one most likely, the divergence."""
+    """Return both losses of each token, whether the most likely tokens agree, and the divergence."""
     a, b = (
         jax.nn.log_softmax(_logits(head, mine, tied), axis=-1) for head, mine in zip(heads, x, strict=True)
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qmoe_jax.artifact.report import UNDER_CALIBRATED, CompressionReport, to_json
 from qmoe_jax.evaluation.plots import plot_layers, plot_loss_against_bits, plot_tokens
-from qmoe_jax.evaluation.variants import BFLOAT16_BITS, Variant
+from qmoe_jax.evaluation.variants import Variant
 
 COLUMNS = (
     "",
@@ -17,18 +18,18 @@ COLUMNS = (
     "bits/expert param",
     "bits/param",
     "ratio",
-    "zeros",
+    "sparsity",
     "entropy",
     "seconds",
 )
 LEGEND = (
-    "bits: measured on the disk, headers, codebooks and padding counted; ratio: bfloat16 experts to these; "
-    "entropy: bits a digit that a code of independent digits needs at least"
+    "bits: measured on disk, including headers, codebooks and padding; ratio: bfloat16 experts to these; "
+    "entropy: lower bound in bits per digit of a code that treats digits as independent"
 )
 
 
 def table_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
-    """The cells under `COLUMNS`, a row a variant."""
+    """Return the cells under `COLUMNS`, one row per variant."""
     return [
         (
             variant.name,
@@ -36,37 +37,42 @@ def table_rows(variants: Sequence[Variant]) -> list[tuple[str, ...]]:
             f"{variant.evaluation.perplexity:.2f}",
             f"{variant.bits_per_expert_parameter:.3f}",
             f"{variant.bits_per_parameter:.3f}",
-            f"{BFLOAT16_BITS / variant.bits_per_expert_parameter:.1f}",
-            "–" if variant.sparsity is None else f"{variant.sparsity:.1%}",
-            "–" if variant.entropy is None else f"{variant.entropy:.3f}",
-            "–" if variant.seconds is None else f"{variant.seconds:.1f}",
+            f"{variant.expert_compression_ratio:.1f}",
+            *_report_cells(variant.report),
         )
         for variant in variants
     ]
 
 
+def _report_cells(report: CompressionReport | None) -> tuple[str, str, str]:
+    """Return sparsity, entropy and seconds, a dash for each that there is not."""
+    if report is None:
+        return "–", "–", "–"
+    entropy = "–" if report.entropy is None else f"{report.entropy:.3f}"
+    return f"{report.sparsity:.1%}", entropy, "–" if report.seconds is None else f"{report.seconds:.1f}"
+
+
 def markdown_table(variants: Sequence[Variant]) -> str:
-    """The comparison as a Markdown table."""
+    """Return the comparison as a Markdown table."""
     lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *table_rows(variants)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def calibration_notes(variant: Variant) -> list[str]:
-    """What a user should know of an artifact's calibration: who got few tokens, who got none."""
-    notes = []
-    for layer in variant.layers:
+def calibration_notes(report: CompressionReport) -> list[str]:
+    """Return a sentence for each layer with experts that were rounded to nearest or had few calibration tokens."""
+    notes, starved = [], report.under_calibrated()
+    for layer in report.layers:
         if layer.fallback:
-            named = ", ".join(f"{expert} ({layer.tokens[expert]} tokens)" for expert in layer.fallback)
-            notes.append(f"{layer.name}: rounded to nearest, for want of a usable Hessian: experts {named}")
-        few = [
-            expert
-            for expert, count in enumerate(layer.tokens)
-            if 0 < count < sum(layer.tokens) / len(layer.tokens) / 10
-        ]
+            named = ", ".join(
+                f"{expert} ({layer.calibration_tokens[expert]} tokens)" for expert in layer.fallback
+            )
+            notes.append(f"{layer.name}: rounded to nearest for want of a usable Hessian: experts {named}")
+        few = {e: count for e, count in starved.get(layer.name, {}).items() if e not in layer.fallback}
         if few:
-            named = ", ".join(f"{expert} ({layer.tokens[expert]})" for expert in few)
+            named = ", ".join(f"{expert} ({count} tokens)" for expert, count in few.items())
             notes.append(
-                f"{layer.name}: under a tenth of the even share of calibration tokens: experts {named}"
+                f"{layer.name}: fewer than {UNDER_CALIBRATED:.0%} of the mean number of calibration tokens: "
+                f"experts {named}"
             )
     return notes
 
@@ -75,18 +81,18 @@ def write_report(folder: str | Path, variants: Sequence[Variant], facts: Mapping
     """Write the folder; `facts` (model, data, command) head the report, in their order."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"facts": dict(facts), "variants": [variant.to_json() for variant in variants]}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    compressed = [variant for variant in variants if variant.layers]
-    plots = {
+    content = to_json({"facts": dict(facts), "variants": [variant.to_json() for variant in variants]})
+    (folder / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    compressed = [variant for variant in variants if variant.report and variant.report.groups]
+    plots: dict[str, tuple[str, Callable[[Sequence[Variant], Path], None], Sequence[Variant]]] = {
         "loss.png": ("Loss against bits per expert parameter", plot_loss_against_bits, variants),
-        "layers.png": ("Sparsity, bits and reconstruction error of each layer", plot_layers, compressed),
-        "tokens.png": ("Calibration tokens of each expert", plot_tokens, compressed[-1:]),
+        "layers.png": ("Sparsity, bits and output error per layer", plot_layers, compressed),
+        "tokens.png": ("Calibration tokens per expert", plot_tokens, compressed[-1:]),
     }
     lines = ["# Compression report", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [markdown_table(variants), "", LEGEND, ""]
     for variant in compressed:
-        if notes := calibration_notes(variant):
+        if variant.report and (notes := calibration_notes(variant.report)):
             lines += [f"**{variant.name}**", "", *(f"- {note}" for note in notes), ""]
     for file, (title, plot, shown) in plots.items():
         if shown:

@@ -1,4 +1,4 @@
-"""Two checkpoints of one architecture, read side by side, and how far apart each tensor of theirs is."""
+"""Two checkpoints of one architecture, read side by side, and the relative error of each tensor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from qmoe_jax.checkpoints.params import nest, parameter_dtype
 from qmoe_jax.checkpoints.reader import Checkpoint
@@ -30,7 +29,7 @@ Weights = dict[str, Array]
 
 
 def untied(reader: Checkpoint) -> Checkpoint:
-    """A tied model as the untied one that computes the same."""
+    """Return a tied model as the untied one that computes the same."""
     head = scaled(transposed(reader.tensors[EMBEDDING]), reader.config.d_model**-0.5)
     return dataclasses.replace(
         reader,
@@ -43,22 +42,22 @@ def untied(reader: Checkpoint) -> Checkpoint:
 def _squares(
     w: Float[Array, "*rows in"], q: Float[Array, "*rows in"]
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """Σ(q - w)² and Σw² along the last axis: short sums, which float32 can hold; float64 adds them up."""
+    """Return Σ(q - w)² and Σw² along the last axis: short sums, exact enough in float32; the rest is in float64."""
     return jnp.sum(jnp.square(q - w), axis=-1), jnp.sum(jnp.square(w), axis=-1)
 
 
 class Pair:
     """An original and its compressed form, with the same tensors in the same shapes.
 
-    Where the head of one is tied to its embedding and that of the other is not (upstream's directories keep it
+    Where one ties its output projection to the embedding and the other does not (upstream's directories store it
     apart, in another dtype), the tied one is taken as the untied model that computes the same; `notes` says so.
     """
 
     def __init__(self, original: Checkpoint, compressed: Checkpoint):
-        """Match the two.
+        """Match the tensors of the two.
 
         Raises:
-          CheckpointError: a tensor is in one only, or has different shapes; the error names it.
+            CheckpointError: a tensor is in one only, or has different shapes; the error names it.
         """
         self.notes: list[str] = []
         readers = [original, compressed]
@@ -81,15 +80,15 @@ class Pair:
 
     @property
     def configs(self) -> tuple[SwitchConfig, SwitchConfig]:
-        """Both architectures, which may differ in what no tensor tells."""
+        """Both architectures, which may differ in settings that change no tensor's shape."""
         return self.original.config, self.compressed.config
 
     def names(self, prefix: str) -> list[str]:
-        """The parameters whose paths begin with `prefix`."""
+        """Return the parameters whose paths begin with `prefix`."""
         return [name for name in self.original.names() if name.startswith(prefix)]
 
     def read(self, name: str, dtype: DTypeLike) -> tuple[Array, Array]:
-        """A parameter of each, on the default device, cast to `dtype`."""
+        """Read a parameter of each, cast to `dtype`, onto the default device."""
         original, compressed = (
             jax.device_put(reader.read(name).astype(np.dtype(dtype)))
             for reader in (self.original, self.compressed)
@@ -97,7 +96,7 @@ class Pair:
         return original, compressed
 
     def params(self, names: Iterable[str], dtype: DTypeLike) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Parameters of each as nested dicts, cast as for a model that computes in `dtype`, and measured."""
+        """Read and measure parameters of each, as nested dicts, cast as for a model that computes in `dtype`."""
         originals, compresseds = {}, {}
         for name in names:
             w, q = self.read(name, np.float32)
@@ -108,9 +107,9 @@ class Pair:
 
     @contextlib.contextmanager
     def staged(self, size: int, scratch: str | os.PathLike[str]) -> Iterator[Pair]:
-        """The pair for reading a layer's experts, `size` at a time in ascending order.
+        """Yield the pair for reading a layer's experts, `size` at a time in ascending order.
 
-        Stored chunks that span more experts are then read once, through files in `scratch` that go with the context.
+        Stored chunks that span more experts are read once, through files in `scratch` that the context removes.
         """
         if size >= self.config.num_experts:
             yield self
@@ -121,7 +120,7 @@ class Pair:
             yield pair
 
     def experts(self, layer: str, experts: range) -> tuple[Weights, Weights]:
-        """A range of a layer's experts of each, measured."""
+        """Read and measure a range of a layer's experts of each."""
         weights: tuple[Weights, Weights] = ({}, {})
         for name in filter(is_expert, self.names(f"{layer}/")):
             matrix = ExpertKernel.parse(name).matrix
@@ -132,12 +131,12 @@ class Pair:
         return weights
 
     def _measure(self, name: str, w: Float32[Array, "*shape"], q: Float32[Array, "*shape"]) -> None:
-        """Add a tensor, or a range of its experts, to what its error is made of."""
+        """Add a tensor, or a range of its experts, to the sums of squares of its error."""
         sums = np.array([np.sum(part, dtype=np.float64) for part in map(np.asarray, _squares(w, q))])
         self._squares[name] = self._squares.get(name, 0.0) + sums
 
     def errors(self) -> dict[str, float]:
-        """‖Q - W‖ / ‖W‖ of every tensor measured so far, 0 where both are zero."""
+        """Return ‖Q - W‖ / ‖W‖ of every tensor measured so far, 0 where both are zero."""
         return {name: _relative(*sums) for name, sums in sorted(self._squares.items())}
 
 
@@ -167,7 +166,7 @@ def _require_same_tensors(original: Checkpoint, compressed: Checkpoint) -> None:
 
 
 def _differences(original: SwitchConfig, compressed: SwitchConfig) -> list[str]:
-    """What the two configurations say differently about how to compute."""
+    """Return a note for each setting in which the two configurations differ."""
     fields = (field.name for field in dataclasses.fields(SwitchConfig))
     both = {name: (getattr(original, name), getattr(compressed, name)) for name in fields}
     return [

@@ -1,4 +1,4 @@
-"""How fast a model reads prompts and writes tokens, and where the time goes."""
+"""Throughput of reading prompts and writing tokens, and where the time goes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import numpy as jnp
 from jaxtyping import Int
 
 from qmoe_jax.inference.generate import decode_tokens, encode_prompt
@@ -18,17 +18,17 @@ from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
 
 RANDOM_TOKENS = Sampling(1.0)
-"""Tokens drawn as the model weighs them: greedy ones soon repeat, and with them the experts."""
+"""Sampling at temperature 1: greedy tokens soon repeat, and with them the experts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One part of generating: reading the prompts, or writing.
+    """One part of generation: reading the prompts, or writing.
 
     Attributes:
-      tokens: of all rows together, read or written.
-      seconds: by the clock.
-      experts: what the store of the experts did meanwhile; None where they are on the device.
+        tokens: tokens of all rows together, read or written.
+        seconds: wall-clock time.
+        experts: statistics of the expert store meanwhile; None where experts are on the device.
     """
 
     tokens: int
@@ -37,11 +37,11 @@ class Phase:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all rows together."""
+        """Throughput of all rows together."""
         return self.tokens / self.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, with milliseconds and bytes a token."""
+        """Return plain values, with milliseconds and bytes read per token."""
         fields: dict[str, Any] = {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -49,19 +49,26 @@ class Phase:
         }
         if self.experts is not None:
             waited, computed = self.experts.io_wait_seconds, self.experts.compute_seconds
-            fields["milliseconds_a_token"] = {
-                "waiting for experts": 1e3 * waited / self.tokens,
-                "multiplying experts": 1e3 * computed / self.tokens,
-                "all else": 1e3 * (self.seconds - waited - computed) / self.tokens,
+            fields["milliseconds_per_token"] = {
+                "io_wait": 1e3 * waited / self.tokens,
+                "experts": 1e3 * computed / self.tokens,
+                "other": 1e3 * (self.seconds - waited - computed) / self.tokens,
             }
-            fields["bytes_read_a_token"] = self.experts.bytes_read / self.tokens
+            fields["bytes_read_per_token"] = self.experts.bytes_read / self.tokens
             fields["experts"] = self.experts.to_json()
         return fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-    """What `Generator.measure` found: reading prompts of `prompt` tokens in `batch` rows, then writing."""
+    """The result of `Generator.measure`.
+
+    Attributes:
+        batch: rows.
+        prompt: tokens per row that were read.
+        reading: reading the prompts.
+        writing: writing new tokens.
+    """
 
     batch: int
     prompt: int
@@ -70,7 +77,7 @@ class Throughput:
 
 
 class Generator:
-    """Generation for one shape of prompts, compiled once and without running: caches are left as they are."""
+    """Generation for one shape of prompts, compiled ahead of time, so that expert caches are left as they are."""
 
     def __init__(
         self,
@@ -80,7 +87,15 @@ class Generator:
         new_tokens: int,
         sampling: Sampling = RANDOM_TOKENS,
     ):
-        """Args: the model; rows and length of the prompts; tokens to write to each; how they are drawn."""
+        """Compile both phases.
+
+        Args:
+            model: the module.
+            params: its parameters.
+            shape: rows and length of the prompts.
+            new_tokens: tokens to write per row.
+            sampling: how they are drawn.
+        """
         self.params, self.shape, self.new_tokens = params, shape, new_tokens
         self._key = jax.random.key(0)
         tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
@@ -91,7 +106,7 @@ class Generator:
         ).compile()
 
     def measure(self, prompts: Int[np.ndarray, "b n"]) -> Throughput:
-        """Generates, timed. Raises `CheckpointError` where experts on disk cannot be read."""
+        """Generate and measure. Raises `CheckpointError` where experts on disk cannot be read."""
         tokens, mask = jnp.asarray(prompts, jnp.int32), jnp.ones(prompts.shape, bool)
         with raise_store_errors(self.params):
             encoded, seconds, experts = self._timed(lambda: self._read(self.params, tokens, mask))

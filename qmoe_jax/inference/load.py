@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -35,14 +35,17 @@ from qmoe_jax.parameters import ExpertKernel, is_expert
 
 
 def load_model(
-    path: str | Path, dtype: DTypeLike = "float32", *, capacity: CapacityRule | None = None
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    dtype: DTypeLike = "float32",
+    *,
+    capacity: CapacityRule | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a checkpoint of any format with dense experts; a compressed one is dequantized.
 
     Args:
-        path: a T5X, Hugging Face, upstream-QMoE or qmoe directory.
-        dtype: dtype of the computation and of all parameters except the router's.
-        capacity: rule for tokens beyond an expert's capacity; None drops none.
+      checkpoint: a T5X, Hugging Face, upstream-QMoE or qmoe directory, by path or opened.
+      dtype: dtype of the computation and of all parameters except the router's.
+      capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.
@@ -50,12 +53,12 @@ def load_model(
     Raises:
         CheckpointError: no readable checkpoint is there.
     """
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(checkpoint)
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
 
 
 def load_compressed(
-    path: str | Path,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
     dtype: DTypeLike = "float32",
     experts: Placement | None = "device",
     *,
@@ -71,15 +74,13 @@ def load_compressed(
     `qmoe_jax.expert_statistics(params)` returns the store's counters.
 
     Args:
-        path: an artifact, or a compressed directory of upstream QMoE.
-        dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense
-            parameters stored in bfloat16 stay so and are widened as they are read.
-        experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory,
-            never copied to a device. "disk": in the artifact, read when they are routed to. None: the first
-            of these that fits.
-        expert_cache: bytes of host memory for experts read from disk; by default a share of the available
-            memory.
-        capacity: rule for tokens beyond an expert's capacity; None drops none.
+      checkpoint: an artifact, or a compressed directory of upstream QMoE, by path or opened.
+      dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense parameters stored
+        in bfloat16 stay so and are widened as they are read.
+      experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory, never
+        copied to a device. "disk": in the artifact, read when they are routed to. None: the first of these that fits.
+      expert_cache: bytes of host memory for experts read from disk; by default a share of the available memory.
+      capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.
@@ -91,11 +92,11 @@ def load_compressed(
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(checkpoint)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise CheckpointError(
             "is not compressed",
-            path=path,
+            path=reader.path,
             found=f"a {reader.format} checkpoint",
             remedy="open it with load_model",
         )

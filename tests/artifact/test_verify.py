@@ -13,14 +13,15 @@ GROUP = "experts/encoder.layers_01/experts-00002-00003.safetensors"
 
 
 def test_an_intact_artifact_is(whole: pathlib.Path) -> None:
-    heard: list[tuple[int, int]] = []
-    found = verify(whole, progress=lambda done, total: heard.append((done, total)))
+    heard: list[tuple[int, int, str]] = []
+    found = verify(whole, progress=lambda *call: heard.append(call))
     files = [path for path in whole.rglob("*") if path.is_file() and path.name != "SHA256SUMS"]
     assert found.ok
     assert found.problems == ()
     assert found.files == len(files)
     assert found.bytes == sum(path.stat().st_size for path in files)
-    assert heard[-1] == (found.bytes, found.bytes)
+    assert heard[0] == (0, found.bytes, "")
+    assert heard[-1] == (found.bytes, found.bytes, "run.json")
 
 
 def test_a_flipped_bit_is_found_in_every_file(artifact: pathlib.Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qmoe_jax.checkpoints import Checkpoint, convert, open_dense
+from qmoe_jax import convert
+from qmoe_jax.checkpoints import Checkpoint, open_dense
 from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
 
 ORIGINALS = ("hf_tiny_a", "t5x/switch_c_tiny_f32")

@@ -11,9 +11,9 @@ import pytest
 import tensorstore as ts
 from flax import serialization
 
+from qmoe_jax.artifact.inspect import inspect
 from qmoe_jax.checkpoints import open_dense
 from qmoe_jax.checkpoints.architecture import expected_shapes
-from qmoe_jax.checkpoints.inspect import inspect
 from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.checkpoints.t5x.writer import chunk_shape
 from qmoe_jax.config import PRESETS
@@ -74,7 +74,7 @@ def write_true_shape(directory: Path, experts_with_values: int) -> None:
 PROGRAM = """
 import pathlib, re, sys, time
 from qmoe_jax.checkpoints import open_dense
-from qmoe_jax.checkpoints.inspect import inspect
+from qmoe_jax.artifact.inspect import inspect
 begin = time.perf_counter()
 counts = inspect(open_dense(sys.argv[1]))
 seconds = time.perf_counter() - begin

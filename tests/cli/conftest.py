@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a tiny model with a tokenizer and texts, and its artifact."""
+"""Fixtures of the commands' tests: a tiny model with a tokenizer and texts, and its artifact."""
 
 import json
 import pathlib
@@ -6,23 +6,20 @@ import random
 import shutil
 
 import pytest
-import sentencepiece
 
 from tests.helpers.cli_runs import answer, compress_arguments
+from tests.helpers.tokenizers import train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """Holds tokenizer.model, about 300 pieces, and texts.jsonl of two splits."""
+    """A folder with tokenizer.model, of about 300 pieces, and texts.jsonl, of two splits."""
     folder = tmp_path_factory.mktemp("texts")
     drawn = random.Random(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 3))) for _ in range(400)]
     texts = [" ".join(drawn.choices(words, k=drawn.randint(12, 16))) + "." for _ in range(200)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "tokenizer"), vocab_size=400, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+    train_tokenizer(folder / "tokenizer.model", texts, 400)
     lines = [
         json.dumps({"text": text, "split": ("train", "test")[i % 2]}) + "\n" for i, text in enumerate(texts)
     ]
@@ -38,7 +35,7 @@ def texts(folder) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, data, folder) -> pathlib.Path:
     """A Hugging Face model with its tokenizer."""
-    model = tmp_path_factory.mktemp("model") / "tiny [a]"  # what rich would take for markup
+    model = tmp_path_factory.mktemp("model") / "tiny [a]"  # rich would take this for markup
     model.mkdir()
     for name in ("config.json", "model.safetensors"):
         (model / name).symlink_to(data / "hf_tiny_a" / name)
@@ -48,7 +45,7 @@ def model(tmp_path_factory, data, folder) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def compressed(tmp_path_factory, model, texts) -> tuple[pathlib.Path, dict]:
-    """An artifact, and what its compression answered."""
+    """An artifact, and the answer of its compression."""
     output = tmp_path_factory.mktemp("artifact") / "ternary"
     return output, answer(*compress_arguments(model, texts, output))
 

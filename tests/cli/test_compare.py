@@ -1,20 +1,16 @@
-"""qmoe compare: the API's figures as JSON and as tables."""
+"""qmoe compare: the figures of the API as JSON and as tables."""
 
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.data import Tokenizer, read_documents, short_texts, span_corruption
+from qmoe_jax.data import Tokenizer, samples
 from tests.helpers.cli_runs import answer, qmoe
 
 
-def test_compare_is_the_api_on_the_same_samples(model, artifact, texts):
+def test_compare_gives_the_figures_of_the_api_on_the_same_samples(model, artifact, texts):
     arguments = ("compare", model, artifact, "--text", texts, "--samples", 8)
     found = answer(*arguments)
-    tokenizer = Tokenizer(model)
-    samples = span_corruption(
-        short_texts(read_documents(texts), tokenizer, 568, 8), tokenizer.sentinels, seed=0
-    )
-    expected = qj.compare(model, artifact, samples).to_json()
+    expected = qj.compare(model, artifact, samples(texts, Tokenizer(model), 8)).to_json()
     assert found["formats"] == ["huggingface", "qmoe"]
     assert found["weight_errors"] == expected["weight_errors"]
     assert found["layers"] == list(expected["layers"])
@@ -27,12 +23,12 @@ def test_compare_is_the_api_on_the_same_samples(model, artifact, texts):
     assert "encoder/layers_*/mlp/expert/wi/kernel" in shown
 
 
-def test_the_tokenizer_may_lie_with_the_compressed_model(data, artifact, texts):
+def test_compare_finds_the_tokenizer_of_either_model(data, artifact, texts):
     found = answer("compare", data / "hf_tiny_a", artifact, "--text", texts, "--samples", 8)
     assert found["examples"] == 8
 
 
-def test_another_model_is_a_clear_error(model, data, texts):
+def test_compare_refuses_models_of_two_architectures(model, data, texts):
     result = qmoe("compare", model, data / "hf_tiny_fullsparse", "--text", texts, "--samples", 8)
     assert result.exit_code == 1
     assert "the two are not one model" in result.stderr

@@ -1,4 +1,4 @@
-"""qmoe compress: what it says, what it refuses before any work, and that it goes on where it was stopped."""
+"""qmoe compress: its answer, its refusals before any work, and resumption."""
 
 import shutil
 
@@ -6,16 +6,15 @@ import pytest
 from rich.console import Console
 
 import qmoe_jax as qj
+from qmoe_jax.artifact.report import GroupReport, MatrixReport
 from qmoe_jax.artifact.sizes import measure
-from qmoe_jax.cli.compress import result_table, under_calibrated
-from qmoe_jax.compression import pipeline
-from qmoe_jax.compression.experts import MatrixRecord
-from qmoe_jax.compression.report import GroupRecord
+from qmoe_jax.cli.compress import result_table
+from qmoe_jax.compression import resume
 from qmoe_jax.data import Tokenizer
 from tests.helpers.cli_runs import answer, compress_arguments, qmoe
 
 
-def test_the_answer_is_what_lies_on_the_disk(compressed):
+def test_the_answer_of_a_compression_equals_the_files_on_disk(compressed):
     artifact, found = compressed
     assert qj.verify(artifact).ok
     sizes = found["sizes"]
@@ -28,13 +27,15 @@ def test_the_answer_is_what_lies_on_the_disk(compressed):
     assert found["rounded_to_nearest"] == []
 
 
-def test_the_tokenizer_travels_along(artifact, model):
+def test_a_compression_stores_the_tokenizer_and_its_first_sentinel(artifact, model):
     assert (artifact / "tokenizer.model").read_bytes() == (model / "spiece.model").read_bytes()
     start = qj.open_checkpoint(artifact).manifest.run.options["sentinel_start"]
     assert start == Tokenizer(model).sentinels.start
 
 
-def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, texts, tmp_path, monkeypatch):
+def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
+    compressed, model, texts, tmp_path, monkeypatch
+):
     arguments = compress_arguments(model, texts, tmp_path / "out")
     monkeypatch.setattr("sys.argv", ["/bin/qmoe", *map(str, arguments)])
     calls = []
@@ -45,9 +46,9 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, te
             raise KeyboardInterrupt
         return compress_group(*args, **kwargs)
 
-    compress_group = pipeline.compress_group
+    compress_group = resume.compress_group
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "compress_group", stop_at_the_third)
+        patch.setattr(resume, "compress_group", stop_at_the_third)
         result = qmoe(*arguments)
     assert (result.exit_code, result.stdout) == (130, "")
     assert f"safe in {tmp_path / 'out'}" in result.stderr
@@ -67,8 +68,8 @@ def test_a_stopped_run_says_how_to_go_on_and_ends_the_same(compressed, model, te
     ("options", "told"),
     [
         (["--codebook", "huffman"], "codebook: expected one of"),
-        (["--max-tokens", "5"], "no text of under 5 tokens; cut longer ones by --segment"),
-        (["--segment", "1000"], "no text of at least 500 tokens, half of --segment"),
+        (["--max-tokens", "5"], "no text of fewer than 5 tokens; cut longer texts into segments"),
+        (["--segment", "1000"], "no text of at least 500 tokens, half a segment"),
         (["--split", "dev"], 'no text with "split": "dev"'),
         (["--extra-ids", "300"], "expected at most 512 ids, the model's vocabulary"),
         (["--tokenizer", "no.model"], "no.model: no sentencepiece model there"),
@@ -82,40 +83,33 @@ def test_bad_options_are_refused_before_any_work(model, texts, tmp_path, options
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_is_looked_for_above_the_checkpoint(data, folder, texts, tmp_path):
+def test_the_tokenizer_is_found_in_the_folder_above_the_checkpoint(data, folder, texts, tmp_path):
     t5x = shutil.copytree(data / "t5x/switch_c_tiny_f32/checkpoint_1000", tmp_path / "checkpoint_1000")
     arguments = compress_arguments(t5x, texts, tmp_path / "out")
     result = qmoe(*arguments)
     assert result.exit_code == 1
-    assert "no tokenizer.model or spiece.model there or above; pass it by --tokenizer" in result.stderr
+    assert "no tokenizer.model or spiece.model there or in the directory above" in result.stderr
     shutil.copyfile(folder / "tokenizer.model", tmp_path / "tokenizer.model")
     result = qmoe(*arguments, "--max-tokens", 5)
-    assert "no text of under 5 tokens" in result.stderr
+    assert "no text of fewer than 5 tokens" in result.stderr
 
 
-def test_a_damaged_tokenizer_is_named(model, texts, tmp_path):
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    result = qmoe(*compress_arguments(model, texts, tmp_path / "out"), "--tokenizer", tmp_path / "bad.model")
-    assert result.exit_code == 1
-    assert f"{tmp_path / 'bad.model'}: expected a sentencepiece model" in result.stderr
-
-
-def test_a_tokenizer_far_smaller_than_the_vocabulary_is_doubted(model, texts, tmp_path):
+def test_a_tokenizer_far_smaller_than_the_vocabulary_gives_a_warning(model, texts, tmp_path):
     arguments = compress_arguments(model, texts, tmp_path / "out")
     result = qmoe(*arguments, "--extra-ids", 8, "--max-tokens", 5)
-    assert "the model 512: is it the one the model was trained with?" in result.stderr
+    assert "the model has 512; check that the model was trained with it" in result.stderr
 
 
-def group(start: int, calibrated: list[int], fallback: list[bool]) -> GroupRecord:
-    nothing = [0.0] * len(calibrated)
-    matrix = MatrixRecord(nothing, nothing, nothing, [0] * len(calibrated), fallback)
-    return GroupRecord("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
+def group(start: int, calibrated: tuple[int, ...], fallback: tuple[bool, ...]) -> GroupReport:
+    nothing = (0.0,) * len(calibrated)
+    matrix = MatrixReport(nothing, nothing, nothing, (0,) * len(calibrated), fallback)
+    return GroupReport("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
 
 
 def test_starved_experts_are_named_with_their_tokens(compressed):
-    groups = (group(0, [100, 5], [False, False]), group(2, [0, 95], [True, False]))
-    report = qj.CompressionReport(compressed[0], measure(compressed[0]), groups, 1.0)
-    assert under_calibrated(report) == {"encoder 1": {2: 0}}
+    groups = (group(0, (100, 5), (False, False)), group(2, (0, 95), (True, False)))
+    report = qj.CompressionReport(groups, 1.0, path=compressed[0], sizes=measure(compressed[0]))
+    assert report.under_calibrated() == {"encoder 1": {2: 0}}
     console = Console(width=200)
     with console.capture() as capture:
         console.print(result_table(report))
@@ -124,4 +118,7 @@ def test_starved_experts_are_named_with_their_tokens(compressed):
         "1 expert, for want of calibration tokens: encoder 1 expert 2 (0 tokens)"
         in rows["rounded to nearest"]
     )
-    assert "1 expert, under 10% of the even share: encoder 1 expert 2 (0 tokens)" in rows["under-calibrated"]
+    assert (
+        "1 expert, fewer than 10% of the mean number of tokens: encoder 1 expert 2 (0 tokens)"
+        in rows["under-calibrated"]
+    )

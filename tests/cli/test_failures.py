@@ -1,4 +1,4 @@
-"""A command that fails says so in plain words, with its exit code; --debug shows where."""
+"""Failures of commands: message, exit code, JSON, and the traceback with --debug."""
 
 import errno
 import json
@@ -49,17 +49,18 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
         (MemoryError(), "error: out of memory\n"),
         (
             KeyError("wi"),
-            "error: KeyError: 'wi'\n  remedy: this may be a mistake in qmoe itself: --debug shows where it happened\n",
+            "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, and report the "
+            "traceback\n",
         ),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_error_is_told_without_a_traceback(error, told):
+def test_an_error_becomes_a_message_without_a_traceback(error, told):
     result = run(error)
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", told)
 
 
-def test_an_error_is_data_for_machines():
+def test_an_error_becomes_an_object_with_json():
     result = run(DAMAGED, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"] == {
@@ -68,7 +69,7 @@ def test_an_error_is_data_for_machines():
     }  # fmt: skip
 
 
-def test_debug_shows_the_traceback():
+def test_debug_raises_the_error_itself():
     assert run(DAMAGED, "--debug").exception is DAMAGED
     assert run(DAMAGED, QMOE_DEBUG="1").exception is DAMAGED
     assert run(DAMAGED, QMOE_DEBUG="0").exception is not DAMAGED
@@ -77,16 +78,16 @@ def test_debug_shows_the_traceback():
 @pytest.mark.parametrize(
     ("interrupt", "told"),
     [
-        (KeyboardInterrupt(), "stopped.\n"),
-        (Interrupted("Go on by:\n  qmoe x"), "stopped. Go on by:\n  qmoe x\n"),
+        (KeyboardInterrupt(), "interrupted.\n"),
+        (Interrupted("To resume:\n  qmoe x"), "interrupted. To resume:\n  qmoe x\n"),
     ],
 )
-def test_control_c_exits_with_130(interrupt, told):
+def test_ctrl_c_exits_with_130(interrupt, told):
     result = run(interrupt)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", told)
 
 
-def test_values_become_json():
+def test_arrays_and_infinities_become_json_values():
     value = {
         1: np.float32(0.5),
         "a": np.array([1.0, np.nan]),

@@ -1,13 +1,13 @@
-"""qmoe generate: what the model writes for the blanks, in the text."""
+"""qmoe generate: texts with their blanks filled by the model."""
 
 import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.cli.generate import LENGTH_MULTIPLE
 from qmoe_jax.data import Tokenizer
 from qmoe_jax.data.batching import pad_rows, round_up
 from qmoe_jax.data.infill import Infill, read_spans
+from qmoe_jax.inference.fill import LENGTH_MULTIPLE
 from tests.helpers.cli_runs import answer, qmoe
 
 TEXT = "bado ___ lita, <extra_id_3> mo."
@@ -31,11 +31,11 @@ def scripted(monkeypatch, tokenizer):
             row[:5] = [sentinel(0), ids[0], sentinel(1), 1, 7]
         return out
 
-    monkeypatch.setattr("qmoe_jax.inference.generate", write)
+    monkeypatch.setattr("qmoe_jax.inference.fill.generate", write)
     return shapes
 
 
-def test_a_text_is_filled_with_what_the_model_writes(model, tokenizer):
+def test_blanks_are_filled_with_the_spans_that_the_model_generates(model, tokenizer):
     infill = Infill.parse(TEXT)
     ids = infill.encode(tokenizer)
     tokens = pad_rows([ids], 1, round_up(len(ids), LENGTH_MULTIPLE))
@@ -51,7 +51,7 @@ def test_lines_of_a_file_are_filled_in_batches_of_one_shape(artifact, scripted, 
     lines = ["bado ___ lita", "mo ___", "lita lita lita lita ___ <extra_id_5>"]
     (tmp_path / "lines.txt").write_text("\n\n".join(lines) + "\n")
     result = qmoe("generate", artifact, "--file", tmp_path / "lines.txt", "--batch-size", 2, "--seed", 5)
-    first = [tokenizer.pieces.decode([int(tokenizer.encode(line)[0])]) for line in lines]
+    first = [tokenizer.model.decode([int(tokenizer.encode(line)[0])]) for line in lines]
     filled = [line.replace("___", word) for line, word in zip(lines, first, strict=True)]
     assert result.stdout.splitlines() == filled
     assert result.stderr == ""
@@ -67,18 +67,18 @@ def test_lines_of_a_file_are_filled_in_batches_of_one_shape(artifact, scripted, 
         (["--temperature", 0.5, "--top-p", 0.9], qj.Sampling(0.5, top_p=0.9)),
     ],
 )
-def test_sampling_options(artifact, scripted, options, sampling):
+def test_sampling_options_reach_the_model(artifact, scripted, options, sampling):
     assert qmoe("generate", artifact, TEXT, *options).exit_code == 0
     assert scripted[0][2] == sampling
 
 
-def test_stats_go_to_stderr(artifact, scripted):
+def test_generation_statistics_go_to_stderr(artifact, scripted):
     result = qmoe("generate", artifact, TEXT, "--stats")
     assert len(result.stdout.splitlines()) == 1
     assert "tokens in" in result.stderr
 
 
-def test_a_text_without_blanks_is_refused(artifact):
+def test_generate_refuses_a_text_without_blanks(artifact):
     result = qmoe("generate", artifact, "bado lita")
     assert result.exit_code == 1
     assert "no blank in 'bado lita'" in result.stderr

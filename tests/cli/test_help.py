@@ -1,32 +1,32 @@
-"""Help: complete, with examples that parse, and without loading what only running needs."""
+"""Help of the commands: complete, with examples that parse, and generated from the configuration."""
 
-import ast
 import dataclasses
-import pathlib
+import json
 import re
 import shlex
-import sys
+from typing import Literal
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import qmoe_jax.cli.app
 from qmoe_jax import CompressionConfig
+from qmoe_jax.cli.command import Answer, command
+from qmoe_jax.cli.config_options import attribute_docs, config_options
 from tests.helpers.cli_runs import qmoe
 
 GROUP = typer.main.get_command(qmoe_jax.cli.app.app)
 COMMANDS = dict(sorted(GROUP.commands.items()))
-MODULES = sorted(pathlib.Path(qmoe_jax.cli.app.__file__).parent.glob("*.py"))
-LIGHT = {"typer", "rich", *sys.stdlib_module_names}
 
 
 def examples(help_text: str) -> list[list[str]]:
-    """The arguments of each "$ qmoe ..." line, its continuation included, up to what a shell takes."""
+    """Return the arguments of each "$ qmoe ..." line, with its continuation, up to a pipe or redirection."""
     lines = re.sub(r"\\\n\s*", "", help_text)
     return [shlex.split(re.split(r" \| | && | > ", line)[0]) for line in re.findall(r"\$ qmoe (.*)", lines)]
 
 
-def test_every_command_is_named():
+def test_help_names_every_command():
     result = qmoe("--help")
     assert result.exit_code == 0
     for name in ("inspect", "compress", "verify", "evaluate", "compare", "generate", "convert", "bench"):
@@ -34,7 +34,7 @@ def test_every_command_is_named():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_examples_parse(name):
+def test_examples_in_help_parse(name):
     command = COMMANDS[name]
     found = examples(command.help)
     assert len(found) >= 2
@@ -52,21 +52,46 @@ def test_every_option_is_explained(name):
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(CompressionConfig), ids=lambda field: field.name)
-def test_every_setting_of_a_compression_is_an_option(field):
+def test_every_field_of_the_configuration_is_an_option_of_compress(field):
     option = next(p for p in COMMANDS["compress"].params if p.name == field.name)
     assert option.default == field.default
+    assert option.opts == [f"--{field.name.replace('_', '-')}"]
+    assert option.help == attribute_docs(CompressionConfig)[field.name]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_help_loads_nothing_heavy(path):
-    # At the top of a module stand only the standard library, typer, rich and other modules of the command line.
-    for node in ast.parse(path.read_text()).body:
-        if not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        for module in modules:
-            light = module.split(".")[0] in LIGHT or module.startswith("qmoe_jax.cli")
-            assert light, f"{path.name} imports {module} before a command runs"
+def test_options_become_a_configuration():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        """Options.
+
+        Attributes:
+            bits: number of
+                bits: two lines.
+            name: a name.
+            fast: a flag.
+            size: a size.
+        """
+
+        bits: Literal["ternary", 2] = "ternary"
+        name: Literal["a", "b"] | None = None
+        fast: bool = False
+        size: int | None = None
+
+    def show(path: str, *, config: Config) -> Answer:
+        return Answer({"path": path, "config": config}, ())
+
+    app = typer.Typer()
+    app.command()(command(config_options(Config, "Options")(show)))
+    run = lambda *arguments: json.loads(CliRunner().invoke(app, ["x", *arguments, "--json"]).stdout)["config"]
+    assert run() == dataclasses.asdict(Config())
+    assert run("--bits", "2", "--name", "b", "--fast", "--size", "3") == {
+        "bits": 2,
+        "name": "b",
+        "fast": True,
+        "size": 3,
+    }
+    assert CliRunner().invoke(app, ["x", "--bits", "3"]).exit_code == 2
+    assert attribute_docs(Config)["bits"] == "Number of bits: two lines."
 
 
 def test_wrong_usage_exits_with_2(texts):

@@ -1,4 +1,4 @@
-"""--experts and --expert-cache, and qmoe bench, which tells what they cost."""
+"""--experts and --expert-cache, and qmoe bench, which measures their cost."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.helpers.cli_runs import answer, qmoe
 TEXT = "bado ___ lita, <extra_id_3> mo."
 
 
-def test_what_is_written_does_not_depend_on_where_experts_live(artifact):
+def test_generated_text_does_not_depend_on_the_placement_of_experts(artifact):
     wanted = answer("generate", artifact, TEXT)
     found = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", "14KB", "--stats")
     assert found.stdout.splitlines() == [text["filled"] for text in wanted["texts"]]
@@ -16,39 +16,39 @@ def test_what_is_written_does_not_depend_on_where_experts_live(artifact):
     assert "MB read in" in found.stderr
 
 
-def test_evaluate_takes_them_too(artifact, texts):
+def test_evaluate_runs_with_experts_on_the_host(artifact, texts):
     found = answer("evaluate", artifact, "--text", texts, "--samples", 8, "--experts", "host")
     assert found["experts"]["placement"] == "host"
     assert found["experts"]["lookups"] > 0
 
 
-def test_a_cache_without_room_is_refused(artifact):
+def test_an_expert_cache_without_room_is_refused(artifact):
     result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", "100")
     assert result.exit_code == 1
     assert "(one expert)" in result.stderr
 
 
 @pytest.mark.parametrize("size", ["much", "2XB", "1.2.3GB"])
-def test_a_size_that_is_none_is_wrong_usage(artifact, size):
+def test_a_cache_size_that_is_not_a_size_is_wrong_usage(artifact, size):
     result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", size)
     assert result.exit_code == 2
     assert "2GB or 500MB" in result.stderr
 
 
-def test_a_dense_checkpoint_has_its_experts_on_the_device(model):
+def test_experts_of_a_dense_checkpoint_stay_on_the_device(model):
     result = qmoe("generate", model, TEXT, "--experts", "disk")
     assert result.exit_code == 1
     assert "compress it first" in result.stderr
 
 
-def test_bench_tells_every_round(artifact):
+def test_bench_reports_every_round(artifact):
     options = "--prompt", 8, "--new-tokens", 4, "--batch-size", 2, "--experts", "disk"
     found = answer("bench", artifact, *options)
     assert [(run["batch"], run["round"]) for run in found["runs"]] == [(2, 1), (2, 2)]
     first = found["runs"][0]
     assert first["reading"]["tokens"] == 16
     assert 0 < first["writing"]["tokens"] <= 8
-    parts = first["reading"]["milliseconds_a_token"].values()
+    parts = first["reading"]["milliseconds_per_token"].values()
     assert sum(parts) == pytest.approx(1e3 * first["reading"]["seconds"] / 16)
     assert first["reading"]["experts"]["reads"] > 0
 

@@ -1,28 +1,12 @@
-"""Texts with blanks: to ids and back."""
+"""Texts with blanks: encoding them, and filling them with spans."""
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe_jax.data import Tokenizer
 from qmoe_jax.data.infill import Infill, read_spans
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    text = [
-        "the cat sat, on the mat",
-        "a dog walked after the cat",
-        "we walk the dog and see the cat sing",
-    ] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "spiece"), vocab_size=60, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    return Tokenizer(folder / "spiece.model")
 
 
 def spans_of(tokenizer: Tokenizer, **words: str) -> dict[int, list[int]]:
@@ -47,29 +31,29 @@ def test_a_text_without_a_blank_is_refused():
         Infill.parse("the cat__sat")
 
 
-def test_encoding_is_what_span_corruption_gives(tokenizer):
-    # The model saw whole texts tokenized first and cut after, so no piece but a word's first begins with a space.
-    before, behind = tokenizer.encode("the cat").tolist(), tokenizer.encode("the cat sat, on").tolist()
-    after_comma = behind[len(tokenizer.encode("the cat sat").tolist()) :]
+def test_a_text_with_a_blank_is_encoded_as_span_corruption_encodes_it(tokenizer):
+    # In training whole texts are tokenized and then cut, so only the first piece of a word begins with a space.
+    before, whole = tokenizer.encode("the cat").tolist(), tokenizer.encode("the cat sat, on").tolist()
+    after_comma = whole[len(tokenizer.encode("the cat sat").tolist()) :]
     ids = Infill.parse("the cat ___, on").encode(tokenizer)
     assert ids.dtype == np.int32
     assert ids.tolist() == [*before, tokenizer.sentinels.id(0), *after_comma, 1]
 
 
-def test_a_space_behind_a_blank_begins_a_word(tokenizer):
+def test_a_space_after_a_blank_begins_a_word(tokenizer):
     ids = Infill.parse("<extra_id_5> cat").encode(tokenizer).tolist()
     assert ids == [tokenizer.sentinels.id(5), *tokenizer.encode("cat").tolist(), 1]
 
 
-def test_a_number_beyond_the_sentinels_is_named(tokenizer):
-    with pytest.raises(ValueError, match=r"<extra_id_100>: the tokenizer has sentinels 0 to 99"):
+def test_a_blank_without_a_sentinel_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"<extra_id_100>: expected a number of 0 to 99"):
         Infill.parse("the <extra_id_100>").encode(tokenizer)
 
 
-def test_spans_are_read_between_sentinels(tokenizer):
+def test_generated_ids_are_cut_at_their_sentinels(tokenizer):
     sentinel = tokenizer.sentinels.id
     ids = [0, 7, sentinel(0), 8, 9, sentinel(2), sentinel(1), 10, 0, sentinel(0), 11, 1, 12]
-    ids.insert(4, tokenizer.vocab_size)  # a row of the embedding that no token has
+    ids.insert(4, tokenizer.vocab_size)  # an id that only padding of the vocabulary has
     assert read_spans(ids, tokenizer.sentinels) == {0: [8, 9], 2: [], 1: [10]}
 
 
@@ -83,19 +67,19 @@ def test_spans_are_read_between_sentinels(tokenizer):
         ("the ___ and ___", "the cat and ___"),
     ],
 )
-def test_words_take_the_place_of_blanks(tokenizer, text, filled):
+def test_words_replace_blanks(tokenizer, text, filled):
     assert Infill.parse(text).fill(spans_of(tokenizer, s0="cat"), tokenizer) == filled
 
 
 def test_a_span_within_a_word_needs_no_space(tokenizer):
-    comma = tokenizer.pieces.piece_to_id(",")
-    assert comma != tokenizer.pieces.unk_id()
+    comma = tokenizer.model.piece_to_id(",")
+    assert comma != tokenizer.model.unk_id()
     assert Infill.parse("the cat ___ sat").fill({0: [comma]}, tokenizer) == "the cat, sat"
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from(["the", "cat", "___", "<extra_id_4>", ",", " ", "\n", "dog"]), max_size=12))
-def test_nothing_of_the_text_is_lost(tokenizer, parts):
+def test_text_and_blanks_survive_encoding_and_filling(tokenizer, parts):
     text = "".join([*parts, "___"])
     infill = Infill.parse(text)
     assert infill.fill({}, tokenizer) == text

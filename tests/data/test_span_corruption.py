@@ -12,7 +12,7 @@ from qmoe_jax.data.span_corruption import Sentinels, corrupt, noise_mask, span_c
 T5 = Sentinels(32000, 32099)
 
 
-def test_masks_are_upstreams_bit_for_bit(data):
+def test_noise_masks_equal_upstreams(data):
     golden = np.load(data / "span_masks.npz")
     masks = [name for name in golden.files if name.startswith("mask_")]
     assert len(masks) >= 70
@@ -21,7 +21,7 @@ def test_masks_are_upstreams_bit_for_bit(data):
         np.testing.assert_array_equal(noise_mask(length, np.random.RandomState(seed)), golden[name], name)
 
 
-def test_one_generator_draws_a_sequence_of_masks(data):
+def test_a_sequence_of_noise_masks_equals_upstreams(data):
     golden = np.load(data / "span_masks.npz")
     names = sorted(
         (n for n in golden.files if n.startswith("seq_")), key=lambda name: int(name.split("_")[2])
@@ -32,14 +32,14 @@ def test_one_generator_draws_a_sequence_of_masks(data):
         np.testing.assert_array_equal(noise_mask(length, generator), golden[name], name)
 
 
-def test_density_and_mean_span_are_free(data):
+def test_noise_masks_of_another_density_and_span_equal_upstreams(data):
     golden = np.load(data / "span_masks.npz")["density25_span5_L200_s3"]
     mask = noise_mask(200, np.random.RandomState(3), density=0.25, mean_span=5.0)
     np.testing.assert_array_equal(mask, golden)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_samples_are_upstreams(data, split):
+def test_span_corrupted_samples_equal_upstreams(data, split):
     golden = json.loads((data / "data_mlm.json").read_text())
     count = golden["trainsamples"]
     short = [np.array(d) for d in golden[f"{split}_docs_without_eos"] if len(d) + 1 <= golden["inputlen"]]
@@ -51,7 +51,7 @@ def test_samples_are_upstreams(data, split):
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(2, 300), st.integers(0, 2**31 - 1))
-def test_encoder_and_decoder_hold_every_token_once(length, seed):
+def test_encoder_and_decoder_ids_hold_every_token_once(length, seed):
     tokens = np.random.RandomState(seed).randint(2, 100, length)
     mask = noise_mask(length, np.random.RandomState(seed))
     example = corrupt(tokens, mask, T5)
@@ -68,12 +68,12 @@ def test_encoder_and_decoder_hold_every_token_once(length, seed):
     assert text == tokens.tolist()
 
 
-def test_a_single_token_is_refused():
+def test_a_text_of_one_token_is_refused():
     with pytest.raises(ValueError, match="at least 2 tokens"):
         noise_mask(1, np.random.RandomState(0))
 
 
-def test_more_spans_than_sentinels_are_refused():
+def test_more_noise_spans_than_sentinels_are_refused():
     mask = np.tile([False, True], 10)
-    with pytest.raises(ValueError, match="10 noise spans need 11 sentinels; the vocabulary has 5"):
+    with pytest.raises(ValueError, match="10 noise spans: expected at least 11 sentinels, found 5"):
         corrupt(np.arange(20), mask, Sentinels(95, 99))

@@ -1,4 +1,4 @@
-"""The loss against upstream's figures and against its definition."""
+"""Loss and accuracy against upstream's figures and against their definition."""
 
 import json
 
@@ -22,7 +22,7 @@ def tiny(data):
     return qj.load_model(data / "hf_tiny_a")
 
 
-def test_losses_are_upstreams(data, tiny, held_out):
+def test_losses_of_the_dense_model_match_upstream(data, tiny, held_out):
     run = json.loads((data / "e2e_tiny_a.json").read_text())["runs"]["base16"]
     result = qj.evaluate(*tiny, held_out)
     np.testing.assert_allclose(result.per_example, run["per_sample_val_loss"], atol=2e-4)
@@ -31,19 +31,19 @@ def test_losses_are_upstreams(data, tiny, held_out):
     assert result.perplexity == pytest.approx(np.exp(result.loss))
 
 
-def test_the_step_compiles_once_for_all_batches(tiny, held_out):
+def test_evaluation_compiles_once_for_all_batches(tiny, held_out):
     score.clear_cache()
     qj.evaluate(*tiny, held_out, batch_size=3)
     assert score._cache_size() == 1
 
 
-def test_batch_size_changes_nothing(tiny, held_out):
+def test_batch_size_does_not_change_the_evaluation(tiny, held_out):
     one, many = (qj.evaluate(*tiny, held_out[:5], batch_size=size) for size in (1, 5))
     np.testing.assert_allclose(one.per_example, many.per_example, atol=2e-4)
     assert one.accuracy == many.accuracy
 
 
-def test_accuracy_counts_the_likeliest_tokens(tiny, held_out):
+def test_accuracy_counts_the_most_likely_tokens(tiny, held_out):
     model, params = tiny
     encoder, decoder = held_out[0]
     logits = model.apply({"params": params}, encoder[None], decoder[None])[0, :-1]
@@ -57,10 +57,16 @@ def test_accuracy_counts_the_likeliest_tokens(tiny, held_out):
     ("examples", "message"),
     [
         ([], "no examples"),
-        ([(np.array([5]), np.array([0]))], "example 0: expected encoder ids and at least 2 decoder ids"),
-        ([(np.array([512]), np.array([0, 1]))], "example 0: expected ids of 0 to 511"),
+        ([(np.array([5]), np.array([0]))], "example 0, decoder: expected at least 2 ids, found 1"),
+        ([(np.array([512]), np.array([0, 1]))], "example 0, encoder: expected ids of 0 to 511"),
     ],
 )
-def test_bad_examples_are_refused(tiny, examples, message):
+def test_examples_that_cannot_be_evaluated_are_refused(tiny, examples, message):
     with pytest.raises(ValueError, match=message):
         qj.evaluate(*tiny, examples)
+
+
+def test_evaluation_reports_progress_in_examples(tiny, held_out):
+    calls = []
+    qj.evaluate(*tiny, held_out[:5], batch_size=3, progress=lambda *call: calls.append(call))
+    assert calls == [(0, 5, ""), (3, 5, ""), (5, 5, "")]

@@ -1,4 +1,4 @@
-"""Variants side by side: figures recomputed from the files, table, plots."""
+"""Variants side by side: figures recomputed from files and weights, table, plots."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 import qmoe_jax as qj
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, markdown_table, write_report
-from qmoe_jax.evaluation.variants import Variant, read_variant, ternary_entropy
+from qmoe_jax.evaluation.variants import Variant
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +16,13 @@ def variants(data, tmp_path_factory):
     draw = lambda n: generator.integers(2, 480, n).astype(np.int32)
     examples = [(draw(30), np.append(0, draw(6)).astype(np.int32)) for _ in range(4)]
     path = tmp_path_factory.mktemp("report") / "ternary"
-    qj.compress(data / "hf_tiny_a", path, examples, qj.CompressionConfig(sentinel_start=480))
+    report = qj.compress(data / "hf_tiny_a", path, examples, qj.CompressionConfig(sentinel_start=480))
     evaluation = qj.evaluate(*qj.load_compressed(path), examples)
     original = Variant("original", qj.evaluate(*qj.load_model(data / "hf_tiny_a"), examples))
-    return path, [original, read_variant("ternary", path, evaluation)]
+    return path, [original, Variant("ternary", evaluation, report)]
 
 
-def test_bits_are_those_of_the_files(variants):
+def test_bits_per_parameter_are_measured_on_disk(variants):
     path, (original, ternary) = variants
     experts = sum(file.stat().st_size for file in (path / "experts").rglob("*") if file.is_file())
     parameters = 4 * 8 * 2 * 64 * 128
@@ -31,7 +31,7 @@ def test_bits_are_those_of_the_files(variants):
     assert original.bits_per_expert_parameter == 16
 
 
-def test_zeros_and_entropy_are_those_of_the_weights(variants):
+def test_sparsity_and_entropy_are_those_of_the_weights(variants):
     path, (_, ternary) = variants
     reader = qj.open_checkpoint(path)
     shares = [
@@ -40,25 +40,23 @@ def test_zeros_and_entropy_are_those_of_the_weights(variants):
         if "/mlp/expert/" in name
         for expert in reader.read(name)
     ]
-    assert ternary.sparsity == pytest.approx(np.mean(shares))
-    assert ternary.entropy == pytest.approx(np.mean([ternary_entropy(float(z)) for z in shares]))
+    assert ternary.report.sparsity == pytest.approx(np.mean(shares))
+    bits = [-z * np.log2(z) - (1 - z) * np.log2((1 - z) / 2) for z in shares]
+    assert ternary.report.entropy == pytest.approx(np.mean(bits))
 
 
-def test_entropy_of_a_known_source():
-    assert ternary_entropy(0.885) == pytest.approx(0.63, abs=0.001)
-    assert ternary_entropy(1.0) == 0
-
-
-def test_experts_without_tokens_are_named(variants):
+def test_notes_name_experts_without_calibration_tokens(variants):
     _, (_, ternary) = variants
-    starved = [layer for layer in ternary.layers if layer.fallback]
+    starved = [layer for layer in ternary.report.layers if layer.fallback]
     assert starved, "24 decoder tokens cannot reach all 8 experts of both layers"
-    notes = " ".join(calibration_notes(ternary))
+    notes = " ".join(calibration_notes(ternary.report))
     for layer in starved:
-        assert all(f"{expert} ({layer.tokens[expert]} tokens)" in notes for expert in layer.fallback)
+        assert all(
+            f"{expert} ({layer.calibration_tokens[expert]} tokens)" in notes for expert in layer.fallback
+        )
 
 
-def test_the_report_is_a_folder_to_look_at(variants, tmp_path):
+def test_the_report_folder_has_table_plots_and_figures(variants, tmp_path):
     _, rows = variants
     write_report(tmp_path, rows, {"checkpoint": "tiny"})
     text = (tmp_path / "report.md").read_text()

@@ -20,6 +20,7 @@ from qmoe_jax.artifact import (
     num_groups,
     pack_matrix,
 )
+from qmoe_jax.artifact.report import RunReport
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.parameters import expert_shapes
@@ -118,7 +119,7 @@ def write_artifact(root: pathlib.Path | str, kind: Kind = KINDS["ternary"], wait
                     time.sleep(wait)
         artifact.write_dense(dense_tree())
         time.sleep(wait)
-        artifact.finish({"loss": 4.25}, {"seconds": time.time()})
+        artifact.finish({"loss": 4.25}, RunReport(seconds=time.time()))
 
 
 if __name__ == "__main__":

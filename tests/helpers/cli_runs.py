@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 from qmoe_jax.cli.app import app
 
 SAMPLES = "24"
-"""Texts that calibrate."""
+"""Number of calibration texts."""
 
 
 def qmoe(*arguments: object) -> Result:
@@ -17,12 +17,12 @@ def qmoe(*arguments: object) -> Result:
 
 
 def answer(*arguments: object, exit_code: int = 0) -> dict:
-    """What a command prints with --json: one object, and nothing on stderr."""
+    """Return the object that a command prints with --json, and check that stderr is empty."""
     result = qmoe(*arguments, "--json")
     assert (result.exit_code, result.stderr) == (exit_code, ""), result.output
     return json.loads(result.stdout)
 
 
 def compress_arguments(model: pathlib.Path, texts: pathlib.Path, output: pathlib.Path) -> list[object]:
-    """The command that the artifact is made by."""
+    """Return the command line that makes the artifact."""
     return ["compress", model, output, "--calibration", texts, "--samples", SAMPLES]

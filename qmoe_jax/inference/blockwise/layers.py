@@ -21,6 +21,12 @@ from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, Encode
 Params = dict[str, Any]
 
 
+def experts_per_layer(config: SwitchConfig, stack: str) -> list[int]:
+    """Return the number of experts of each layer of a stack; a dense layer counts as one."""
+    sparse = config.sparse_layers(stack)
+    return [config.num_experts if layer in sparse else 1 for layer in range(config.num_layers(stack))]
+
+
 @partial(jax.jit, static_argnames="block")
 def _attend(block: Block, params: Params, x: Array, *context: Array) -> Array:
     return block.apply({"params": params}, x, *context, method="attend")

@@ -1,5 +1,7 @@
-"""The whole compression against upstream's own runs, and its own promises: resumption, counting, refusal."""
+"""Compression against upstream's own runs, and its own promises: resumption, reporting, refusal."""
 
+import collections
+import dataclasses
 import hashlib
 import json
 
@@ -7,9 +9,13 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression import pipeline
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.compression import resume
 from qmoe_jax.compression.exact import FOLDER
+from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.parameters import is_expert
 
+SENTINELS = 480
 KERNELS = ("encoder/layers_1", "encoder/layers_3", "decoder/layers_1", "decoder/layers_3")
 LEVEL_ROUNDING = 0.06  # levels rounded to bfloat16 alone move a sample's loss by .03
 
@@ -19,7 +25,7 @@ def stored_bytes(path):
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_every_digit_is_upstreams(data, compressed):
+def test_ternary_digits_match_upstream(data, compressed):
     golden = np.load(data / "e2e_tiny_a_gptq_digits.npz")
     reader = qj.open_checkpoint(compressed()[0])
     for key in golden.files:
@@ -30,17 +36,17 @@ def test_every_digit_is_upstreams(data, compressed):
 
 
 @pytest.mark.parametrize(("run", "options"), [("rtn1.5", {"method": "nearest"}), ("gptq1.5", {})])
-def test_losses_are_upstreams(data, samples, compressed, run, options):
+def test_losses_of_compressed_models_match_upstream(data, samples, compressed, run, options):
     expected = json.loads((data / "e2e_tiny_a.json").read_text())["runs"][run]["per_sample_val_loss"]
     model, params = qj.load_compressed(compressed(**options)[0])
     found = qj.evaluate(model, params, samples[16:]).per_example
     assert np.abs(found - expected).mean() <= LEVEL_ROUNDING
 
 
-def test_calibration_tokens_are_upstreams(data, samples, compressed):
+def test_calibration_token_counts_match_upstream(data, samples, compressed):
     printed = json.loads((data / "e2e_tiny_a.json").read_text())["runs"]["gptq1.5"]
     _, report = compressed()
-    routed = [sum(group.tokens) for group in report.groups if group.stack == "encoder"]
+    routed = [sum(group.routed_tokens) for group in report.groups if group.stack == "encoder"]
     assert routed == [sum(len(encoder) for encoder, _ in samples[:16])] * 2
     assert {(f.stack, f.layer, f.expert) for f in report.fallbacks} == {
         ("decoder", 3, 6)
@@ -62,7 +68,7 @@ def test_calibration_tokens_are_upstreams(data, samples, compressed):
     ],
     ids=str,
 )
-def test_every_kind_of_artifact_is_whole_and_runs(samples, compressed, options):
+def test_artifacts_of_every_kind_verify_and_run(samples, compressed, options):
     path, report = compressed(**options)
     assert qj.verify(path).ok
     model, params = qj.load_compressed(path)
@@ -79,11 +85,11 @@ def test_every_kind_of_artifact_is_whole_and_runs(samples, compressed, options):
 @pytest.mark.parametrize(
     "options", [{"experts_per_group": 3}, {"bits": 2, "group_size": 16, "experts_per_group": 5}], ids=str
 )
-def test_a_stopped_run_goes_on_to_the_same_bytes(data, samples, compressed, tmp_path, monkeypatch, options):
+def test_a_resumed_run_ends_with_the_same_bytes(data, samples, compressed, tmp_path, monkeypatch, options):
     class Stopped(Exception):
         pass
 
-    real, calls = pipeline.compress_group, []
+    real, calls = resume.compress_group, []
 
     def stop_at_the_fifth(*arguments):
         calls.append(arguments)
@@ -92,30 +98,30 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(data, samples, compressed, tmp_
         return real(*arguments)
 
     config = qj.CompressionConfig(sentinel_start=480, **options)
-    monkeypatch.setattr(pipeline, "compress_group", stop_at_the_fifth)
+    monkeypatch.setattr(resume, "compress_group", stop_at_the_fifth)
     with pytest.raises(Stopped):
         qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:16], config)
     with pytest.raises(qj.CheckpointError, match="is unfinished"):
         qj.load_compressed(tmp_path / "model")
     report = qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:16], config)
-    monkeypatch.setattr(pipeline, "compress_group", real)
+    monkeypatch.setattr(resume, "compress_group", real)
     path, whole = compressed(**options)
     assert len(calls) == 5 + len(whole.groups) - 4  # four groups were not quantized again
     assert stored_bytes(tmp_path / "model") == stored_bytes(path)
-    assert [group.tokens for group in report.groups] == [group.tokens for group in whole.groups]
+    assert [group.routed_tokens for group in report.groups] == [group.routed_tokens for group in whole.groups]
     assert not (tmp_path / "model" / FOLDER).exists()
 
 
-def test_a_finished_artifact_is_left_as_it_is(data, samples, compressed, monkeypatch):
+def test_compressing_again_leaves_a_finished_artifact_unchanged(data, samples, compressed, monkeypatch):
     path, report = compressed()
     before = stored_bytes(path)
-    monkeypatch.setattr(pipeline, "compress_group", None)
+    monkeypatch.setattr(resume, "compress_group", None)
     again = qj.compress(data / "hf_tiny_a", path, samples[:16], qj.CompressionConfig(sentinel_start=480))
     assert stored_bytes(path) == before
     assert again.groups == report.groups
 
 
-def test_other_samples_are_another_run(data, samples, compressed):
+def test_an_artifact_of_other_samples_is_refused(data, samples, compressed):
     path, _ = compressed()
     with pytest.raises(qj.CheckpointError, match="another run"):
         qj.compress(data / "hf_tiny_a", path, samples[:15], qj.CompressionConfig(sentinel_start=480))
@@ -124,7 +130,7 @@ def test_other_samples_are_another_run(data, samples, compressed):
 @pytest.mark.parametrize(
     ("examples", "config", "message"),
     [
-        ([], {"sentinel_start": 480}, "no calibration examples"),
+        ([], {"sentinel_start": 480}, "no examples"),
         ([([5, 600], [0, 1])], {"sentinel_start": 480}, "example 0, encoder: expected ids of 0 to 511"),
         ([([5], [0, 1])], {}, "sentinel_start: needed for a vocabulary of 512"),
     ],
@@ -147,15 +153,96 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, example
         ("skip", "both"),
     ],
 )
-def test_options_without_a_meaning_are_refused(field, value):
+def test_invalid_options_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         qj.CompressionConfig(**{field: value})
 
 
-def test_decompressed_is_what_was_packed(samples, compressed, tmp_path):
+def test_a_decompressed_checkpoint_equals_the_artifact(samples, compressed, tmp_path):
     path, _ = compressed()
     reader = qj.open_checkpoint(path)
     dense = qj.open_checkpoint(qj.decompress(path, tmp_path / "t5x", format="t5x"))
     assert dense.names() == reader.names()
     for name in reader.names():
         np.testing.assert_array_equal(np.float32(dense.read(name)), np.float32(reader.read(name)), name)
+
+
+@pytest.mark.parametrize("skip", [None, "encoder", "decoder"])
+def test_compressing_reports_progress_to_the_last_expert(data, samples, tmp_path, skip):
+    calls = []
+    config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip=skip)
+    arguments = data / "hf_tiny_a", tmp_path / "model", samples[:2], config
+    qj.compress(*arguments, progress=lambda *call: calls.append(call))
+    done, totals, labels = zip(*calls, strict=True)
+    stacks = ["encoder"] if skip == "decoder" else ["encoder", "decoder"]
+    assert set(totals) == {
+        len(stacks) * (2 * 8 + 2)
+    }  # experts of two sparse layers, two dense layers per stack
+    assert (done[0], done[-1]) == (0, totals[0])
+    assert list(done) == sorted(done)
+    assert list(dict.fromkeys(labels))[1:] == [f"{stack} layer {i}" for stack in stacks for i in range(4)]
+    calls.clear()
+    qj.compress(*arguments, progress=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls] == [(1, 1)]
+
+
+def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
+    reads, read = collections.Counter(), Checkpoint.read
+    monkeypatch.setattr(
+        Checkpoint,
+        "read",
+        lambda self, name, experts=None: reads.update([name]) or read(self, name, experts),
+    )
+    config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip="decoder")
+    qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:2], config)
+    assert {count for name, count in reads.items() if not is_expert(name)} == {1}
+    assert {count for name, count in reads.items() if is_expert(name) and name.startswith("decoder")} == {1}
+
+
+def damaged_model(data, path, values):
+    """Write a copy of the tiny model with `values` at places of its tensors, as Hugging Face's format has it."""
+    reader, tensors = qj.open_checkpoint(data / "hf_tiny_a"), {}
+    for name, (place, value) in values.items():
+        array = reader.read(name)
+        array[place] = value
+        tensors[name] = ArrayTensor(array)
+    return qj.convert(dataclasses.replace(reader, tensors={**reader.tensors, **tensors}), path, "huggingface")
+
+
+@pytest.mark.parametrize(
+    ("values", "starved"),
+    [
+        ({"encoder/layers_1/mlp/expert/wi/kernel": ((2, 5, 7), np.nan)}, "weight"),
+        ({"encoder/layers_1/pre_mlp_layer_norm/scale": ((3,), np.inf)}, "hessian"),
+        ({"encoder/layers_1/pre_mlp_layer_norm/scale": ((3,), np.nan)}, "hessian"),
+    ],
+    ids=["NaN weight", "infinite inputs", "NaN inputs"],
+)
+def test_figures_that_are_not_finite_do_not_stop_a_compression(
+    data, samples, tmp_path, monkeypatch, values, starved
+):
+    model = damaged_model(data, tmp_path / "damaged", values)
+    config = qj.CompressionConfig(sentinel_start=SENTINELS, experts_per_group=4)
+    real, calls = resume.compress_group, []
+
+    def stop_at_the_last(*arguments):
+        calls.append(arguments)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(resume, "compress_group", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        qj.compress(model, tmp_path / "out", samples[:4], config)
+    report = qj.compress(model, tmp_path / "out", samples[:4], config)
+    assert len(calls) == 9
+    assert qj.verify(tmp_path / "out").ok
+    layer = [group for group in report.groups if (group.stack, group.layer) == ("encoder", 1)]
+    errors = [error for group in layer for error in group.matrices["wi"].output_error]
+    if starved == "weight":
+        assert [i for i, error in enumerate(errors) if np.isnan(error)] == [2]
+        assert b"null" in (tmp_path / "out" / "report.json").read_bytes()
+    else:
+        assert all(all(group.matrices["wi"].fallback) for group in layer)
+        assert np.isfinite(errors).all()  # those of rounding to nearest
+        assert len(report.fallbacks) > 16

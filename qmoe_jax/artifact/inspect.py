@@ -1,12 +1,14 @@
-"""The contents of a checkpoint and the memory it would need, as plain data for a table or JSON."""
+"""Counts what a checkpoint holds, and estimates the memory that it would need, compressed or not."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 
+from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.config import PRESETS, SwitchConfig
 from qmoe_jax.files.tensor import Shard
@@ -70,11 +72,16 @@ class Inspection:
     notes: tuple[str, ...]
 
 
-def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Count what a checkpoint has, from shapes and file sizes; no tensor is read.
+def inspect(checkpoint: str | os.PathLike[str] | Checkpoint) -> Inspection:
+    """Count what a checkpoint holds, from shapes and file sizes: no tensor is read.
 
-    Open the checkpoint with `check=False` to see damaged files in `damaged` instead of an error.
+    Damaged files are listed in `damaged`. A checkpoint that is passed opened must have been opened with
+    `check=False` for that, or it would have been refused.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its index is damaged.
     """
+    checkpoint = open_checkpoint(checkpoint, check=False)
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}
     experts = {name: size for name, size in sizes.items() if is_expert(name)}
     dtypes: collections.Counter[str] = collections.Counter()

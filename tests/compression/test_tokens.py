@@ -1,16 +1,16 @@
-"""Which tokens calibrate, how states are batched."""
+"""Selection of calibration tokens, and batches of hidden states."""
+
+import json
 
 import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.calibration import RoutedTokens, keep_decoder, keep_encoder
+from qmoe_jax.compression.tokens import RoutedTokens, keep_decoder, keep_encoder
 from qmoe_jax.inference.blockwise.states import HiddenStates, mask_of, plan_batches
 
 
-def test_masks_are_upstreams(data):
-    import json
-
+def test_masks_of_calibration_tokens_match_upstream(data):
     golden = json.loads((data / "data_mlm.json").read_text())
     for name, keep in (("encoder", keep_encoder), ("decoder", keep_decoder)):
         for tokens, expected in zip(golden[name], golden[f"keep_mask_{name}"], strict=True):
@@ -23,11 +23,11 @@ def test_an_expert_is_calibrated_by_its_first_tokens_only():
     routed = RoutedTokens.select(expert, np.ones(8, np.float32), keep, num_experts=2, token_cap=0.75)
     # 0.75 even shares of 4 are 3 tokens: of expert 0 the first three, of which one is not kept
     np.testing.assert_array_equal(np.flatnonzero(routed.calibrates), [0, 1, 3, 4])
-    np.testing.assert_array_equal(routed.of_experts(1, 2), [1, 4])
+    np.testing.assert_array_equal(routed.of_experts(range(1, 2)), [1, 4])
 
 
 @pytest.mark.parametrize("memory_share", [0.25, 0.0], ids=["in memory", "in a file"])
-def test_states_come_back_from_batches(tmp_path, monkeypatch, memory_share):
+def test_hidden_states_survive_gathering_and_scattering_batches(tmp_path, monkeypatch, memory_share):
     monkeypatch.setattr("qmoe_jax.inference.blockwise.states.MEMORY_SHARE", memory_share)
     lengths = [3, 70, 64, 1, 130, 65]
     states = HiddenStates(lengths, 5, tmp_path)

@@ -1,0 +1,93 @@
+"""Fills the blanks of texts: what T5's pretraining teaches a model to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from qmoe_jax.data.batching import pad_rows, round_up
+from qmoe_jax.data.infill import Infill, read_spans
+from qmoe_jax.data.tokenizer import Tokenizer
+from qmoe_jax.inference.generate import generate
+from qmoe_jax.inference.sampling import Sampling
+from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.progress import ProgressCallback, no_progress
+
+LENGTH_MULTIPLE = 16
+"""Texts are padded to a multiple of this many tokens, so that similar lengths share one compiled program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilledText:
+    """A text with its blanks filled.
+
+    Attributes:
+        text: the text; a blank for which the model wrote nothing stays as it was.
+        spans: words written for each sentinel, by its number.
+        tokens: tokens written, sentinels and end token included.
+    """
+
+    text: str
+    spans: Mapping[int, str]
+    tokens: int
+
+
+def fill_blanks(
+    model: SwitchTransformer,
+    params: dict[str, Any],
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: ProgressCallback = no_progress,
+) -> list[FilledText]:
+    """Fill the blanks of texts, written `___` or `<extra_id_0>`.
+
+    Args:
+        model: as `load_model` or `load_compressed` returns it.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        texts: each with one blank or more.
+        max_new_tokens: tokens to write at most, for all blanks of a text.
+        sampling: temperature, top-k, top-p; greedy by default.
+        seed: seed of the sampling; batch i uses `seed + i`, so that equal texts in two batches differ.
+        batch_size: texts that run together. All batches have one shape, so the model compiles once.
+        progress: called with the texts filled.
+
+    Raises:
+        ValueError: a text has no blank, or a blank has a number that the tokenizer has no sentinel for.
+        CheckpointError: experts on disk cannot be read.
+    """
+    infills = [Infill.parse(text) for text in texts]
+    rows = [infill.encode(tokenizer) for infill in infills]
+    filled: list[FilledText] = []
+    progress(0, len(texts), "")
+    for number, batch in enumerate(_batches(rows, batch_size)):
+        written = generate(
+            model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + number
+        )  # fmt: skip
+        for infill, ids in zip(infills[len(filled) :], np.asarray(written), strict=False):
+            spans = read_spans(ids, tokenizer.sentinels)
+            words = {sentinel: tokenizer.decode(span) for sentinel, span in spans.items()}
+            filled.append(FilledText(infill.fill(spans, tokenizer), words, int(np.count_nonzero(ids))))
+        progress(len(filled), len(texts), "")
+    return filled
+
+
+def _batches(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[Int32[np.ndarray, "row n"]]:
+    """Yield encoder ids in batches of one shape; the last row is repeated to fill the last batch."""
+    if not rows:
+        return
+    size = min(batch_size, len(rows))
+    length = round_up(max(map(len, rows)), LENGTH_MULTIPLE)
+    for start in range(0, len(rows), size):
+        part = list(rows[start : start + size])
+        yield pad_rows(part + part[-1:] * (size - len(part)), size, length)

@@ -1,0 +1,43 @@
+"""Loads the tokenizer that belongs to a checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from qmoe_jax.artifact.open import open_checkpoint
+from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.data.text import TextError
+from qmoe_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
+
+
+def load_tokenizer(
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    extra_ids: int = 100,
+) -> Tokenizer:
+    """Load a checkpoint's tokenizer, and check that it fits the model's vocabulary.
+
+    Args:
+        checkpoint: a checkpoint of any format, by path or opened.
+        path: the sentencepiece model; by default tokenizer.model or spiece.model in the checkpoint's directory or
+            the one above. Artifacts carry theirs.
+        extra_ids: number of sentinels above the tokenizer's pieces.
+
+    Warns:
+        UserWarning: the model has many more ids than the tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be opened.
+        TextError: there is no tokenizer, or it has more ids than the model.
+    """
+    reader = open_checkpoint(checkpoint)
+    found = path or find_tokenizer(reader.path)
+    if found is None:
+        raise TextError(
+            f"{reader.path}: no {' or '.join(TOKENIZER_FILES)} there or in the directory above; pass the tokenizer's "
+            "file"
+        )
+    tokenizer = Tokenizer(found, extra_ids)
+    tokenizer.check_vocabulary(reader.config.vocab_size)
+    return tokenizer

@@ -1,0 +1,62 @@
+"""The tokenizer: its sentinels, its place beside a checkpoint, and the vocabulary that it fits."""
+
+import shutil
+
+import pytest
+
+from qmoe_jax.data import TextError, Tokenizer, find_tokenizer
+
+
+def test_sentinels_are_above_the_pieces(tokenizer):
+    assert tokenizer.sentinels.count == 100
+    assert tokenizer.sentinels.start == tokenizer.model.get_piece_size()
+    assert tokenizer.sentinels.id(0) == tokenizer.vocab_size - 1
+
+
+def test_decoding_names_sentinels_and_stops_at_the_end_token(tokenizer):
+    cat = tokenizer.encode("the cat").tolist()
+    ids = [0, tokenizer.sentinels.id(0), *cat, tokenizer.sentinels.id(1), 1, *cat]
+    assert tokenizer.decode(ids) == "<extra_id_0> the cat <extra_id_1>"
+
+
+def test_decoding_leaves_out_ids_above_the_sentinels(tokenizer):
+    cat = tokenizer.encode("the cat").tolist()
+    assert tokenizer.decode([*cat, tokenizer.vocab_size + 5]) == "the cat"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_tokenizer_is_found_in_the_checkpoints_folder_or_above(tokenizer, tmp_path, name):
+    checkpoint = tmp_path / "model" / "checkpoint_1000"
+    checkpoint.mkdir(parents=True)
+    assert find_tokenizer(checkpoint) is None
+    shutil.copyfile(tokenizer.path, checkpoint.parent / name)
+    assert find_tokenizer(checkpoint) == find_tokenizer(checkpoint.parent) == checkpoint.parent / name
+    assert Tokenizer(checkpoint).vocab_size == tokenizer.vocab_size
+
+
+def test_no_tokenizer_is_found_beside_a_url():
+    assert find_tokenizer("gs://bucket/checkpoint_1000") is None
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "spiece.model"):
+        with pytest.raises(TextError, match=f"{path}: no sentencepiece model there"):
+            Tokenizer(path)
+
+
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(TextError, match=r"bad\.model: expected a sentencepiece model"):
+        Tokenizer(tmp_path / "bad.model")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer):
+    tokenizer.check_vocabulary(tokenizer.vocab_size)
+    with pytest.raises(TextError, match=f"expected at most {tokenizer.vocab_size - 1} ids"):
+        tokenizer.check_vocabulary(tokenizer.vocab_size - 1)
+
+
+def test_a_model_with_many_more_ids_than_the_tokenizer_gives_a_warning(tokenizer):
+    tokenizer.check_vocabulary(tokenizer.vocab_size + 127)
+    with pytest.warns(UserWarning, match="check that the model was trained with it"):
+        tokenizer.check_vocabulary(tokenizer.vocab_size + 128)
