@@ -1,7 +1,7 @@
 """`quantize_block`, one suite for every backend: each digit is judged in float64, given the digits before it.
 
-So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do the
-columns behind it, which differ from there on.
+So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do
+the columns behind it, which differ from there on.
 """
 
 import functools
@@ -81,7 +81,7 @@ def values_of(grid: Grid, levels: np.ndarray) -> np.ndarray:
 
 
 def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> None:
-    """One expert: no other digit would have been better by more than float32 rounding; the rest follows from it."""
+    """Assert for one expert that no other digit is better by more than float32 rounding, and what follows."""
     w, error_feedback, lower, curvature = (array.astype(np.float64) for array in problem[:4])
     every = values_of(grid, problem.levels[problem.group_index])
     value = np.take_along_axis(every, np.asarray(found.digits, np.int64)[None], 0)[0]
