@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from pallas_kernels.cpu.packed_product import packed_product
-from pallas_kernels.cpu.token_blocks import expert_blocks
+from pallas_kernels.cpu.token_blocks import TokenBlocks
 from pallas_kernels.operands import PackedMatrix
 
 
@@ -35,7 +35,7 @@ def expert_mlp(
         y: receives the result.
         activation: "linear", "relu" or "gelu" (the tanh form).
     """
-    blocks = expert_blocks(expert_index)
+    blocks = TokenBlocks.by_expert(expert_index)
     x_blocks = blocks.dispatch(x)
     hidden = packed_product(wi[0], blocks, x_blocks, activation)
     for gate in wi[1:]:

@@ -11,7 +11,7 @@ from pallas_kernels.cpu.compiled import compiled
 from pallas_kernels.cpu.inner_loop import multiply_rows
 from pallas_kernels.cpu.packed_view import view_packed
 from pallas_kernels.cpu.threads import next_chunk, num_threads, parallel_for
-from pallas_kernels.cpu.token_blocks import SINGLE_STRIDE, SLACK_COLUMNS, TokenBlocks, single_token_blocks
+from pallas_kernels.cpu.token_blocks import SINGLE_STRIDE, SLACK_COLUMNS, TokenBlocks
 from pallas_kernels.operands import DecodeTable, PackedMatrix
 
 ACTIVATIONS = ("linear", "relu", "gelu")
@@ -93,6 +93,6 @@ def _precompile(code: np.dtype, field_bits: int, slots: int, words: int) -> None
     table = DecodeTable(np.zeros((1, words), np.uint32), field_bits, slots, 1)
     codes, offsets = np.zeros((1, 1), code), np.zeros((1, 1), np.int32)
     packed = PackedMatrix(codes, offsets, np.zeros((1, 0, 2), np.float32), table, 1)
-    blocks, no_tokens = single_token_blocks(np.zeros(0, np.int32)), np.zeros((0, 1), np.float32)
+    blocks, no_tokens = TokenBlocks.by_expert(np.zeros(0, np.int32)), np.zeros((0, 1), np.float32)
     y = packed_product(packed, blocks, blocks.dispatch(no_tokens))
     blocks.combine(y, np.zeros(0, np.float32), no_tokens)

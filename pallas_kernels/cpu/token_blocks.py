@@ -45,6 +45,16 @@ class TokenBlocks(NamedTuple):
     first_token: Any
     token: Any
 
+    @staticmethod
+    def by_expert(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
+        """Return blocks of each expert's tokens: whole ones of 64 lanes, then the smallest that holds the rest.
+
+        Blocks are in the order of the experts, and the tokens of an expert in their own order.
+        """
+        token = np.argsort(expert_index, kind="stable")
+        expert, lanes, first_lane, first_token = _cut_into_blocks(expert_index[token])
+        return TokenBlocks(expert, lanes, first_lane, first_token, token)
+
     def empty(self, width: int) -> Float32[np.ndarray, "number"]:
         """Return zeros for `width` columns over these blocks; pages that are never written take no memory."""
         size = int(self.first_lane[-1]) * (width + SLACK_COLUMNS)
@@ -72,23 +82,6 @@ class TokenBlocks(NamedTuple):
             body(np.zeros(1, np.int64), self, rows, *others)
         else:
             parallel_for(body, self, rows, *others)
-
-
-def single_token_blocks(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
-    """Return one block per token, in the order of the tokens."""
-    token = np.arange(len(expert_index) + 1)
-    lanes = np.ones(len(expert_index), np.int32)
-    return TokenBlocks(expert_index.copy(), lanes, token * SINGLE_STRIDE, token, token[:-1])
-
-
-def expert_blocks(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
-    """Return blocks of each expert's tokens: whole ones of 64 lanes, then the smallest that holds the rest.
-
-    Blocks are in the order of the experts, and the tokens of an expert in their own order.
-    """
-    token = np.argsort(expert_index, kind="stable")
-    expert, lanes, first_lane, first_token = _cut_into_blocks(expert_index[token])
-    return TokenBlocks(expert, lanes, first_lane, first_token, token)
 
 
 @compiled

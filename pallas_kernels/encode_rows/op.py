@@ -43,15 +43,15 @@ def encode_rows(
     bounds. The result has room for a code per symbol, as the worst digits take.
 
     Args:
-      digits: 0 for zero, 1 for the row's minimum, 2 for its maximum.
-      table: the codebook.
-      backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation; by default
-        the first of the platform's backends that can run.
+        digits: 0 for zero, 1 for the row's minimum, 2 for its maximum.
+        table: the codebook.
+        backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation; by
+            default the first of the platform's backends that can run.
 
     Raises:
-      ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords than an
-        int32 counts.
-      NotImplementedError: `backend` cannot run here.
+        ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords than an
+            int32 counts.
+        NotImplementedError: `backend` cannot run here.
     """
     *experts, rows, width = digits.shape
     if digits.dtype != jnp.uint8 or rows == 0 or width == 0:

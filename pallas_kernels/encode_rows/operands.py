@@ -21,11 +21,11 @@ class EncodeTable:
     in `follow` exist.
 
     Attributes:
-      follow: the next node: the child, or ~(the root's child) where a codeword ends before the symbol.
-      code: the codeword that ends in a node; any number where none does.
-      last_code: the codeword to write where a row ends in a node: its own, else one that passes through it (its tail
-        runs past the row and is ignored).
-      symbol_digits: digits per symbol.
+        follow: the next node: the child, or ~(the root's child) where a codeword ends before the symbol.
+        code: the codeword that ends in a node; any number where none does.
+        last_code: the codeword to write where a row ends in a node: its own, else one that passes through it (its tail
+            runs past the row and is ignored).
+        symbol_digits: digits per symbol.
     """
 
     follow: Int32[AnyArray, "node symbol"]
@@ -47,8 +47,8 @@ class EncodedRows(NamedTuple):
     """Rows as codewords: row r is `codes[..., row_offsets[..., r] : row_offsets[..., r + 1]]`.
 
     Attributes:
-      codes: the codewords, row after row; `encode_rows` returns room for the most codewords, zeros behind the last one.
-      row_offsets: where each row begins among the codes, and the end of the last one.
+        codes: the codewords, row after row; `encode_rows` returns room for the most codewords, zeros after the last.
+        row_offsets: where each row begins among the codes, and the end of the last one.
     """
 
     codes: UInt8[AnyArray, "*expert codeword"] | UInt16[AnyArray, "*expert codeword"]

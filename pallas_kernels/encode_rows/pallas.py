@@ -32,8 +32,8 @@ def encode_rows(
     """See `pallas_kernels.encode_rows`.
 
     Raises:
-      NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads
-        as signed.
+        NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads
+            as signed.
     """
     experts, rows, _ = digits.shape
     symbols = symbols_of(digits, table)

@@ -84,7 +84,9 @@ def packed_mlp(
                 f"packed_mlp: expected wi for {wo.num_experts} experts of {wo.width} rows, found {found}"
             )
     if activation not in ACTIVATIONS:
-        raise ValueError(f"packed_mlp: expected an activation of {sorted(ACTIVATIONS)}, found {activation!r}")
+        raise ValueError(
+            f"packed_mlp: expected an activation among {sorted(ACTIVATIONS)}, found {activation!r}"
+        )
     if scale is None:
         scale = jnp.ones(x.shape[0], jnp.float32)
     if scale.shape != x.shape[:1]:

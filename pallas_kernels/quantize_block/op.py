@@ -46,20 +46,20 @@ def quantize_block(
     and the columns after it then compensate for that. Weights lie transposed, so that a column is contiguous.
 
     Args:
-      w: the weights, float32, as are all numbers here.
-      error_feedback: the deviations of all columns before the block, weighted by L, for each column.
-      lower: L, of these columns alone; only the entries below its diagonal are read.
-      curvature: the cost of a squared deviation from the target in each column.
-      levels: two numbers for each row and group, as `grid` takes them.
-      group_index: the group of each column, the same for all experts; an index out of range counts as the nearest in
-        range.
-      grid: the digits and their values.
-      backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a function to
-        use as the implementation; by default the first of the platform's backends that can run.
+        w: the weights, float32, as are all numbers here.
+        error_feedback: the deviations of all columns before the block, weighted by L, for each column.
+        lower: L, of these columns alone; only the entries below its diagonal are read.
+        curvature: the cost of a squared deviation from the target in each column.
+        levels: two numbers for each row and group, as `grid` takes them.
+        group_index: the group of each column, the same for all experts; an index out of range counts as the nearest in
+            range.
+        grid: the digits and their values.
+        backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a function to
+            use as the implementation; by default the first of the platform's backends that can run.
 
     Raises:
-      ValueError: shapes or dtypes do not fit.
-      NotImplementedError: `backend` cannot run here.
+        ValueError: shapes or dtypes do not fit.
+        NotImplementedError: `backend` cannot run here.
     """
     _check(w, error_feedback, lower, curvature, levels, group_index)
     group_index = jnp.clip(group_index, 0, levels.shape[-3] - 1)

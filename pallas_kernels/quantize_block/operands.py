@@ -29,9 +29,9 @@ class RoundedBlock(NamedTuple):
     """A block of quantized columns, transposed like the weights.
 
     Attributes:
-      digits: those of the grid.
-      deviation: the weights less their values.
-      error: curvature * (target - value)**2 of each row, summed over the columns.
+        digits: those of the grid.
+        deviation: the weights less their values.
+        error: curvature * (target - value)**2 of each row, summed over the columns.
     """
 
     digits: UInt8[Array, "*expert column out"]

@@ -63,7 +63,7 @@ def _kernel(packed: PackedRefs, y: Any, *, tile: int, barrier: bool) -> None:
         column = start + jnp.arange(CLEARED)
         zeros = jnp.zeros(CLEARED, y.dtype)
         plt.store(y.at[expert, row, column], zeros, mask=column < packed.width)
-    if barrier:  # interpret mode has no rule for it, and runs in order anyway
+    if barrier:  # interpret mode has no rule for it, and runs in order
         plt.debug_barrier()
 
     def visit(position: Array, digit: Array, carry: None) -> None:

@@ -15,11 +15,11 @@ from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
-# Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are
+# Bits of a row (one output of one expert) beside its digits: two bfloat16 levels and, where there are
 # codewords, an int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
-# as in the published models; another share of zeros makes another size.
+# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits with a sparsity of
+# 88.5 %, as in the published models; another sparsity makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
     "ternary, upstream's dictionary": (0.735, _CODED_ROW_BITS),
@@ -27,12 +27,12 @@ FORMS: Mapping[str, tuple[float, int]] = {
     "3 bits": (3, _PLAIN_ROW_BITS),
     "4 bits": (4, _PLAIN_ROW_BITS),
 }
-"""Compressed forms of the experts -> (bits a weight, bits a row)."""
+"""Compressed forms of the experts -> (bits per weight, bits per row)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: its experts (0: a dense one) and its parameters."""
+    """One layer of a stack: its number of experts (0 in a dense layer) and of parameters."""
 
     stack: str
     index: int
@@ -45,12 +45,16 @@ class Inspection:
     """A checkpoint in numbers.
 
     Attributes:
-      preset: the published model of this architecture, if it is one.
-      dtypes: stored dtype -> parameters in it.
-      files, bytes_on_disk: of the parameters; None where the format or the place does not tell.
-      damaged: files that are missing or cut short, with what is wrong.
-      memory: form of the experts -> bytes of the model with all else in bfloat16 (an estimate if compressed).
-      notes: what the reader had to decide.
+        path, format, config: of the checkpoint.
+        preset: the published model of this architecture, if there is one.
+        layers: every layer, the encoder's first.
+        parameters, expert_parameters: numbers of parameters, in all and of the experts.
+        dtypes: stored dtype -> number of parameters.
+        files, bytes_on_disk: of the parameters; None where the format or the location does not tell.
+        damaged: files that are missing or cut short, with what is wrong.
+        memory: form of the experts -> bytes of the model with everything else in bfloat16 (estimated if
+            compressed).
+        notes: what opening the checkpoint had to decide.
     """
 
     path: str

@@ -35,7 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, check: bool = 
         check: look at every file first (present, not cut short); otherwise damage shows later.
 
     Raises:
-        CheckpointError: nothing is there, nothing of a known format (the error lists what was looked for), something
-            damaged, or an artifact that is unfinished.
+        CheckpointError: nothing is there, nothing of a known format (the error lists what was looked for),
+            something damaged, or an artifact that is unfinished.
     """
     return path if isinstance(path, Checkpoint) else open_format(path, FORMATS, check=check)

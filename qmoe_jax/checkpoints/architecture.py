@@ -1,4 +1,4 @@
-"""The architecture that a checkpoint's own tensors have: a `SwitchConfig` from names and shapes, and back."""
+"""The architecture of a checkpoint's own tensors: a `SwitchConfig` from names and shapes, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = Mapping[str, Shape]
 
 
 def expected_shapes(config: SwitchConfig) -> dict[str, Shape]:
-    """The parameter tree of `config`, flat: T5X's names (flaxformer's `switch_classic`) and their shapes."""
+    """Return the parameters of `config`: T5X's names (flaxformer's `switch_classic`) and their shapes."""
     d, inner = config.d_model, config.num_heads * config.d_kv
     shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, d)}
     if not config.tied:
@@ -34,7 +34,7 @@ def expected_shapes(config: SwitchConfig) -> dict[str, Shape]:
 
 
 def attention_blocks(stack: str) -> dict[str, str]:
-    """The attention blocks of a layer of `stack`, each with the norm before it."""
+    """Return the attention blocks of a layer of `stack`, each with the norm before it."""
     if stack == "encoder":
         return {"attention": "pre_attention_layer_norm"}
     return {
@@ -55,20 +55,24 @@ def _feed_forward_shapes(config: SwitchConfig, prefix: str, *, sparse: bool) -> 
 
 
 def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConfig:
-    """The configuration that `shapes` has, and a check that every tensor fits it.
+    """Return the configuration of a model with these parameters, after a check that every tensor fits it.
 
-    Layers, their sparse pattern, gating and the untied head are read off the names; the sizes off the shapes:
-    heads off the position bias, `d_kv` off the attention's width. `settings` are the fields that no shape
-    tells (activation, epsilon, token ids); the activation is T5X's, GELU where gated and else ReLU, if not
-    given.
+    Layers, their sparse pattern, gating and the untied head are inferred from the names; the sizes from the
+    shapes: heads from the position bias, `d_kv` from the attention's width.
+
+    Args:
+        shapes: T5X's names -> shapes.
+        path: the checkpoint, for errors.
+        **settings: fields that no shape tells (activation, epsilon, token ids); by default T5X's, whose
+            activation is GELU where gated and otherwise ReLU.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or of the wrong shape, or no known architecture has
+        CheckpointError: a tensor is missing, unknown or of the wrong shape, or no known architecture has
             these.
     """
     if EMBEDDING not in shapes:
         raise CheckpointError(
-            "not a Switch Transformer this program knows",
+            "is not a Switch Transformer of a known architecture",
             path=path,
             key=EMBEDDING,
             expected="an embedding shared by encoder and decoder",
@@ -79,7 +83,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
     inner = _dimensions(shapes, "encoder/layers_0/attention/query/kernel", "d_model, heads * d_kv", path)[1]
     if not heads or inner % heads:
         raise CheckpointError(
-            "the attention's width is no multiple of its heads",
+            "attention width is not divisible by the number of heads",
             path=path,
             key="encoder/layers_0/attention/query/kernel",
             expected=f"a multiple of {heads} heads (encoder/relpos_bias/rel_embedding)",
@@ -116,14 +120,16 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
 
 
 def validate_shapes(shapes: Shapes, config: SwitchConfig, path: object) -> None:
-    """Raises `CheckpointError` naming the first tensor that `config` does not have, or not in this shape."""
+    """Raise `CheckpointError` naming the first tensor that is missing, unknown or misshapen."""
     expected = expected_shapes(config)
     if missing := sorted(expected.keys() - shapes.keys()):
         _refuse("tensors are missing", path, missing, expected=expected[missing[0]], found="nothing")
     if unknown := sorted(shapes.keys() - expected.keys()):
         _refuse("tensors that a Switch Transformer does not have", path, unknown, found=shapes[unknown[0]])
     if wrong := sorted(name for name in expected if expected[name] != shapes[name]):
-        _refuse("tensors of another shape", path, wrong, expected=expected[wrong[0]], found=shapes[wrong[0]])
+        _refuse(
+            "tensors have another shape", path, wrong, expected=expected[wrong[0]], found=shapes[wrong[0]]
+        )
 
 
 def _refuse(
@@ -139,7 +145,7 @@ def _dimensions(
     shape = shapes.get(name)
     if shape is None or len(shape) not in ranks:
         raise CheckpointError(
-            "a tensor that tells the model's sizes is missing or of the wrong rank",
+            "a tensor that gives the model's sizes is missing or of the wrong rank",
             path=path,
             key=name,
             expected=f"[{axes}]",

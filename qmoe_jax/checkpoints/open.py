@@ -23,8 +23,8 @@ class Format:
     Attributes:
         name: of the format; the opened checkpoint's `format`.
         looks_for: the files that tell the format, for the error where there is none of any.
-        open: returns the checkpoint at a location, or None where none of the format lies. It decodes each index
-            once, and raises `CheckpointError` for one that is damaged.
+        open: returns the checkpoint at a location, or None where none of the format lies. It decodes each
+            index once, and raises `CheckpointError` for one that is damaged.
     """
 
     name: str
@@ -51,12 +51,12 @@ def open_format(path: str | os.PathLike[str], formats: Sequence[Format], *, chec
     Args:
         path: a local path or, for T5X, a URL.
         formats: the formats to look for.
-        check: look at every file first (present, not cut short), so that a damaged checkpoint is refused before any
-            long work. Otherwise damage shows in `Checkpoint.shards` and when a tensor is read.
+        check: look at every file first (present, not cut short), so that a damaged checkpoint is refused
+            before any long work. Otherwise damage shows in `Checkpoint.shards` and when a tensor is read.
 
     Raises:
-        CheckpointError: nothing is there, nothing of these formats (the error lists what was looked for), or what is
-            there is damaged or not a Switch Transformer.
+        CheckpointError: nothing is there, nothing of these formats (the error lists what was looked for), or
+            what is there is damaged or not a Switch Transformer.
     """
     location = Location.of(path)
     for form in formats:

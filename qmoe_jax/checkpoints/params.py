@@ -20,15 +20,15 @@ ALIGNMENT = 64
 
 
 def parameter_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """Return a parameter's dtype in a model that computes in `dtype`: the router stays float32, as it was trained."""
+    """Return a parameter's dtype in a model that computes in `dtype`; routers stay float32, as trained."""
     return jnp.dtype(jnp.float32 if "/router/" in name else dtype)
 
 
 def narrow_dtype(name: str, dtype: DTypeLike, stored: DTypeLike, *, tied: bool) -> jnp.dtype:
-    """Return the dtype that a CPU keeps a parameter in: bfloat16 if it is stored so and read only to be widened.
+    """Return the dtype a CPU keeps a parameter in: bfloat16 if it is stored so and only read to be widened.
 
-    That is half the memory, and half the time where a few tokens are multiplied by a large matrix. The embedding of a
-    tied model is also the transposed operand of a product, which needs float32.
+    That is half the memory, and half the time where a few tokens are multiplied by a large matrix. The
+    embedding of a tied model is also the transposed operand of a product, which needs float32.
     """
     wanted = parameter_dtype(name, dtype)
     widened = name.endswith("/kernel") or (name == EMBEDDING and not tied)
@@ -44,8 +44,8 @@ def nest(arrays: dict[str, Any]) -> dict[str, Any]:
 def to_device(array: np.ndarray, dtype: DTypeLike) -> jax.Array:
     """Return an array on the default device, cast to `dtype`.
 
-    A CPU uses arrays in place if they begin at a multiple of 64 bytes, so a copy that does is made. NumPy asks for
-    large pages for it, on which a matrix that is read whole in every step is faster.
+    A CPU uses arrays in place if they begin at a multiple of 64 bytes, so a copy that does is made. NumPy
+    asks for large pages for it, on which a matrix that is read whole in every step is faster.
     """
     dtype = jnp.dtype(dtype)
     buffer = np.empty(array.size * dtype.itemsize + ALIGNMENT, np.uint8)

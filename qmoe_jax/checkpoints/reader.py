@@ -25,7 +25,8 @@ class Checkpoint:
         format: name of the format.
         config: the architecture.
         tensors: the parameters, `encoder/layers_0/attention/query/kernel` and so on.
-        list_shards: looks at the files, anew each time; costs a directory listing and a few bytes of each file.
+        list_shards: looks at the files, anew each time; costs a directory listing and a few bytes of each
+            file.
         notes: what opening had to decide, such as a config.json that contradicts the tensors.
     """
 

@@ -1,8 +1,8 @@
 """Experts in the order they are used: chunks that span many experts are read once, and kept expert by expert.
 
 T5X cuts an expert kernel into chunks that span many experts: those of switch-c-2048 are [256, 208, 256] of
-[2048, 2080, 6144], so reading 16 experts at a time would decompress every chunk 16 times. Here a block of experts (all
-that the same chunks hold) is copied to a scratch file when one of them is first asked for.
+[2048, 2080, 6144], so reading 16 experts at a time would decompress every chunk 16 times. Here a block of
+experts (all that the same chunks hold) is copied to a scratch file when one of them is first asked for.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from qmoe_jax.parameters import is_expert
 
 @contextlib.contextmanager
 def staged(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Yield `checkpoint` with its experts read through scratch files in `directory`, where chunks span several.
+    """Yield a checkpoint whose experts are read through scratch files where chunks span several of them.
 
-    Reading group after group, in ascending order, then reads every chunk once. The files are removed when the context
-    ends. Disk: a block of experts of each kernel that is being read; for c-2048 13.4 GB each of wi and wo. Memory: the
-    rows of a block in as many columns as a chunk spans (1.3 GB there), and the chunks that make them.
+    Reading group after group, in ascending order, then reads every chunk once. The files lie in `directory`
+    and are removed when the context ends. Disk: a block of experts of each kernel that is being read; for
+    c-2048 13.4 GB each of wi and wo. Memory: the rows of a block in as many columns as a chunk spans (1.3 GB
+    there), and the chunks that make them.
     """
     with tempfile.TemporaryDirectory(prefix="experts-", dir=directory) as scratch:
         tensors = dict(checkpoint.tensors)
@@ -58,7 +59,7 @@ class _Blocks:
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def read(self, rows: slice) -> np.ndarray:
-        """Return the rows, after their blocks were staged. Raises `CheckpointError` as the tensor itself does."""
+        """Return rows, after their blocks were staged. Raises as the tensor itself does."""
         shape, dtype = self.chunked.shape, self.chunked.dtype
         array = np.empty((rows.stop - rows.start, *shape[1:]), dtype)
         span, row_bytes = self.chunked.rows_per_chunk, math.prod(shape[1:]) * dtype.itemsize

@@ -26,17 +26,16 @@ def _decode_rows(counter, codes, offsets, words, digits):
     chunk = next_chunk(counter)
     while chunk * _CHUNK_ROWS < len(digits):
         for row in range(chunk * _CHUNK_ROWS, min((chunk + 1) * _CHUNK_ROWS, len(digits))):
-            _decode_row(codes, offsets[row : row + 2], words, digits[row])
+            _decode_row(codes[offsets[row] : offsets[row + 1]], words, digits[row])
         chunk = next_chunk(counter)
 
 
 @compiled
-def _decode_row(codes, span, words, digits):
+def _decode_row(codes, words, digits):
     lengths, word_digits = words
-    at, width = 0, len(digits)
-    for i in range(span[0], span[1]):
-        code = as_index(codes[i])
-        length = lengths[code]
-        for j in range(min(length, width - at)):
-            digits[at + j] = word_digits[code, as_index(j)]
-        at += length
+    start, width = 0, len(digits)
+    for code in codes:
+        length = lengths[as_index(code)]
+        for j in range(min(length, width - start)):
+            digits[as_index(start + j)] = word_digits[as_index(code), as_index(j)]
+        start += length

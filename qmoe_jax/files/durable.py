@@ -18,7 +18,7 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.reading import unreadable
 
 HASH_CHUNK = 1 << 22
-"""Bytes read at a time when a file is checked (4 MiB): enough to stream from a disk, little beside any budget."""
+"""Bytes read at a time when a file is checked (4 MiB): enough to stream from a disk, little in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class FileRecord:
 def durable_file(path: Path, *, host: int = 0) -> Iterator[BinaryIO]:
     """Open a file to write that takes its place only when the context ends without an error.
 
-    It is written beside its place, synced and renamed, and the folder (made if it is missing) is synced. Its name
-    meanwhile is the host's own, see `temporary_files`: several hosts may write into one folder.
+    It is written beside its place, synced and renamed, and the folder (made if it is missing) is synced. Its
+    name meanwhile is the host's own, see `temporary_files`: several hosts may write into one folder.
 
     Raises:
         CheckpointError: the system refuses, for example because the disk is full.
@@ -81,8 +81,8 @@ def record_of(path: Path, on_chunk: Callable[[int], object] = lambda nbytes: Non
 
     Args:
         path: the file.
-        on_chunk: called with the number of bytes of each chunk once it is read, for a progress report over many
-            files.
+        on_chunk: called with the number of bytes of each chunk once it is read, for a progress report over
+            many files.
 
     Raises:
         CheckpointError: the file is missing or cannot be read.

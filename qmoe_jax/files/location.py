@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local directory, or a URL that one of tensorstore's key-value drivers opens."""
+"""Locations of checkpoints: local directories, and URLs that tensorstore's key-value drivers open."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import tensorstore as ts
 
 from qmoe_jax.files.errors import CheckpointError
 
-# Six tries over about 20 seconds; tensorstore's own default keeps on for a quarter of an hour when a host is
-# down.
+# Six tries over about 20 seconds; tensorstore's default goes on for a quarter of an hour when a host is down.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """A directory: `path` is a `Path` if it is local, else the URL. `store` reads keys relative to it.
+    """A directory.
 
-    `context` is what tensorstore opens its arrays with: one a checkpoint, since tensorstore keeps an array's
-    metadata in it and would not notice that another checkpoint now lies at the same path.
+    Attributes:
+        path: a `Path` if it is local, else the URL.
+        store: reads keys relative to it.
+        context: what tensorstore opens arrays with. One per checkpoint: tensorstore keeps an array's metadata
+            in it, and would not notice that another checkpoint now lies at the same path.
     """
 
     path: Path | str
@@ -31,10 +33,12 @@ class Location:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Location:
-        """The directory at a local path (`~` stands for the home directory) or URL (gs://, s3://, http://,
-        file://).
+        """Return the directory at a local path (`~` is the home directory) or URL (gs, s3, http, https, file).
 
-        Raises `CheckpointError` if no driver takes the URL. Nothing is read, so a local path need not exist.
+        Nothing is read, so a local path need not exist.
+
+        Raises:
+            CheckpointError: no driver opens the URL.
         """
         text = os.fspath(path)
         context = ts.Context({f"{driver}_request_retries": _RETRIES for driver in ("http", "gcs", "s3")})
@@ -55,7 +59,7 @@ class Location:
         return cls(local, ts.KvStore.open(spec, context=context).result(), context)
 
     def __truediv__(self, name: str) -> Location:
-        """A directory below this one."""
+        """Return a directory below this one."""
         path = self.path / name if isinstance(self.path, Path) else f"{self.path}/{name}"
         return Location(path, self.store / f"{name}/", self.context)
 
@@ -75,7 +79,7 @@ class Location:
         return self.store.spec().to_json()
 
     def read(self, key: str) -> bytes | None:
-        """A whole file, or None if there is none. Raises `CheckpointError` if it cannot be read."""
+        """Return a whole file, or None if there is none. Raises `CheckpointError` if it cannot be read."""
         try:
             result = self.store.read(key).result()
         except (ValueError, OSError) as error:
@@ -85,13 +89,10 @@ class Location:
         return result.value if result.state == "value" else None
 
     def directories(self) -> list[str]:
-        """The names of the directories in this one; none where the driver cannot list (http)."""
+        """Return the names of the directories in this one; none where the driver cannot list (http)."""
         if isinstance(self.path, Path):
-            return (
-                sorted(entry.name for entry in self.path.iterdir() if entry.is_dir())
-                if self.path.is_dir()
-                else []
-            )
+            entries = self.path.iterdir() if self.path.is_dir() else ()
+            return sorted(entry.name for entry in entries if entry.is_dir())
         try:
             keys = self.store.list().result()
         except (NotImplementedError, ValueError):
@@ -100,5 +101,5 @@ class Location:
 
 
 def first_line(error: Exception) -> str:
-    """What tensorstore complains of, without the specs that it appends."""
+    """Return the message of a tensorstore error, without the specs that it appends."""
     return re.split(r" \[\w+='", str(error))[0].splitlines()[0]

@@ -1,7 +1,7 @@
 """Reading bytes of local files exactly: all that were asked for, or an error that names the file.
 
-Files are read by `pread`, never mapped: a file that is cut short while it is read raises an error instead of ending
-the process with a bus error. Memory: what is asked for, allocated once and filled in place.
+Files are read by `pread`, never mapped: a file that is cut short while it is read raises an error instead of
+ending the process with a bus error. Memory: what is asked for, allocated once and filled in place.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_into(
 
 
 def read_array(path: Path, offset: int, array: np.ndarray, key: str) -> np.ndarray:
-    """Fill a contiguous array with the bytes of a file from `offset` on, and return it. Raises as `read_into` does."""
+    """Fill a contiguous array with the bytes from `offset` on, and return it. Raises as `read_into` does."""
     read_into(path, offset, [array.reshape(-1).view(np.uint8).data], key=key)
     return array
 

@@ -1,8 +1,8 @@
 """Safetensors files: the header, lazy tensors of a file, and a writer that streams.
 
-A file is eight bytes (the length of the header, little-endian), the header (JSON: dtype, shape and byte range of each
-tensor, beside a `__metadata__` of strings), and the bytes, without a gap. The `safetensors` package sorts tensors by
-dtype and name; here they lie in the order given. Memory: the header while it
+A file is eight bytes (the length of the header, little-endian), the header (JSON: dtype, shape and byte range
+of each tensor, beside a `__metadata__` of strings), and the bytes, without a gap. The `safetensors` package
+sorts tensors by dtype and name; here they lie in the order given. Memory: the header while it
 is parsed, and the rows that are read or the one tensor that is written.
 """
 
@@ -44,11 +44,11 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ALIGNMENT = 16
-"""The data begin at a multiple of this many bytes, as each expert of an artifact does, so that every element is aligned
-where it lies. The header is padded with spaces, as the format allows."""
+"""The data begin at a multiple of this many bytes, as each expert of an artifact does, so that every element
+is aligned where it lies. The header is padded with spaces, as the format allows."""
 
 _WRITERS_ALIGNMENT = 8
-"""What the format's own writer pads to, in bytes: checkpoints for other programs look like its files."""
+"""Bytes that the format's own writer pads to, which makes checkpoints for other programs look like its files."""
 
 MAX_HEADER = 100_000_000
 """The longest header that the format allows, in bytes; a larger number means another file format."""
@@ -151,7 +151,7 @@ def _chunks(
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a file by name; each read reads its rows in one range. Raises as `read_header` does."""
+    """Return the tensors of a file by name; a read reads one range. Raises as `read_header` does."""
     return lazy_tensors(path, read_header(path))
 
 
@@ -176,8 +176,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a file, and check that the file has exactly the bytes that it promises.
 
     Raises:
-        CheckpointError: the file is missing, cut short or too long, its header is damaged or leaves a gap, or a dtype
-            is unknown.
+        CheckpointError: the file is missing, cut short or too long, its header is damaged or leaves a gap, or
+            a dtype is unknown.
     """
     length = int.from_bytes(read_exactly(path, 0, 8), "little")
     if length > MAX_HEADER:

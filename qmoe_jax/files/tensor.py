@@ -12,7 +12,8 @@ import numpy as np
 class Tensor(Protocol):
     """One stored tensor, whose shape and dtype are known without reading its data.
 
-    `LazyTensor` is the plain one. A class of its own is for tensors that can do more, such as `ChunkedTensor`.
+    `LazyTensor` is the plain one. A class of its own is for tensors that can do more, such as
+    `ChunkedTensor`.
     """
 
     @property
@@ -26,7 +27,7 @@ class Tensor(Protocol):
         ...
 
     def read(self, rows: slice, /) -> np.ndarray:
-        """Return a new array with a range of the first axis (all of a scalar), read without the other rows."""
+        """Return a new array with a range of the first axis (of a scalar: all), without reading the rest."""
         ...
 
 

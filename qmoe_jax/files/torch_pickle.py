@@ -1,7 +1,8 @@
-"""Files that `torch.save` wrote, read without torch, lazily, and without running what a pickle may ask for.
+"""Files that `torch.save` wrote, read lazily, without torch, and without executing their pickles.
 
-Such a file is a zip archive: a pickle that describes the tensors, and one uncompressed member a storage. The
-pickle may name the few globals below, which only describe; any other is refused before it is looked up.
+Such a file is a zip archive: a pickle that describes the tensors, and one uncompressed member per storage.
+The pickle may name the few globals below, which only describe; any other is refused before it is looked up.
+Memory: the pickle, and the span of a storage that is read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """A member of the archive that holds `size` values of one dtype; its header is at byte `header`."""
+    """A member of the archive.
+
+    Attributes:
+        file: the archive.
+        member: its name.
+        dtype: of its values.
+        header: offset of its zip header in the file, in bytes.
+        size: number of values.
+    """
 
     file: Path
     member: str
@@ -49,13 +58,21 @@ class Storage:
     size: int
 
     def data_offset(self) -> int:
-        """The byte of the file where the values start. Reads the header, since only that tells its length."""
+        """Return the offset of the values in the file. Reads the header, which alone gives its own length."""
         return _data_offset(self.file, self.member, self.header)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TorchTensor:
-    """A view of a storage, as torch describes it: `offset` and `strides` count values of the storage."""
+    """A view of a storage, as torch describes it.
+
+    Attributes:
+        key: its name in the saved dict.
+        storage: what it is a view of.
+        offset: of its first value, in values of the storage.
+        shape: sizes of the axes.
+        strides: of the axes, in values of the storage.
+    """
 
     key: str
     storage: Storage
@@ -69,7 +86,7 @@ class TorchTensor:
         return self.storage.dtype
 
     def read(self, rows: slice) -> np.ndarray:
-        """The rows. Reads the span of the storage from their first to their last value, in one piece.
+        """Return rows. Reads the span of the storage from their first to their last value, in one piece.
 
         For one expert's view of a storage that holds all experts, and for a transposed view, that is the
         tensor's own bytes and no more. Raises `CheckpointError` if the file is cut short.
@@ -86,11 +103,11 @@ class TorchTensor:
 
 
 def open_torch(file: Path) -> dict[str, Any]:
-    """What `torch.save` saved, a dict with string keys: tensors as `TorchTensor`, other values as they are.
+    """Return the dict that `torch.save` saved: tensors as `TorchTensor`, other values as they are.
 
     Raises:
-        CheckpointError: no such archive, one cut short or compressed, a pickle that names a global that is
-            not allowed (the error names it), or a tensor that reaches beyond its storage.
+        CheckpointError: the file is not such an archive, is cut short or compressed, its pickle names a
+            global that is not allowed (the error names it), or a tensor reaches beyond its storage.
     """
     archive = _Archive(file)
     try:
@@ -99,11 +116,11 @@ def open_torch(file: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a damaged pickle leads the unpickler to
         raise CheckpointError(
-            "a damaged pickle", path=file, found=f"{type(error).__name__}: {error}"
+            "the pickle is damaged", path=file, found=f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(saved, dict) or not all(isinstance(key, str) for key in saved):
         raise CheckpointError(
-            "not a dict of tensors", path=file, expected="a state dict", found=type(saved).__name__
+            "does not hold a dict of tensors", path=file, expected="a state dict", found=type(saved).__name__
         )
     return {
         key: dataclasses.replace(value, key=key) if isinstance(value, TorchTensor) else value
@@ -123,7 +140,7 @@ class _Archive:
             raise unreadable(file, error) from error
         if start == b"\x80\x02":
             raise CheckpointError(
-                "torch.save's old format, without a zip archive",
+                "is in torch.save's old format, without a zip archive",
                 path=file,
                 remedy="load it in torch and save it again (torch >= 1.6 writes archives)",
             )
@@ -134,27 +151,30 @@ class _Archive:
                 self.pickle = archive.read(pickles[0]) if pickles else None
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
             raise CheckpointError(
-                "no archive of torch.save, or one cut short",
+                "is not an archive of torch.save, or is cut short",
                 path=file,
                 found=error,
                 remedy="copy the file again",
             ) from error
         if self.pickle is None:
             raise CheckpointError(
-                "no archive of torch.save", path=file, expected="a member data.pkl", found=[*self.members]
+                "is not an archive of torch.save",
+                path=file,
+                expected="a member data.pkl",
+                found=[*self.members],
             )
         self.prefix = pickles[0].removesuffix("data.pkl")
         self._require_little_endian()
 
     def storage(self, key: str, dtype: np.dtype, size: int) -> Storage:
-        """The storage `data/<key>`, which must hold `size` values uncompressed."""
+        """Return the storage `data/<key>`, which must hold `size` values uncompressed."""
         member = f"{self.prefix}data/{key}"
         info = self.members.get(member)
         if info is None:
             raise CheckpointError("a storage is missing", path=self.file, key=member)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != size * dtype.itemsize:
             raise CheckpointError(
-                "a storage of another size, or compressed",
+                "a storage has another size, or is compressed",
                 path=self.file,
                 key=member,
                 expected=f"{size * dtype.itemsize:,} bytes, uncompressed",
@@ -168,11 +188,13 @@ class _Archive:
             offset = _data_offset(self.file, info.filename, info.header_offset)
             read_array(self.file, offset, order, info.filename)
             if order.tobytes() != b"little":
-                raise CheckpointError("not little-endian", path=self.file, found=order.tobytes())
+                raise CheckpointError(
+                    "is not little-endian", path=self.file, expected=b"little", found=order.tobytes()
+                )
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler for which nothing exists but what describes tensors."""
+    """An unpickler that knows only what describes tensors."""
 
     def __init__(self, archive: _Archive):
         super().__init__(io.BytesIO(archive.pickle or b""))
@@ -188,10 +210,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
             raise CheckpointError(
-                "the pickle asks for something that no weights need",
+                "the pickle asks for something that weights do not need",
                 path=self.archive.file,
                 key=f"{module}.{name}",
-                expected="tensors alone",
+                expected="only tensors",
                 remedy="do not load this file with any program, unless you know who wrote it and why",
             )
         return self.allowed[module, name]
@@ -225,10 +247,12 @@ def _data_offset(file: Path, member: str, header: int) -> int:
     read_array(file, header, data, member)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(data.tobytes())
     if signature != b"PK\x03\x04":
-        raise CheckpointError("a damaged archive", path=file, key=member, found=signature)
+        raise CheckpointError(
+            "the archive is damaged", path=file, key=member, expected=b"PK\x03\x04", found=signature
+        )
     return header + _LOCAL_HEADER.size + name_length + extra_length
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Values from the first to the last of a view that is not empty."""
+    """Return the number of values from the first to the last of a view that is not empty."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

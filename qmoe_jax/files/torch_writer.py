@@ -1,4 +1,4 @@
-"""Writes what `torch.save` writes, without torch: a zip archive with a pickle and one member a storage."""
+"""Writing of archives as `torch.save` writes them, without torch: a pickle and one member per storage."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ _FORMAT_VERSION = b"3\n"  # of torch's archives, since 1.6
 
 
 def save_torch(file: Path, entries: Mapping[str, np.ndarray | int]) -> None:
-    """Saves a dict of arrays and integers so that `torch.load` gives a dict of tensors and integers.
+    """Save a dict of arrays and integers so that `torch.load` returns a dict of tensors and integers.
 
-    As torch does, arrays that are views of one array stay views of one storage with their offsets and
-    strides, and that storage is saved once, whole. Memory: the largest storage. The file is whole or absent.
+    As in torch, arrays that are views of one array stay views of one storage with their offsets and strides,
+    and that storage is saved once, whole. Memory: the largest storage, twice. The file is whole or absent.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     storages: dict[int, tuple[str, np.ndarray]] = {}
     items = b"".join(_string(key) + _value(value, storages) for key, value in entries.items())
@@ -35,7 +38,7 @@ def save_torch(file: Path, entries: Mapping[str, np.ndarray | int]) -> None:
 
 
 def _value(value: np.ndarray | int, storages: dict[int, tuple[str, np.ndarray]]) -> bytes:
-    """The instructions that leave a value on the unpickler's stack."""
+    """Return the instructions that leave a value on the unpickler's stack."""
     if not isinstance(value, np.ndarray):
         return _integer(int(value))
     if min(value.strides, default=0) < 0 or not _root(value).flags.c_contiguous:
@@ -58,7 +61,7 @@ def _value(value: np.ndarray | int, storages: dict[int, tuple[str, np.ndarray]])
 
 
 def _root(array: np.ndarray) -> np.ndarray:
-    """The array of the same dtype of which this one is a view, or itself."""
+    """Return the array of the same dtype of which this one is a view, or itself."""
     while isinstance(array.base, np.ndarray) and array.base.dtype == array.dtype:
         array = array.base
     return array

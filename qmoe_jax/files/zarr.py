@@ -1,4 +1,7 @@
-"""Arrays that tensorstore reads: zarr directories, local, remote, or inside an OCDBT database."""
+"""Zarr arrays read by tensorstore: local, remote, or inside an OCDBT database.
+
+Memory: what is read, and the decoded chunks under way: 64 MiB each as T5X writes them, one per processor.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,19 @@ Metadata = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ZarrTensor:
-    """An array in the directory `location`. `metadata` is its .zarray (empty for zarr 3: tensorstore has it).
+    """An array in a directory, a `ChunkedTensor`. Reading rows decodes only the chunks that hold them.
 
-    Reading a range of rows decodes the chunks that hold it and no others. Memory: the range, and the decoded
-    chunks under way (64 MiB each as T5X writes them, as many as there are processors).
+    Attributes:
+        location: the directory.
+        store: the opened array.
+        metadata: its .zarray; empty for zarr 3, whose metadata tensorstore has.
+        bfloat16_bits: it is bfloat16 stored as uint16, as T5X did before its version 3.
     """
 
     location: Location
     store: ts.TensorStore
     metadata: Metadata
-    bfloat16_bits: bool = False  # stored as uint16: what T5X did before its version 3
+    bfloat16_bits: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,21 +52,21 @@ class ZarrTensor:
 
     @property
     def rows_per_chunk(self) -> int:
-        """The rows a chunk spans: to read fewer at a time is to read the chunk several times."""
+        """The rows a chunk spans: reading fewer of them at a time reads the chunk several times."""
         chunk = self.store.chunk_layout.read_chunk.shape
         return int(chunk[0] or 1) if chunk else 1
 
     @property
     def has_chunk_files(self) -> bool:
-        """Whether its chunks are local files that `metadata` describes: what `shards` needs."""
+        """True if its chunks are local files that `metadata` describes, which `shards` requires."""
         return bool(self.metadata) and self.location.spec["driver"] == "file"
 
     def read(self, rows: slice) -> np.ndarray:
-        """The rows, from the chunks that hold them. Raises `CheckpointError` if one is missing or damaged."""
+        """Return rows. Raises `CheckpointError` if a chunk that holds them is missing or damaged."""
         return self._read(self.store[rows.start : rows.stop] if self.store.rank else self.store)
 
     def read_columns(self, rows: slice) -> Iterator[np.ndarray]:
-        """The rows in pieces of as many of the second axis as a chunk spans. Raises as `read` does."""
+        """Yield rows in pieces of as many of the second axis as a chunk spans. Raises as `read` does."""
         step = int((self.store.chunk_layout.read_chunk.shape or ())[1] or 1)
         for start in range(0, self.shape[1], step):
             stop = min(start + step, self.shape[1])
@@ -79,17 +85,22 @@ class ZarrTensor:
         return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
 
     def shards(self) -> Iterator[Shard]:
-        """The chunk files, each with what is wrong with it. Only where `has_chunk_files`."""
+        """Return the chunk files, each with what is wrong with it; only where `has_chunk_files`."""
         return check_chunks(Path(self.location.path), self.metadata, self.store.dtype.numpy_dtype.itemsize)
 
 
 def open_arrays(
     directory: Location, declared: Mapping[str, Metadata | None], *, uint16_is_bfloat16: bool = False
 ) -> dict[str, ZarrTensor]:
-    """The zarr 2 arrays in the directories `declared` names below `directory`, opened at once.
+    """Open zarr 2 arrays below `directory`, all at once.
 
-    An array is described by its own .zarray; where there is none, by what is declared of it elsewhere (a
-    tensorstore spec). Its chunks and compressor are the .zarray's, whatever is declared: T5X does the same.
+    An array is described by its own .zarray or, where there is none, by what is declared elsewhere. Its
+    chunks and compressor are the .zarray's, whatever is declared: T5X does the same.
+
+    Args:
+        directory: the checkpoint.
+        declared: names of the arrays' directories -> tensorstore specs; None where nothing is declared.
+        uint16_is_bfloat16: arrays of uint16 hold the bits of bfloat16.
 
     Raises:
         CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
@@ -111,7 +122,7 @@ def open_arrays(
 
 
 def open_zarr3(directory: Location, names: list[str]) -> dict[str, ZarrTensor]:
-    """The zarr 3 arrays in the directories `names` of `directory`. Raises as `open_arrays` does."""
+    """Open the zarr 3 arrays in the directories `names` of `directory`. Raises as `open_arrays` does."""
     stores = _open_all(directory, {name: {"driver": "zarr3"} for name in names})
     return {name: ZarrTensor(directory / name, store, {}) for name, store in stores.items()}
 
@@ -121,7 +132,7 @@ def _zarr_spec(metadata: Metadata) -> Metadata:
         "driver": "zarr",
         "metadata": metadata,
         "assume_metadata": True,
-        # Without a fill value every chunk was written, zeros too: one that is missing was lost.
+        # Without a fill value every chunk was written, zeros too: a missing one was lost.
         "fill_missing_data_reads": metadata.get("fill_value") is not None,
     }
 
@@ -143,12 +154,12 @@ def _open_all(directory: Location, specs: Mapping[str, Metadata]) -> dict[str, t
 
 @contextlib.contextmanager
 def _refusing(location: Location) -> Iterator[None]:
-    """Turns tensorstore's errors into a `CheckpointError`."""
+    """Turn tensorstore's errors into `CheckpointError`."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            "an array that tensorstore cannot open", path=location.path, found=first_line(error)
+            "tensorstore cannot open the array", path=location.path, found=first_line(error)
         ) from error
 
 
@@ -160,12 +171,16 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
         shape = list(metadata["shape"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            "no readable JSON that describes an array", path=f"{location.path}/.zarray", found=repr(error)
+            "is not JSON that describes an array",
+            path=f"{location.path}/.zarray",
+            expected="an object with a shape",
+            found=repr(error),
+            remedy="copy the checkpoint again",
         ) from error
     stated = None if declared is None else declared["metadata"].get("shape")
     if stated is not None and list(stated) != shape:
         raise CheckpointError(
-            "the array is not of the shape that the checkpoint's index tells",
+            "the array has another shape than in the checkpoint's index",
             path=f"{location.path}/.zarray",
             expected=stated,
             found=shape,
@@ -174,11 +189,11 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
 
 
 def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
-    """A .zarray out of a tensorstore spec, its dtype a NumPy name or, in older ones, a zarr string below."""
+    """Return the .zarray of a spec; its dtype is a NumPy name or, in old ones, a zarr string in `metadata`."""
     members = dict(spec["metadata"]) if spec else {}
     name = spec.get("dtype", members.get("dtype")) if spec else None
     if name is None or not {"shape", "chunks"} <= members.keys():
-        raise CheckpointError("an array without a description", path=location.path, expected="a file .zarray")
+        raise CheckpointError("the array has no description", path=location.path, expected="a file .zarray")
     return {
         "compressor": None,
         "dimension_separator": ".",

@@ -1,4 +1,7 @@
-"""The chunk files of a zarr array in a local directory: which are missing, and which are cut short."""
+"""The chunk files of a local zarr array: which are missing, and which are cut short.
+
+Memory: the names of the chunks; of a file at most its last four bytes are read.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ from qmoe_jax.files.tensor import Shard
 
 # Threads that wait for the disk; more do not make a local one faster.
 _THREADS = 8
-_SMALLEST_GZIP = 18  # bytes of header and trailer
+# Bytes of a gzip file without data: ten of header, eight of trailer.
+_SMALLEST_GZIP = 18
 
 
 def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) -> Iterator[Shard]:
-    """Every chunk file that `metadata` (a .zarray) asks for, each with what is wrong with it.
+    """Yield every chunk file that `metadata` (a .zarray) requires, each with what is wrong with it.
 
-    Looks at sizes and last bytes alone: what a file decompresses to is seen when it is read. A chunk that is
-    missing holds the fill value, or was lost if there is none.
+    Only sizes and last bytes are checked; content is checked when it is read. A missing chunk holds the fill
+    value, or was lost if there is none.
     """
     separator = metadata.get("dimension_separator", ".")
     grid = [range(-(-n // chunk)) for n, chunk in zip(metadata["shape"], metadata["chunks"], strict=True)]
@@ -41,18 +45,18 @@ def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) ->
 
 def _problem(file: Path, size: int, compressor: str | None, expected: int) -> str | None:
     if compressor is None and size != expected:
-        return f"{size:,} bytes instead of {expected:,}"
+        return f"expected {expected:,} bytes, found {size:,}"
     if compressor == "gzip":
         if size < _SMALLEST_GZIP:
-            return f"cut short: {size} bytes"
-        # It ends with the size of what it holds, modulo 2^32; one that was cut short does not.
+            return f"cut short: found {size} bytes"
+        # The file ends with the size of its content modulo 2^32, unless it was cut short.
         if (found := _last_word(file)) != expected % 2**32:
-            return f"cut short or damaged: ends with {found:,} instead of its {expected:,} bytes"
+            return f"cut short or damaged: expected a content of {expected:,} bytes, found {found:,}"
     return None
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
-    """The files below a directory by their paths in it; none if there is no such directory."""
+    """Return the sizes of the files below a directory by relative path; none if it does not exist."""
     files = (Path(root, name) for root, _, names in os.walk(directory) for name in names)
     return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
 

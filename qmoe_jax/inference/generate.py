@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from jax import Array, lax
-from jax import numpy as jnp
-from jaxtyping import Bool, Float, Int
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
@@ -84,20 +84,21 @@ def generate(
     """Generate up to `max_new_tokens` tokens for every row, greedily unless `sampling` says otherwise.
 
     Args:
-      model: a model with `capacity` None (cached steps drop no tokens), its experts dense, packed or placed.
-      params: the parameters of the model.
-      encoder_input_tokens: token ids, padded with the padding id.
-      max_new_tokens: number of tokens, at least 1.
-      sampling: temperature, top-k and top-p.
-      seed: seed of the sampling.
-      encoder_mask: False on padding; by default where the id is the padding id.
+        model: a model with `capacity` None (cached steps drop no tokens), its experts dense, packed or
+            placed.
+        params: the parameters of the model.
+        encoder_input_tokens: token ids, padded with the padding id.
+        max_new_tokens: number of tokens, at least 1.
+        sampling: temperature, top-k and top-p.
+        seed: seed of the sampling.
+        encoder_mask: False on padding; by default where the id is the padding id.
 
     Returns:
-      int32 `[b, max_new_tokens]`, without the start token, with the padding id after the end token.
+        int32 `[b, max_new_tokens]`, without the start token, with the padding id after the end token.
 
     Raises:
-      CheckpointError: an expert on disk cannot be read.
-      ValueError: `max_new_tokens` is below 1.
+        CheckpointError: an expert on disk cannot be read.
+        ValueError: `max_new_tokens` is below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")

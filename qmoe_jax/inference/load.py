@@ -48,10 +48,10 @@ def load_model(
       capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts with T5X's names.
+        The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: no readable checkpoint is there.
+        CheckpointError: no readable checkpoint is there.
     """
     reader = open_checkpoint(checkpoint)
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
@@ -67,10 +67,11 @@ def load_compressed(
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a compressed model with its experts packed; also opens upstream QMoE's compressed directories.
 
-    On the device, expert kernels that are ternary with one pair of levels per row become `PackedMatrix` values in the
-    parameter tree, decoded inside the matmul; other kinds (2 to 4 bits, or levels per group) are dequantized. In host
-    memory or on disk, the tree holds an `expert/placed` per layer, which calls the store that holds the experts; the
-    outputs are the same, also under jit. `qmoe_jax.expert_statistics(params)` returns the store's counters.
+    On the device, expert kernels that are ternary with one pair of levels per row become `PackedMatrix`
+    values in the parameter tree, decoded inside the matmul; other kinds (2 to 4 bits, or levels per group)
+    are dequantized. In host memory or on disk, the tree holds an `expert/placed` per layer, which calls the
+    store that holds the experts; the outputs are the same, also under jit.
+    `qmoe_jax.expert_statistics(params)` returns the store's counters.
 
     Args:
       checkpoint: an artifact, or a compressed directory of upstream QMoE, by path or opened.
@@ -82,11 +83,12 @@ def load_compressed(
       capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts with T5X's names.
+        The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed so.
-      ValueError: the cache is too small for one expert.
+        CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed
+            so.
+        ValueError: the cache is too small for one expert.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from jax import Array
-from jax import numpy as jnp
-from jaxtyping import Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +14,8 @@ class Sampling:
     """Sampling options.
 
     Attributes:
-        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits /
+            temperature).
         top_k: keep only the k most likely tokens; None keeps all.
         top_p: keep only the smallest set of tokens whose probability reaches p; None keeps all.
     """

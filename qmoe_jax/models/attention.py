@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array, lax
-from jax import numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.models.layers import Dense
 
@@ -21,9 +21,9 @@ def relative_position_bucket(
 ) -> Int[Array, "*shape"]:
     """Return the bucket of each distance (key position - query position).
 
-    Small distances have a bucket each; larger ones share logarithmic buckets up to `max_distance`. The borders are
-    integers computed in float64, so that they do not depend on a platform's logarithm; with 32 buckets and a maximum of
-    128 they equal those of flaxformer and Hugging Face at every distance.
+    Small distances have a bucket each; larger ones share logarithmic buckets up to `max_distance`. The
+    borders are integers computed in float64, so that they do not depend on a platform's logarithm; with 32
+    buckets and a maximum of 128 they equal those of flaxformer and Hugging Face at every distance.
     """
     if bidirectional:
         buckets //= 2

@@ -1,8 +1,8 @@
 """Feed-forward experts, dense or packed under the same parameter names.
 
-A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as in T5X, or a `PackedMatrix`. Experts that are
-not arrays of the program are computed by the parameter `expert/placed`. The parameters decide: one stack may be dense
-and the other packed.
+A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as in T5X, or a `PackedMatrix`. Experts
+that are not arrays of the program are computed by the parameter `expert/placed`. The parameters decide: one
+stack may be dense and the other packed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
-from jax import numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import PackedMatrix, packed_mlp
 from pallas_kernels.matmul.epilogue import ACTIVATIONS
@@ -81,8 +81,8 @@ def grouped_apply(
 ) -> Float[Array, "token out"]:
     """Apply `function(rows, *matrices of one expert)` to the rows of each expert; no row is dropped.
 
-    Rows are sorted by expert and split into blocks of one expert each, so that the work is `token` rows plus at most
-    one partly filled block per expert, whatever the load. Shapes are static.
+    Rows are sorted by expert and split into blocks of one expert each, so that the work is `token` rows plus
+    at most one partly filled block per expert, whatever the load. Shapes are static.
     """
     tokens, num_experts = x.shape[0], kernels[0].shape[0]
     lanes = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
@@ -178,7 +178,8 @@ class Experts(nn.Module):
     ) -> Float[Array, "token embed"]:
         """Return each token's expert output times its router probability, zero for dropped tokens.
 
-        `capacity` is an upper bound of the tokens per expert; given one, dense experts run as batched products.
+        `capacity` is an upper bound of the tokens per expert; given one, dense experts run as batched
+        products.
         """
         x = x.astype(self.dtype)
         scale = jnp.where(routing.kept, routing.probability, 0.0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array, lax
-from jax import numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import platform
 from pallas_kernels.dense_matmul import dense_matmul
@@ -35,8 +35,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Multiply in `dtype`.
 
-        A kernel stored in bfloat16 is widened to float32 as it is read where tokens are so few that reading it
-        dominates.
+        A kernel stored in bfloat16 is widened to float32 as it is read where tokens are so few that reading
+        it dominates.
         """
         init = nn.initializers.variance_scaling(self.init_variance, "fan_in", "truncated_normal")
         kernel = self.param(

@@ -6,10 +6,9 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
-from jax import numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.models.layers import Dense
 
@@ -20,8 +19,8 @@ class SequenceCapacity:
 
     Attributes:
         tokens: capacity per sequence and expert.
-        dropped: output of a token beyond the capacity: "zero" (transformers 4.52, and 5.18 or later), or "input", its
-            normalized input times the router probability (transformers up to 4.51).
+        dropped: output of a token beyond the capacity: "zero" (transformers 4.52, and 5.18 or later), or
+            "input", its normalized input times the router probability (transformers up to 4.51).
     """
 
     tokens: int
@@ -32,8 +31,8 @@ class SequenceCapacity:
 class GroupCapacity:
     """Capacity rule of flaxformer: the flattened batch is split into groups with a capacity per expert each.
 
-    In each group an expert takes `max(round(factor * tokens / experts), minimum)` tokens, in order; the output of
-    further tokens is zero.
+    In each group an expert takes `max(round(factor * tokens / experts), minimum)` tokens, in order; the
+    output of further tokens is zero.
 
     Attributes:
         factor: capacity factor.
@@ -50,8 +49,8 @@ class GroupCapacity:
     def group_size(self, tokens: int, num_experts: int) -> int:
         """Return the tokens per group.
 
-        The number of groups is the smallest that divides `tokens` and is a multiple of experts * replicas; `tokens` is
-        first rounded up to such a multiple, as flaxformer pads.
+        The number of groups is the smallest that divides `tokens` and is a multiple of experts * replicas;
+        `tokens` is first rounded up to such a multiple, as flaxformer pads.
         """
         shards = num_experts * self.replicas
         tokens = -(-tokens // shards) * shards

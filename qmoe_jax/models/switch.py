@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
-from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.attention import Attention, RelativePositionBias, causal_bias, padding_bias
@@ -220,8 +219,8 @@ class Decoder(nn.Module):
 class SwitchTransformer(nn.Module):
     """Switch Transformer (arXiv 2101.03961).
 
-    The parameter tree has T5X's names, so that T5X checkpoints load unchanged. Expert kernels may be `PackedMatrix`
-    values under the same names.
+    The parameter tree has T5X's names, so that T5X checkpoints load unchanged. Expert kernels may be
+    `PackedMatrix` values under the same names.
 
     Attributes:
         config: the architecture.

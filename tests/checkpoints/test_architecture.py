@@ -1,4 +1,4 @@
-"""A configuration from shapes, and what is said when the shapes make none."""
+"""Configurations inferred from shapes, and the errors for shapes of no model."""
 
 import dataclasses
 import math
@@ -73,9 +73,8 @@ def test_any_missing_or_misshapen_tensor_is_named(config: SwitchConfig, data: st
     name = data.draw(st.sampled_from(sorted(shapes)))
     broken = {key: shape for key, shape in shapes.items() if key != name}
     try:
-        assert (
-            infer_config(broken, "path") != config
-        )  # without its head an untied model is a tied one, and so on
+        # Without its head an untied model is a tied one, and so on.
+        assert infer_config(broken, "path") != config
     except CheckpointError as error:
         assert error.path == "path"
     with pytest.raises(CheckpointError) as caught:
@@ -100,12 +99,14 @@ def test_any_missing_or_misshapen_tensor_is_named(config: SwitchConfig, data: st
         ({"decoder/decoder_norm/scale": None}, "missing\n  key: decoder/decoder_norm/scale"),
     ],
 )
-def test_says_which_tensor_is_wrong(changes: dict[str, tuple[int, ...] | None], message: str) -> None:
+def test_the_error_names_the_tensor_that_does_not_fit(
+    changes: dict[str, tuple[int, ...] | None], message: str
+) -> None:
     shapes = {k: v for k, v in (expected_shapes(TINY) | changes).items() if v is not None}
     with pytest.raises(CheckpointError, match=message):
         infer_config(shapes, "path")
 
 
-def test_settings_are_what_no_shape_tells() -> None:
+def test_settings_that_no_shape_tells_are_taken_over() -> None:
     config = infer_config(expected_shapes(TINY_GATED), "path", layer_norm_epsilon=1e-3, eos_id=5)
     assert config == dataclasses.replace(TINY_GATED, layer_norm_epsilon=1e-3, eos_id=5)

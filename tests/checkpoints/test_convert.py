@@ -1,4 +1,4 @@
-"""From one format to another and back: every bit stays."""
+"""Conversion from one format to another and back keeps every bit."""
 
 from pathlib import Path
 
@@ -20,25 +20,25 @@ def assert_same(a: Checkpoint, b: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
-def test_there_and_back(original: str, tmp_path: Path) -> None:
-    reader = open_dense(DATA / original)
-    t5x = open_dense(convert(reader, tmp_path / "t5x", "t5x"))
+def test_converting_there_and_back_keeps_every_bit(original: str, tmp_path: Path) -> None:
+    checkpoint = open_dense(DATA / original)
+    t5x = open_dense(convert(checkpoint, tmp_path / "t5x", "t5x"))
     huggingface = open_dense(convert(t5x, tmp_path / "huggingface", "huggingface"))
     again = open_dense(convert(huggingface, tmp_path / "again", "t5x", step=1000))
     assert [r.format for r in (t5x, huggingface, again)] == ["t5x", "huggingface", "t5x"]
     assert again.path.name == "checkpoint_1000"  # type: ignore[union-attr]
     for copy in (t5x, huggingface, again):
-        assert_same(reader, copy)
+        assert_same(checkpoint, copy)
 
 
 @pytest.mark.parametrize("format", ["t5x", "huggingface"])
-def test_rounds_on_request(format: str, tmp_path: Path) -> None:
+def test_converting_rounds_on_request(format: str, tmp_path: Path) -> None:
     parameters = random_parameters(dtype=np.dtype(np.float32))
     source = open_dense(LAYOUTS["safetensors"](tmp_path / "source", TINY, parameters))
-    reader = open_dense(convert(source, tmp_path / "out", format, dtype=BFLOAT16))  # type: ignore[arg-type]
-    assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
+    checkpoint = open_dense(convert(source, tmp_path / "out", format, dtype=BFLOAT16))  # type: ignore[arg-type]
+    assert checkpoint.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
 
 
-def test_refuses_an_unknown_format(tmp_path: Path) -> None:
+def test_converting_to_an_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'gguf'"):
         convert(open_dense(DATA / "hf_tiny_a"), tmp_path / "out", "gguf")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: golden ones that transformers wrote, the published quirks, and what we write."""
+"""Hugging Face checkpoints: golden ones of transformers, the quirks of published ones, and our own."""
 
 import dataclasses
 import json
@@ -33,10 +33,10 @@ GOLDEN = ("hf_tiny_a", "hf_tiny_fullsparse")
 
 @pytest.mark.parametrize("model", GOLDEN)
 def test_reads_what_transformers_wrote(model: str) -> None:
-    reader, stored = open_dense(DATA / model), load_file(DATA / model / "model.safetensors")
-    assert reader.notes == []
-    for name in reader.names():
-        array = reader.read(name)
+    checkpoint, stored = open_dense(DATA / model), load_file(DATA / model / "model.safetensors")
+    assert checkpoint.notes == []
+    for name in checkpoint.names():
+        array = checkpoint.read(name)
         if is_expert(name):
             want = np.stack([stored[names.to_huggingface(name, e)].T for e in range(len(array))])
         else:
@@ -91,13 +91,13 @@ def test_tensors_decide_where_config_json_contradicts_them(tmp_path: Path) -> No
         dense_act_fn="gelu",
         num_heads=32,
     )
-    reader = open_dense(path)
-    assert reader.config == TINY_GATED
-    assert "config.json says num_layers 48, the tensors say 4" in reader.notes
-    assert len(reader.notes) == 4
+    checkpoint = open_dense(path)
+    assert checkpoint.config == TINY_GATED
+    assert "config.json says num_layers 48, the tensors say 4" in checkpoint.notes
+    assert len(checkpoint.notes) == 4
 
 
-def test_takes_from_config_json_what_no_shape_tells(tmp_path: Path) -> None:
+def test_config_json_gives_what_no_shape_tells(tmp_path: Path) -> None:
     path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
     rewrite_json(path / "config.json", layer_norm_epsilon=1e-5, eos_token_id=7, pad_token_id=None)
     assert open_dense(path).config == dataclasses.replace(TINY, layer_norm_epsilon=1e-5, eos_id=7)
@@ -109,36 +109,36 @@ def test_a_tied_head_is_the_embedding_whatever_is_stored(tmp_path: Path) -> None
     assert not open_dense(path).config.tied
     for statement in (True, None):  # absent means true
         rewrite_json(path / "config.json", tie_word_embeddings=statement)
-        reader = open_dense(path)
-        assert reader.config.tied
-        assert "decoder/logits_dense/kernel" not in reader.names()
+        checkpoint = open_dense(path)
+        assert checkpoint.config.tied
+        assert "decoder/logits_dense/kernel" not in checkpoint.names()
 
 
-def test_opens_without_config_json(tmp_path: Path) -> None:
+def test_a_checkpoint_without_config_json_opens_with_a_note(tmp_path: Path) -> None:
     path = LAYOUTS["safetensors"](tmp_path / "model", TINY_TIED, random_parameters(TINY_TIED))
     (path / "config.json").unlink()
-    reader = open_dense(path)
-    assert reader.config == TINY_TIED
-    assert "no config.json" in reader.notes[0]
+    checkpoint = open_dense(path)
+    assert checkpoint.config == TINY_TIED
+    assert "no config.json" in checkpoint.notes[0]
 
 
-def test_a_range_of_experts_reads_only_their_bytes(tmp_path: Path) -> None:
+def test_a_range_of_experts_reads_only_their_bytes_of_a_torch_file(tmp_path: Path) -> None:
     """All experts lie in one storage, and the file ends within the third: the first two can be read."""
     parameters = random_parameters()
     path = LAYOUTS["torch"](tmp_path / "model", TINY, parameters)
-    reader = open_dense(path)
+    checkpoint = open_dense(path)
     storage = open_torch(path / "pytorch_model.bin")[names.to_huggingface(EXPERTS, 0)].storage
     expert_bytes = parameters[EXPERTS][0].nbytes
     with open(path / "pytorch_model.bin", "r+b") as file:
         file.truncate(storage.data_offset() + 2 * expert_bytes + 1)
-    assert reader.read(EXPERTS, slice(0, 2)).tobytes() == parameters[EXPERTS][:2].tobytes()
+    assert checkpoint.read(EXPERTS, slice(0, 2)).tobytes() == parameters[EXPERTS][:2].tobytes()
     with pytest.raises(
         CheckpointError, match=r"cut short\n  key: encoder.block.1.layer.1.mlp.experts.expert_2.wi"
     ):
-        reader.read(EXPERTS, slice(1, 3))
+        checkpoint.read(EXPERTS, slice(1, 3))
 
 
-def test_refuses_two_embeddings(tmp_path: Path) -> None:
+def test_different_embeddings_of_encoder_and_decoder_are_refused(tmp_path: Path) -> None:
     parameters = random_parameters()
     path = LAYOUTS["torch"](tmp_path / "model", TINY, parameters)
     stored = huggingface_arrays(TINY, parameters)
@@ -151,19 +151,19 @@ def test_refuses_two_embeddings(tmp_path: Path) -> None:
         open_dense(path)
 
 
-def test_never_writes_over_something(tmp_path: Path) -> None:
+def test_writing_hugging_face_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="not empty"):
         write_huggingface(memory_checkpoint(TINY, random_parameters()), tmp_path)
 
 
-def test_says_that_a_pattern_of_layers_has_no_config_json(tmp_path: Path) -> None:
+def test_a_pattern_of_layers_that_config_json_cannot_express_is_refused(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 3))
     with pytest.raises(CheckpointError, match=r"encoder_sparse_step(.|\n)*\(0, 3\)"):
         write_huggingface(memory_checkpoint(config, random_parameters(config)), tmp_path / "out")
 
 
-def test_prefers_safetensors_and_follows_no_index_outside(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_and_an_index_cannot_point_outside(tmp_path: Path) -> None:
     path = LAYOUTS["torch, shards"](tmp_path / "model", TINY, random_parameters())
     rewrite_json(path / "pytorch_model.bin.index.json", weight_map={"shared.weight": "../secret.bin"})
     with pytest.raises(CheckpointError, match=r"outside(.|\n)*secret"):

@@ -1,4 +1,4 @@
-"""What `inspect` counts, and switch-c-2048 in its true shape: 1.57 trillion parameters in a few kilobytes."""
+"""Counts of `inspect`, and switch-c-2048 in its true shape: 1.57 trillion parameters in a few kilobytes."""
 
 import json
 import math
@@ -17,32 +17,32 @@ from qmoe_jax.checkpoints.architecture import expected_shapes
 from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.checkpoints.t5x.writer import chunk_shape
 from qmoe_jax.config import PRESETS
-from tests.helpers.checkpoint_samples import LAYOUTS, TINY, random_parameters
+from tests.helpers.checkpoint_samples import LAYOUTS, TINY, nested, random_parameters
 
 WI = "decoder/layers_14/mlp/expert/wi/kernel"
 
 
 @pytest.mark.parametrize("layout", ["t5x", "safetensors, shards", "orbax, ocdbt"])
-def test_counts_what_is_there(layout: str, tmp_path: Path) -> None:
+def test_inspect_counts_parameters_layers_and_bytes(layout: str, tmp_path: Path) -> None:
     parameters = random_parameters()
-    told = inspect(open_dense(LAYOUTS[layout](tmp_path / "model", TINY, parameters)))
+    counts = inspect(open_dense(LAYOUTS[layout](tmp_path / "model", TINY, parameters)))
     size = sum(array.size for array in parameters.values())
-    assert (told.parameters, told.expert_parameters) == (size, TINY.expert_parameters)
-    assert told.dtypes == {"bfloat16": size}
-    assert told.memory["bfloat16"] == 2 * size
-    assert [(layer.stack, layer.index, layer.experts) for layer in told.layers] == [
+    assert (counts.parameters, counts.expert_parameters) == (size, TINY.expert_parameters)
+    assert counts.dtypes == {"bfloat16": size}
+    assert counts.memory["bfloat16"] == 2 * size
+    assert [(layer.stack, layer.index, layer.experts) for layer in counts.layers] == [
         *(("encoder", i, e) for i, e in enumerate((0, 5, 0, 5))),
         *(("decoder", i, 5) for i in (0, 1)),
     ]
     rest = sum(array.size for name, array in parameters.items() if "layers_" not in name)
-    assert sum(layer.parameters for layer in told.layers) == size - rest
+    assert sum(layer.parameters for layer in counts.layers) == size - rest
     on_disk = sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file())
-    assert told.bytes_on_disk is not None
-    assert 0.5 * on_disk < told.bytes_on_disk <= on_disk
-    assert (told.damaged, told.preset) == ((), None)
+    assert counts.bytes_on_disk is not None
+    assert 0.5 * on_disk < counts.bytes_on_disk <= on_disk
+    assert (counts.damaged, counts.preset) == ((), None)
 
 
-def test_shows_damage_where_opening_unchecked(tmp_path: Path) -> None:
+def test_inspect_shows_damage_of_a_checkpoint_opened_without_a_check(tmp_path: Path) -> None:
     path = LAYOUTS["t5x"](tmp_path / "model", TINY, random_parameters())
     (path / "target.encoder.encoder_norm.scale" / "0").unlink()
     (damaged,) = inspect(open_dense(path, check=False)).damaged
@@ -50,7 +50,7 @@ def test_shows_damage_where_opening_unchecked(tmp_path: Path) -> None:
 
 
 def write_true_shape(directory: Path, experts_with_values: int) -> None:
-    """A T5X checkpoint of switch-c-2048: all chunks but one are missing, and read as the fill value."""
+    """Write a T5X checkpoint of switch-c-2048 in which all chunks but one are missing (the fill value)."""
     target: dict = {}
     for name, shape in expected_shapes(PRESETS["switch-c-2048"]).items():
         metadata = {
@@ -62,13 +62,9 @@ def write_true_shape(directory: Path, experts_with_values: int) -> None:
         array.mkdir(parents=True)
         zarray = {"dtype": "<f4", "fill_value": 0.0, "filters": None, "order": "C", "zarr_format": 2}
         (array / ".zarray").write_text(json.dumps(metadata | zarray))
-        *parents, last = name.split("/")
-        node = target
-        for parent in parents:
-            node = node.setdefault(parent, {})
         kvstore = {"driver": "gfile", "path": f"{stored_name(name)}/"}
-        node[last] = {"driver": "zarr", "dtype": "float32", "kvstore": kvstore, "metadata": metadata}
-    tree = {"version": 3, "optimizer": {"target": target, "state": {"step": np.int32(611800)}}}
+        target[name] = {"driver": "zarr", "dtype": "float32", "kvstore": kvstore, "metadata": metadata}
+    tree = {"version": 3, "optimizer": {"target": nested(target), "state": {"step": np.int32(611800)}}}
     (directory / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
     kvstore = {"driver": "file", "path": f"{directory / stored_name(WI)}/"}
     store = ts.open({"driver": "zarr", "kvstore": kvstore}).result()
@@ -80,15 +76,15 @@ import pathlib, re, sys, time
 from qmoe_jax.checkpoints import open_dense
 from qmoe_jax.artifact.inspect import inspect
 begin = time.perf_counter()
-told = inspect(open_dense(sys.argv[1]))
+counts = inspect(open_dense(sys.argv[1]))
 seconds = time.perf_counter() - begin
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
 gigabytes = int(peak[1]) / 2**20  # of this program alone: ru_maxrss would count the process that forked it
-print(told.preset, told.parameters, *list(told.memory.values())[:2], seconds, gigabytes)
+print(counts.preset, counts.parameters, *list(counts.memory.values())[:2], seconds, gigabytes)
 """
 
 
-def test_c_2048_in_its_true_shape(tmp_path: Path) -> None:
+def test_c_2048_in_its_true_shape_is_opened_in_seconds_and_read_in_parts(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoint_611800"
     write_true_shape(directory, experts_with_values=3)
     assert sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) < 2**20
@@ -103,10 +99,10 @@ def test_c_2048_in_its_true_shape(tmp_path: Path) -> None:
     assert float(seconds) < 5
     assert float(gigabytes) < 1
 
-    reader = open_dense(directory, check=False)
-    assert reader.config == PRESETS["switch-c-2048"]
-    assert reader.tensors[WI].rows_per_chunk == 256  # type: ignore[attr-defined]
-    experts = reader.read(WI, slice(2, 4))
+    checkpoint = open_dense(directory, check=False)
+    assert checkpoint.config == PRESETS["switch-c-2048"]
+    assert checkpoint.tensors[WI].rows_per_chunk == 256  # type: ignore[attr-defined]
+    experts = checkpoint.read(WI, slice(2, 4))
     assert experts.shape == (2, 2080, 6144)
     assert experts.sum() == math.prod((208, 256))
     assert (experts[0, :208, :256] == 1).all()

@@ -1,4 +1,4 @@
-"""Hugging Face's names and T5X's: a bijection on every published model, and on names that torch gave."""
+"""Hugging Face's names and T5X's: a bijection on every published model and on transformers' own names."""
 
 import pytest
 
@@ -34,14 +34,14 @@ def test_every_name_that_transformers_wrote_is_known(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", PRESETS)
-def test_there_and_back(model: str) -> None:
+def test_names_translated_there_and_back_are_the_same(model: str) -> None:
     for name in expected_shapes(PRESETS[model]):
         for expert in (0, 12) if is_expert(name) else (None,):
-            assert names.to_t5x(names.to_huggingface(name, expert)) == names.Place(name, expert)
+            assert names.to_t5x(names.to_huggingface(name, expert)) == names.Parameter(name, expert)
 
 
 @pytest.mark.parametrize("model", PRESETS)
-def test_models_have_the_published_number_of_tensors(model: str) -> None:
+def test_published_models_have_the_published_number_of_tensors(model: str) -> None:
     shapes = expected_shapes(PRESETS[model])
     heads = {"token_embedder/embedding", "decoder/logits_dense/kernel"}
     count = sum(shape[0] if is_expert(name) else 1 for name, shape in shapes.items() if name not in heads)
@@ -63,5 +63,5 @@ def test_the_large_models_keep_the_head_under_the_decoder() -> None:
         "",
     ],
 )
-def test_others_have_no_place(key: str) -> None:
+def test_names_of_no_switch_transformer_are_no_parameter(key: str) -> None:
     assert names.to_t5x(key) is None

@@ -1,4 +1,4 @@
-"""T5X's format: golden checkpoints that T5X itself wrote, and the variants its versions left behind."""
+"""T5X's format: golden checkpoints that T5X itself wrote, and the variants of its versions."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ Spec = dict
 
 
 def decode_by_hand(directory: Path) -> np.ndarray:
-    """A zarr array of one chunk, with nothing but gzip and NumPy."""
+    """Decode a zarr array of one chunk with nothing but gzip and NumPy."""
     metadata = json.loads((directory / ".zarray").read_text())
     (chunk,) = (file for file in directory.iterdir() if file.name != ".zarray")
     return np.frombuffer(gzip.decompress(chunk.read_bytes()), metadata["dtype"]).reshape(metadata["shape"])
@@ -36,13 +36,13 @@ def decode_by_hand(directory: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("path", GOLDEN.values(), ids=GOLDEN)
 def test_reads_what_t5x_wrote(path: Path) -> None:
-    reader = open_dense(path)
+    opened = open_dense(path)
     target = json.loads((path / "params.json").read_text())["target"]
-    assert reader.names() == sorted(target)
+    assert opened.names() == sorted(target)
     for name, stated in target.items():
         array = decode_by_hand(path / "checkpoint_1000" / f"target.{name.replace('/', '.')}")
         assert (list(array.shape), array.dtype.name) == (stated["shape"], stated["dtype"])
-        np.testing.assert_array_equal(reader.read(name), array)
+        np.testing.assert_array_equal(opened.read(name), array)
 
 
 def test_infers_the_architecture_of_what_t5x_wrote() -> None:
@@ -64,7 +64,7 @@ def test_infers_the_architecture_of_what_t5x_wrote() -> None:
 
 @pytest.mark.parametrize("path", GOLDEN.values(), ids=GOLDEN)
 def test_writes_what_t5x_wrote(path: Path, tmp_path: Path) -> None:
-    """The same files, byte by byte; the msgpack but for the optimizer's state, which we do not write."""
+    """The same files, byte by byte, except the optimizer's state in the msgpack, which we do not write."""
     written = write_t5x(open_dense(path), tmp_path, step=1000)
     original = path / "checkpoint_1000"
     for file in original.glob("target.*/*"):
@@ -87,17 +87,19 @@ def test_writes_what_t5x_wrote(path: Path, tmp_path: Path) -> None:
         ((), []),
     ],
 )
-def test_chunks_are_t5xs(shape: tuple[int, ...], chunks: list[int]) -> None:
+def test_chunks_have_the_shapes_that_t5x_chooses(shape: tuple[int, ...], chunks: list[int]) -> None:
     assert chunk_shape(shape, itemsize=4) == chunks
 
 
-def test_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
+def test_writing_t5x_rounds_to_bfloat16_on_request(tmp_path: Path) -> None:
     parameters = random_parameters(dtype=np.dtype(np.float32))
-    reader = open_dense(write_parameters(nested(parameters), tmp_path, step=3, dtype=BFLOAT16))
-    assert reader.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
+    opened = open_dense(write_parameters(nested(parameters), tmp_path, step=3, dtype=BFLOAT16))
+    assert opened.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
 
 
-def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_and_opening_t5x_takes_paths_with_dots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write_parameters(nested(random_parameters()), "../there/./models", step=3)
@@ -105,9 +107,9 @@ def test_takes_a_path_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert open_dense(path).read(EXPERTS).shape == (5, 8, 12)
 
 
-def test_never_overwrites_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_writing_t5x_never_overwrites_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     write_parameters(nested(random_parameters()), tmp_path, step=3)
-    with pytest.raises(CheckpointError, match="checkpoint_3"):
+    with pytest.raises(CheckpointError, match="checkpoint_3: exists already"):
         write_parameters(nested(random_parameters()), tmp_path, step=3)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_3"]
 
@@ -127,7 +129,7 @@ def as_dtype_below(spec: Spec) -> Spec:
 
 
 def as_wrong_chunks(spec: Spec) -> Spec:
-    """What T5X's reader ignores too: the .zarray decides."""
+    """T5X's reader ignores them too: the .zarray decides."""
     return {**spec, "metadata": {**spec["metadata"], "chunks": [1] * 9, "compressor": {"id": "blosc"}}}
 
 
@@ -168,20 +170,20 @@ def test_reads_every_spelling_of_a_spec(
     if not zarray:
         for file in checkpoint.glob("*/.zarray"):
             file.unlink()
-    reader = open_dense(checkpoint)
+    opened = open_dense(checkpoint)
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
 
 
-def test_reads_bfloat16_as_version_2_stored_it(tmp_path: Path) -> None:
+def test_reads_bfloat16_as_version_2_of_t5x_stored_it(tmp_path: Path) -> None:
     parameters = random_parameters()
     bits = {name: array.view(np.uint16) for name, array in parameters.items()}
     checkpoint = write_parameters(nested(bits), tmp_path, step=3)
     tree = decode_tree((checkpoint / "checkpoint").read_bytes(), checkpoint)
     (checkpoint / "checkpoint").write_bytes(serialization.msgpack_serialize({**tree, "version": 2}))
-    reader = open_dense(checkpoint)
-    assert reader.dtype(EXPERTS) == ml_dtypes.bfloat16
-    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+    opened = open_dense(checkpoint)
+    assert opened.dtype(EXPERTS) == ml_dtypes.bfloat16
+    assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,14 +193,14 @@ def test_reads_arrays_that_flax_cut_into_chunks(tmp_path: Path, monkeypatch: pyt
     path.write_bytes(
         serialization.msgpack_serialize({"optimizer": {"target": nested(parameters)}, "version": 3})
     )
-    reader = open_dense(path)
+    opened = open_dense(path)
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
-    """`encoder/layers/...` without blocks, and one position bias a stack: as other T5X models are scanned."""
+    """`encoder/layers/...` without blocks, one position bias per stack: as other T5X models are scanned."""
     config = dataclasses.replace(TINY, encoder_sparse_layers=(0, 1, 2, 3))
     parameters = random_parameters(config)
     stacked = {name: array for name, array in parameters.items() if "layers_" not in name}
@@ -206,15 +208,15 @@ def test_reads_layers_stacked_on_either_axis(axis: int, tmp_path: Path) -> None:
         layers = [name.replace("layers_0", f"layers_{i}") for i in range(4)]
         arrays = [parameters[layer] for layer in layers if layer in parameters]
         stacked[name.replace("layers_0", "layers")] = np.stack(arrays, axis)
-    reader = open_dense(write_parameters(nested(stacked), tmp_path, step=3))
-    assert reader.config == config
+    opened = open_dense(write_parameters(nested(stacked), tmp_path, step=3))
+    assert opened.config == config
     for name, array in parameters.items():
-        assert reader.read(name).tobytes() == array.tobytes()
-    assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+        assert opened.read(name).tobytes() == array.tobytes()
+    assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
 def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -> None:
-    """Proven by deleting all others; T5X stores no fill value, so reading one of them would be an error."""
+    """Proven by deleting the others: T5X stores no fill value, so reading one of them would be an error."""
     parameters = random_parameters(dtype=np.dtype(np.float32))
     checkpoint = write_parameters(nested(parameters), tmp_path, step=3)
     directory = checkpoint / f"target.{EXPERTS.replace('/', '.')}"
@@ -222,11 +224,11 @@ def test_a_range_of_experts_reads_only_the_chunks_that_hold_it(tmp_path: Path) -
     write_with_chunks(directory, parameters[EXPERTS], [2, 8, 12])
     for chunk in ("0.0.0", "2.0.0"):
         (directory / chunk).unlink()
-    reader = open_dense(checkpoint, check=False)
-    np.testing.assert_array_equal(reader.read(EXPERTS, slice(2, 4)), parameters[EXPERTS][2:4])
-    assert reader.tensors[EXPERTS].rows_per_chunk == 2  # type: ignore[attr-defined]
+    opened = open_dense(checkpoint, check=False)
+    np.testing.assert_array_equal(opened.read(EXPERTS, slice(2, 4)), parameters[EXPERTS][2:4])
+    assert opened.tensors[EXPERTS].rows_per_chunk == 2  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"0\.0\.0"):
-        reader.read(EXPERTS, slice(1, 3))
+        opened.read(EXPERTS, slice(1, 3))
 
 
 def write_with_chunks(directory: Path, array: np.ndarray, chunks: list[int]) -> None:
@@ -255,15 +257,15 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_reads_from_a_url(tmp_path: Path, served: str) -> None:
+def test_t5x_is_read_from_a_url(tmp_path: Path, served: str) -> None:
     parameters = random_parameters()
     write_parameters(nested(parameters), tmp_path, step=3)
     for url in (f"{served}/checkpoint_3", f"{served}/checkpoint_3/checkpoint"):
-        reader = open_dense(url)
-        assert (reader.config, reader.path) == (TINY, url)
-        assert reader.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
+        opened = open_dense(url)
+        assert (opened.config, opened.path) == (TINY, url)
+        assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 
-def test_says_that_a_url_has_nothing(served: str) -> None:
+def test_a_url_without_a_checkpoint_is_refused(served: str) -> None:
     with pytest.raises(CheckpointError, match=r"nothing-here(.|\n)*t5x: checkpoint"):
         open_dense(f"{served}/nothing-here")

@@ -1,4 +1,4 @@
-"""Upstream QMoE's compressed directories: the golden one, read, and written again bit by bit."""
+"""Upstream QMoE's compressed directories: the golden one is read, and written again bit by bit."""
 
 import json
 import shutil
@@ -10,8 +10,7 @@ import pytest
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
-from qmoe_jax.checkpoints.upstream.writer import write_upstream
+from qmoe_jax.checkpoints.upstream import UpstreamReader, write_upstream
 from qmoe_jax.coding import EncodedRows, decode, upstream_codebook
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 from qmoe_jax.files.torch_writer import save_torch
@@ -24,15 +23,15 @@ EXPERT = "encoder.block.1.layer.1.mlp.experts.expert_3.wi"
 
 
 @pytest.fixture(scope="module")
-def reader() -> UpstreamReader:
-    reader = open_dense(GOLDEN)
-    assert isinstance(reader, UpstreamReader)
-    return reader
+def upstream() -> UpstreamReader:
+    upstream = open_dense(GOLDEN)
+    assert isinstance(upstream, UpstreamReader)
+    return upstream
 
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, np.ndarray]:
-    """What upstream's own program decodes: digits, and bfloat16 bits of the weights [out, in]."""
+    """Digits, and bfloat16 bits of the weights [out, in], as upstream's own program decodes them."""
     return dict(np.load(DATA / "upstream_ckpt_tiny_a_dense.npz"))
 
 
@@ -53,45 +52,49 @@ def rewrite_tensors(file: Path, **changes: np.ndarray | None) -> None:
     save_torch(file, {key: value for key, value in entries.items() if value is not None})
 
 
-def test_decodes_every_matrix_as_upstream_does(reader: UpstreamReader, dense: dict[str, np.ndarray]) -> None:
+def test_decodes_every_matrix_as_upstream_does(
+    upstream: UpstreamReader, dense: dict[str, np.ndarray]
+) -> None:
     count = 0
-    for name in filter(is_expert, reader.names()):
-        for expert, array in enumerate(reader.read(name)):
+    for name in filter(is_expert, upstream.names()):
+        for expert, array in enumerate(upstream.read(name)):
             bits = np.ascontiguousarray(array.T).view(np.uint16)
             np.testing.assert_array_equal(bits, dense[names.to_huggingface(name, expert)])
             count += 1
     assert count == sum(key.endswith(".weight") for key in dense) == 64
 
 
-def test_everything_else_is_the_original_model(reader: UpstreamReader) -> None:
+def test_all_but_the_experts_of_an_upstream_directory_is_the_original_model(upstream: UpstreamReader) -> None:
     """Linear layers rounded to bfloat16, all else in float32; a router is a linear layer too."""
     original = open_dense(DATA / "hf_tiny_a")
     for name in original.names():
         if not is_expert(name):
             dtype = BFLOAT16 if name.endswith("/kernel") else np.dtype(np.float32)
-            got, want = reader.read(name), original.read(name).astype(dtype)
+            got, want = upstream.read(name), original.read(name).astype(dtype)
             assert (got.dtype, got.tobytes()) == (dtype, want.tobytes()), name
 
 
-def test_a_tied_head_of_another_precision_is_a_scaled_head(reader: UpstreamReader) -> None:
-    assert not reader.config.tied
-    assert any("the head is stored as bfloat16" in note for note in reader.notes)
+def test_a_tied_head_of_another_precision_is_a_scaled_head(upstream: UpstreamReader) -> None:
+    assert not upstream.config.tied
+    assert any("the head is stored as bfloat16" in note for note in upstream.notes)
     embedding = open_dense(DATA / "hf_tiny_a").read("token_embedder/embedding")
     head = embedding.T.astype(BFLOAT16).astype(np.float32) / np.float32(8)  # the square root of d_model 64
-    np.testing.assert_array_equal(reader.read("decoder/logits_dense/kernel"), head)
+    np.testing.assert_array_equal(upstream.read("decoder/logits_dense/kernel"), head)
 
 
 def test_a_tied_head_of_the_same_precision_is_the_embedding(copy: Path) -> None:
     entries = read_all(copy / "noexp.pt")
     head = entries["lm_head.weight"]
     rewrite_tensors(copy / "noexp.pt", **{"shared.weight": head})  # type: ignore[dict-item]
-    reader = open_dense(copy)
-    assert reader.config == open_dense(DATA / "hf_tiny_a").config
-    assert reader.dtype("token_embedder/embedding") == ml_dtypes.bfloat16
+    upstream = open_dense(copy)
+    assert upstream.config == open_dense(DATA / "hf_tiny_a").config
+    assert upstream.dtype("token_embedder/embedding") == ml_dtypes.bfloat16
 
 
-def test_packs_without_coding_again(reader: UpstreamReader, dense: dict[str, np.ndarray]) -> None:
-    packed = reader.packed(WI, slice(2, 4))
+def test_expert_kernels_are_packed_without_encoding_them_again(
+    upstream: UpstreamReader, dense: dict[str, np.ndarray]
+) -> None:
+    packed = upstream.packed(WI, slice(2, 4))
     stored = read_all(GOLDEN / "exp00.pt")
     assert (packed.num_experts, packed.width) == (2, 64)
     for i, expert in enumerate((2, 3)):
@@ -105,16 +108,16 @@ def test_packs_without_coding_again(reader: UpstreamReader, dense: dict[str, np.
         digits = decode(EncodedRows(codes.view(np.uint16), offsets), upstream_codebook(), packed.width)
         np.testing.assert_array_equal(digits, dense[f"{prefix}.tern"])
     with pytest.raises(ValueError, match="not an expert kernel"):
-        reader.packed("encoder/encoder_norm/scale")
+        upstream.packed("encoder/encoder_norm/scale")
 
 
 def test_writes_what_upstream_wrote(
-    reader: UpstreamReader, dense: dict[str, np.ndarray], tmp_path: Path
+    upstream: UpstreamReader, dense: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """The same files, keys, dtypes and bytes of every tensor, and a config.json that says the same model."""
 
     def ternary(name: str, expert: int) -> tuple[np.ndarray, np.ndarray]:
-        packed = reader.packed(name, slice(expert, expert + 1))
+        packed = upstream.packed(name, slice(expert, expert + 1))
         digits = dense[names.to_huggingface(name, expert).removesuffix("weight") + "tern"]
         return digits, np.asarray(packed.levels)[0]
 
@@ -146,7 +149,7 @@ def test_writes_what_upstream_wrote(
     assert "is_full_sparse" not in stated
 
 
-def test_the_embeddings_are_stored_once(tmp_path: Path, reader: UpstreamReader) -> None:
+def test_writing_upstream_stores_the_embedding_once(tmp_path: Path, upstream: UpstreamReader) -> None:
     size = sum(file.stat().st_size for file in GOLDEN.glob("noexp.pt"))
     zeros = (np.zeros((128, 64), np.uint8), np.zeros((128, 2), np.float32))
     flipped = (zeros[0].reshape(64, 128), zeros[1][:64])
@@ -157,21 +160,23 @@ def test_the_embeddings_are_stored_once(tmp_path: Path, reader: UpstreamReader) 
     assert not open_dense(written).read(WI).any()
 
 
-def test_never_writes_over_something(tmp_path: Path, reader: UpstreamReader) -> None:
+def test_writing_upstream_refuses_a_directory_that_is_not_empty(
+    tmp_path: Path, upstream: UpstreamReader
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="not empty"):
-        write_upstream(reader, tmp_path, lambda name, expert: pytest.fail("nothing is to be read"))
+        write_upstream(upstream, tmp_path, lambda name, expert: pytest.fail("nothing is to be read"))
 
 
 @pytest.mark.parametrize("file", ["exp02.pt", "sizes.pt", "config.json"])
-def test_a_missing_file_is_named(file: str, copy: Path) -> None:
+def test_a_missing_upstream_file_is_named(file: str, copy: Path) -> None:
     (copy / file).unlink()
     with pytest.raises(CheckpointError, match="decoder.block.1" if file.startswith("exp") else file):
         open_dense(copy)
 
 
 @pytest.mark.parametrize("file", ["exp02.pt", "noexp.pt", "sizes.pt"])
-def test_a_truncated_file_is_named(file: str, copy: Path) -> None:
+def test_a_truncated_upstream_file_is_named(file: str, copy: Path) -> None:
     (copy / file).write_bytes((copy / file).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=file):
         open_dense(copy)
@@ -187,7 +192,7 @@ def test_a_truncated_file_is_named(file: str, copy: Path) -> None:
         ("row_off", np.zeros(65, np.int32), r"ter_minmax\n  expected: bfloat16 \(128,\)"),
     ],
 )
-def test_a_matrix_that_does_not_fit_is_named(
+def test_a_coded_matrix_that_does_not_fit_is_named(
     key: str, value: np.ndarray | None, message: str, copy: Path
 ) -> None:
     rewrite_tensors(copy / "exp00.pt", **{f"{EXPERT}.{key}": value})
@@ -200,13 +205,13 @@ def test_damaged_codewords_are_named(copy: Path) -> None:
     offsets = np.asarray(read_all(copy / "exp00.pt")[f"{EXPERT}.row_off"]).copy()
     offsets[5] = offsets[6]
     rewrite_tensors(copy / "exp00.pt", **{f"{EXPERT}.row_off": offsets})
-    reader = open_dense(copy)
-    assert reader.read(WI, slice(0, 3)).shape == (3, 64, 128)
+    upstream = open_dense(copy)
+    assert upstream.read(WI, slice(0, 3)).shape == (3, 64, 128)
     with pytest.raises(CheckpointError, match=rf"exp00(.|\n)*{EXPERT}(.|\n)*row [45]"):
-        reader.read(WI, slice(3, 4))
+        upstream.read(WI, slice(3, 4))
 
 
-def test_a_foreign_config_json_is_refused(copy: Path) -> None:
+def test_an_upstream_config_json_of_another_model_is_refused(copy: Path) -> None:
     rewrite_json(copy / "config.json", model_type="t5")
     with pytest.raises(CheckpointError, match="model_type"):
         open_dense(copy)

@@ -52,16 +52,6 @@ class Run:
     def values(self) -> np.ndarray:
         return vectors[f"{self.key}.Q"]
 
-    @property
-    def tie(self) -> tuple[int, int] | None:
-        """Expert and row with a weight 7e-8 of a step from a rounding border: float32 may fall on either side."""
-        return (3, 43) if self.key == "A.b2_pd0.1_gs128_ao1" else None
-
-    @property
-    def exempt(self) -> list[int]:
-        """Expert 1 of these runs: its whole diagonal ties, and upstream's sort is not stable."""
-        return [1] if self.case == "A" and self.group_size == 64 and self.activation_order else []
-
 
 RUNS = [
     Run.parse(key.removesuffix(".Q")) for key in vectors.files if key.endswith(".Q") and "_rtn" not in key

@@ -156,7 +156,7 @@ def test_operands_that_do_not_fit_are_refused(operands):
 def test_an_activation_that_is_not_known_is_refused(operands):
     packed, x, expert_index = operands
     wo = samples.sample(samples.CODEBOOKS["tunstall-8"](), (1, 9, 2)).packed
-    with pytest.raises(ValueError, match=r"expected an activation of .*found 'tanh'"):
+    with pytest.raises(ValueError, match=r"expected an activation among .*found 'tanh'"):
         pk.packed_mlp(packed, wo, x, expert_index, None, "tanh")
     with pytest.raises(ValueError, match=r"expected wi for 1 experts of 9 rows, found \(1, 2\)"):
         pk.packed_mlp(packed, packed, x, expert_index)

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import backend
 from pallas_kernels.cpu import xla_c_api
 from pallas_kernels.cpu.ffi import HostFunction
+from pallas_kernels.mlp.op import OP
 
 seen = {}
 
@@ -91,9 +92,9 @@ def test_the_installed_jaxlib_has_a_known_version_of_the_interface():
 def test_another_version_of_the_interface_is_refused_with_expected_and_found(header, version):
     header(*version)
     found = f"expected version 0.3 to 0.5 of XLA's FFI C API, found {version[0]}.{version[1]} in jaxlib "
-    assert backend.refusal("mlp", "cpu").startswith(found)
+    assert backend.refusal(OP, "cpu").startswith(found)
     with pytest.raises(NotImplementedError, match=f"backend 'cpu' cannot run: {found}.*; install 'jax>="):
-        backend.choose("mlp", "cpu")
+        backend.choose_backend(OP, "cpu")
     with pytest.raises(NotImplementedError, match=f"_fail cannot be called from jitted code: {found}"):
         HostFunction(_fail)(jax.ShapeDtypeStruct((2,), jnp.float32), jnp.ones(2))
 

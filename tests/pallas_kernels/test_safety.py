@@ -14,7 +14,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.cpu.packed_product import packed_product
-from pallas_kernels.cpu.token_blocks import expert_blocks
+from pallas_kernels.cpu.token_blocks import TokenBlocks
 from tests.helpers import packed_samples as samples
 from tests.helpers.kernel_contract import BACKENDS, IMPLEMENTATIONS
 
@@ -72,6 +72,6 @@ def test_the_cpu_kernel_reads_nothing_behind_its_arrays():
         table = dataclasses.replace(packed.table, entries=at_the_end_of_a_page(packed.table.entries))
         damaged = dataclasses.replace(damaged, table=table, **copies)
         for tokens in (1, 5, 20, 50):
-            blocks = expert_blocks(np.ones(tokens, np.int32))
+            blocks = TokenBlocks.by_expert(np.ones(tokens, np.int32))
             x = at_the_end_of_a_page(blocks.dispatch(np.ones((tokens, 70), np.float32)))
             assert np.isfinite(packed_product(damaged, blocks, x)).all()

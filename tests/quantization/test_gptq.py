@@ -1,5 +1,6 @@
-"""GPTQ against upstream's outputs, and its invariances."""
+"""GPTQ against upstream's outputs, and its invariances; digits are compared as `golden_digits` explains."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -23,8 +24,10 @@ from qmoe_jax.quantization import (
 )
 from qmoe_jax.quantization.reference import gptq_reference
 from tests.helpers import golden
+from tests.helpers.golden_digits import Problem, Replay, determined_places
 
 every_run = pytest.mark.parametrize("run", golden.RUNS, ids=lambda run: run.key)
+EQUAL_DIGITS = 0.98  # of a run's: a row in fifty may meet a border where another CPU falls on the other side
 some = hypothesis.settings(deadline=None, max_examples=10, derandomize=True)
 
 
@@ -41,10 +44,70 @@ def quantized(run: golden.Run) -> Quantized:
     )
 
 
-def reconstruction_error(w, values, hessian) -> np.ndarray:
-    """tr((Q - W) H (Q - W)ᵀ) of each expert, H not damped."""
+def row_errors(w, values, hessian) -> np.ndarray:
+    """(Q - W) H (Q - W)ᵀ of each row, H not damped."""
     deviation = np.asarray(values, np.float64) - w
-    return np.einsum("eoi,eij,eoj->e", deviation, hessian.astype(np.float64), deviation, optimize=True)
+    return np.einsum("...i,ij,...j->...", deviation, hessian.astype(np.float64), deviation, optimize=True)
+
+
+def reconstruction_error(w, values, hessian) -> float:
+    """The sum of all experts' `row_errors`."""
+    return sum(row_errors(*expert).sum() for expert in zip(w, np.asarray(values), hessian, strict=True))
+
+
+def replays_of(q: Quantized, w, hessian, bits=None, *, activation_order=False, **options) -> list[Replay]:
+    """Each expert's digits, to be judged in float64."""
+    order = factorize(hessian, options.get("damping", 0.1), activation_order=True).order
+    return [
+        Problem.of(
+            np.asarray(w[number], np.float32),
+            hessian[number],
+            bits,
+            order=order[number] if activation_order else None,
+            fallback=bool(q.fallback[number]),
+            **options,
+        ).replay(q.digits[number], q.levels[number])
+        for number in range(len(w))
+    ]
+
+
+@functools.cache
+def replays(run: golden.Run) -> list[Replay]:
+    w = golden.vectors[f"{run.case}.W"]
+    return replays_of(
+        quantized(run),
+        w.astype(ml_dtypes.bfloat16) if run.bfloat16 else w,
+        golden.hessian(run.case),
+        None if run.bits == "1.5" else int(run.bits),
+        damping=run.damping,
+        group_size=run.group_size,
+        activation_order=run.activation_order,
+    )
+
+
+@functools.cache
+def determined(run: golden.Run) -> list[int]:
+    """How many columns of each expert, in the order of quantization, upstream cannot have taken in another order.
+
+    Its sort is not stable. Without a Hessian and without groups no order matters.
+    """
+    free = np.asarray(quantized(run).fallback) & (run.group_size is None)
+    return [
+        256 if free[number] or not run.activation_order else determined_places(hessian, expert.problem.order)
+        for number, (hessian, expert) in enumerate(zip(golden.hessian(run.case), replays(run), strict=True))
+    ]
+
+
+@functools.cache
+def upstreams_digits(run: golden.Run, number: int) -> np.ndarray:
+    """The digits whose values under our levels are nearest to upstream's values."""
+    expert, values = replays(run)[number], run.values[number]
+    problem, levels = expert.problem, expert.column_levels
+    digits = np.empty(values.shape, int)
+    every = range(3 if problem.bits is None else 2**problem.bits)
+    at = [problem.values(np.full(values.shape, digit), levels) for digit in every]
+    digits[:, problem.order] = np.argmin(np.abs(np.stack(at) - values[:, problem.order]), 0)
+    return digits
 
 
 def example(experts=3, out=5, width=40, tokens=200, seed=0):
@@ -62,40 +125,73 @@ def assert_same(a: Quantized, b: Quantized) -> None:
 
 
 @every_run
-def test_values_are_upstreams(run):
-    """Without groups all digits are equal, and the values are bit for bit those of the levels."""
-    got, want = np.array(quantized(run).values), run.values
-    if run.tie:
-        got[run.tie] = want[run.tie]
-    got, want = (np.delete(values, run.exempt, axis=0) for values in (got, want))
-    if run.group_size is None:
-        np.testing.assert_array_equal(got, want)
-    else:
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+def test_every_digit_and_level_follows_from_those_before(run):
+    for expert in replays(run):
+        expert.assert_digits_follow()
+        expert.assert_levels_follow()
 
 
 @every_run
-def test_the_reconstruction_error_is_upstreams(run):
-    if run.bfloat16:
-        pytest.skip("upstream did not print it")
-    w, hessian = golden.vectors[f"{run.case}.W"], golden.hessian(run.case)
-    sound = np.isfinite(hessian).all((1, 2))
-    sound[run.exempt] = False
-    got = reconstruction_error(w[sound], quantized(run).values[sound], hessian[sound])
-    want = np.array(golden.meta[run.key]["recon_trDHDt_per_expert"], np.float64)[sound]
-    np.testing.assert_allclose(got, want, rtol=2e-4)
+def test_digits_are_upstreams_up_to_a_border(run):
+    """Row by row; with groups only as far as ties in the activation order leave no choice."""
+    shares = [
+        expert.assert_same_up_to_a_border(upstreams_digits(run, number), places)
+        for number, (expert, places) in enumerate(zip(replays(run), determined(run), strict=True))
+    ]
+    assert np.mean(shares) >= EQUAL_DIGITS, shares
 
 
 @every_run
-def test_the_error_is_what_upstream_prints(run):
+def test_values_are_upstreams_where_digits_are(run):
+    """Without groups bit for bit; else as exactly as float32 finds the levels of a group."""
+    got, want = np.asarray(quantized(run).values), run.values
+    for number, (expert, places) in enumerate(zip(replays(run), determined(run), strict=True)):
+        order, same = expert.problem.order, expert.before_a_difference(upstreams_digits(run, number))
+        same[:, places:] = False
+        off = np.abs(got[number] - want[number])[:, order]
+        allowed = 0 if run.group_size is None else expert.level_tolerance
+        assert (off <= allowed)[same].all()
+
+
+@every_run
+def test_the_error_is_that_of_the_values(run):
+    """½ tr(D H Dᵀ) with the damped Hessian, the identity after a fallback."""
+    want = [expert.row_error.sum() for expert in replays(run)]
+    np.testing.assert_allclose(quantized(run).error, want, rtol=2e-4)
+
+
+@every_run
+def test_errors_are_upstreams(run):
+    """What it printed, and what its program for measuring it gave, of all experts that it did not give up.
+
+    A row whose digits differ from upstream's, as they may from a border on, may have any error up to the larger of
+    the two rows'; the experts that count are those whose order is determined.
+    """
     if run.bfloat16:
         pytest.skip("upstream did not print it")
-    q = quantized(run)
-    kept = ~np.asarray(q.fallback)
-    kept[run.exempt] = False
-    np.testing.assert_allclose(
-        q.error[kept], np.array(golden.meta[run.key]["printed_error_per_expert"])[kept], rtol=2e-4
-    )
+    w, q = golden.vectors[f"{run.case}.W"], quantized(run)
+    printed = golden.meta[run.key]["printed_error_per_expert"]
+    reconstruction = golden.meta[run.key]["recon_trDHDt_per_expert"]
+    compared = 0
+    for number, (expert, places) in enumerate(zip(replays(run), determined(run), strict=True)):
+        if q.fallback[number] or places < w.shape[2]:
+            continue
+        upstreams = expert.problem.replay(upstreams_digits(run, number), q.levels[number])
+        differs = (expert.digits != upstreams.digits).any(1)
+        for found, theirs, want in (
+            (q.error[number], (expert.row_error, upstreams.row_error), printed[number]),
+            (
+                row_errors(w[number], q.values[number], golden.hessian(run.case)[number]).sum(),
+                [
+                    row_errors(w[number], values[number], golden.hessian(run.case)[number])
+                    for values in (np.asarray(q.values), run.values)
+                ],
+                reconstruction[number],
+            ),
+        ):
+            np.testing.assert_allclose(found, want, rtol=2e-4, atol=np.maximum(*theirs)[differs].sum())
+        compared += 1
+    assert compared >= 2
 
 
 @every_run
@@ -120,31 +216,57 @@ def test_values_are_the_digits_under_the_levels_of_their_group(run):
 # The textbook, at odd sizes
 
 
+def assert_follows(q: Quantized, w, hessian, bits=None, **options) -> list[Replay]:
+    """Judge every expert's digits and levels in float64."""
+    judged = replays_of(q, w, hessian, bits, **options)
+    for expert in judged:
+        expert.assert_digits_follow()
+        expert.assert_levels_follow()
+    return judged
+
+
+def assert_same_up_to_borders(q: Quantized, other: Quantized, w, hessian, bits=None, **options) -> None:
+    """Both follow the rule, and each row of the two is equal up to a border; values and errors as float32 gives."""
+    judged = assert_follows(q, w, hessian, bits, **options)
+    others = assert_follows(other, w, hessian, bits, **options)
+    for number, (mine, theirs) in enumerate(zip(judged, others, strict=True)):
+        mine.assert_same_up_to_a_border(other.digits[number])
+        same = mine.before_a_difference(other.digits[number])
+        off = np.abs(np.asarray(q.values[number]) - np.asarray(other.values[number]))[:, mine.problem.order]
+        assert (off <= mine.level_tolerance)[same].all()
+        differs = np.maximum(mine.row_error, theirs.row_error)[~same.all(1)].sum()
+        np.testing.assert_allclose(q.error[number], other.error[number], rtol=1e-4, atol=differs)
+
+
+def assert_matches_the_reference(w, hessian, bits, **options) -> None:
+    """The reference in float64 against ours in float32, expert by expert."""
+    q = gptq(w, hessian, ternary_grid() if bits is None else uniform_grid(bits), **options)
+    for number, expert in enumerate(assert_follows(q, w, hessian, bits, **options)):
+        values, digits = gptq_reference(w[number].astype(float), hessian[number], bits, **options)
+        expert.assert_same_up_to_a_border(digits)
+        order, same = expert.problem.order, expert.before_a_difference(digits)
+        off = np.abs(q.values[number] - values)[:, order]
+        rounding = 2.0**-21 * np.abs(expert.column_levels).max(-1)
+        assert (off <= expert.level_tolerance + rounding)[same].all()
+
+
 @pytest.mark.parametrize(
     "bits, out, width", [(None, 1, 1), (3, 2, 5), (None, 3, 128), (None, 3, 129), (3, 1, 300)]
 )
-def test_odd_sizes(bits, out, width):
+def test_gptq_matches_the_reference_at_odd_sizes(bits, out, width):
     w, hessian = example(2, out, width, tokens=2 * width + 3)
-    q = gptq(w, hessian, ternary_grid() if bits is None else uniform_grid(bits))
-    for expert in range(2):
-        values, digits = gptq_reference(w[expert], hessian[expert], bits)
-        np.testing.assert_array_equal(q.digits[expert], digits)
-        np.testing.assert_array_equal(q.values[expert], values)
+    assert_matches_the_reference(w, hessian, bits)
 
 
 @pytest.mark.parametrize(
     "block_size, group_size, activation_order",
     [(32, 48, False), (32, 7, True), (32, 33, False), (24, 100, False), (128, 90, True), (10, 10, False)],
 )
-def test_groups_that_straddle_blocks(block_size, group_size, activation_order):
+def test_gptq_matches_the_reference_where_groups_straddle_blocks(block_size, group_size, activation_order):
     w, hessian = example(2, 4, 107, tokens=300)
     options = {"block_size": block_size, "group_size": group_size, "activation_order": activation_order}
-    q = gptq(w, hessian, uniform_grid(bits=4), **options)
-    assert q.levels.shape == (2, 4, -(-107 // group_size), 2)
-    for expert in range(2):
-        values, digits = gptq_reference(w[expert], hessian[expert], 4, **options)
-        np.testing.assert_array_equal(q.digits[expert], digits)
-        np.testing.assert_allclose(q.values[expert], values, rtol=1e-4, atol=1e-6)
+    assert gptq(w, hessian, uniform_grid(bits=4), **options).levels.shape == (2, 4, -(-107 // group_size), 2)
+    assert_matches_the_reference(w, hessian, 4, **options)
 
 
 # The kernel of a block
@@ -155,9 +277,7 @@ def test_the_pallas_kernel_gives_the_same_digits():
     options = {"block_size": 10, "group_size": 12, "activation_order": True}
     got = gptq(w, hessian, ternary_grid(), **options, backend="pallas_interpret")
     want = gptq(w, hessian, ternary_grid(), **options)
-    np.testing.assert_array_equal(got.digits, want.digits)
-    np.testing.assert_allclose(got.values, want.values, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(got.error, want.error, rtol=1e-5)
+    assert_same_up_to_borders(got, want, w, hessian, **options)
 
 
 def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
@@ -177,7 +297,6 @@ def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
 def test_other_experts_do_not_matter(group_size):
     """Padding experts, even with garbage for a Hessian, change nothing in the others."""
     w, hessian = example()
-    alone = gptq(w, hessian, ternary_grid(), group_size=group_size)
     garbage = np.stack([np.zeros_like(hessian[0]), np.full_like(hessian[0], np.nan)])
     padded = gptq(
         np.concatenate([w, np.zeros_like(w[:2])]),
@@ -185,8 +304,8 @@ def test_other_experts_do_not_matter(group_size):
         ternary_grid(),
         group_size=group_size,
     )
-    np.testing.assert_array_equal(padded.digits[:3], alone.digits)
-    np.testing.assert_array_equal(padded.values[:3], alone.values)
+    alone = gptq(w, hessian, ternary_grid(), group_size=group_size)
+    assert_same_up_to_borders(jax.tree.map(lambda x: x[:3], padded), alone, w, hessian, group_size=group_size)
     np.testing.assert_array_equal(padded.fallback, [False] * 3 + [True] * 2)
     np.testing.assert_array_equal(padded.values[3:], np.zeros_like(w[:2]))
 
@@ -226,15 +345,16 @@ def test_it_beats_rounding_to_nearest(seed, bits):
     w, hessian = example(tokens=60, seed=seed)
     grid = ternary_grid() if bits is None else uniform_grid(bits)
     got = reconstruction_error(w, gptq(w, hessian, grid, damping=0.01).values, hessian)
-    nearest = reconstruction_error(w, round_to_nearest(w, grid).values, hessian)
-    assert got.sum() < nearest.sum()
+    assert got < reconstruction_error(w, round_to_nearest(w, grid).values, hessian)
 
 
 @pytest.mark.parametrize("block_size", [1, 48])
 def test_the_block_size_does_not_matter_without_groups(block_size):
     w, hessian = example(width=100)
-    want = gptq(w, hessian, uniform_grid(bits=4)).digits
-    np.testing.assert_array_equal(gptq(w, hessian, uniform_grid(bits=4), block_size=block_size).digits, want)
+    want = gptq(w, hessian, uniform_grid(bits=4))
+    assert_same_up_to_borders(
+        gptq(w, hessian, uniform_grid(bits=4), block_size=block_size), want, w, hessian, 4
+    )
 
 
 def test_activation_order_is_a_permutation_of_the_problem():
@@ -243,10 +363,9 @@ def test_activation_order_is_a_permutation_of_the_problem():
     inside = gptq(w, hessian, ternary_grid(), activation_order=True)
     sorted_w = np.take_along_axis(w, order[:, None], axis=2)
     sorted_h = np.stack([h[np.ix_(p, p)] for h, p in zip(hessian, order, strict=True)])
-    outside = gptq(sorted_w, sorted_h, ternary_grid())
-    np.testing.assert_array_equal(
-        np.take_along_axis(np.asarray(inside.digits), order[:, None], axis=2), outside.digits
-    )
+    sort = lambda x: np.take_along_axis(np.asarray(x), order[:, None], axis=2)
+    resorted = dataclasses.replace(inside, values=sort(inside.values), digits=sort(inside.digits))
+    assert_same_up_to_borders(resorted, gptq(sorted_w, sorted_h, ternary_grid()), sorted_w, sorted_h)
 
 
 def test_a_group_as_wide_as_the_row_is_no_group():

@@ -1,13 +1,12 @@
 """Pallas on a GPU, for many tokens per expert: rows are decoded to dense digits once, then multiplied.
 
-Programs take turns at (expert, block of rows); only experts that have tokens count. A program decodes its rows
-into a slice of scratch memory that it overwrites at its next turn, so that the scratch stays small enough for the
-L2 cache whatever the number of experts, and multiplies it by all token blocks of the expert on the tensor cores.
-The scratch holds digits, a byte each, which move half the bytes of bfloat16 weights; they become weights in
-registers, on their way into the product.
+Programs take turns at (expert, block of rows), for experts that have tokens. A program decodes its rows into a slice
+of scratch memory that it overwrites at its next turn, so that the scratch fits the L2 cache whatever the number of
+experts, and multiplies it by all token blocks of the expert on the tensor cores. The scratch holds digits of one byte,
+half the bytes of bfloat16 weights; they become weights in registers, on their way into the product.
 
-All factors are bfloat16 and exact, sums are float32. Tokens in float32 are the sum of three bfloat16. Levels in
-float32 do not fit a bfloat16: the minima and the maxima are then summed apart, with weights 1, and the levels
+All factors are bfloat16 and exact; sums are float32. Tokens in float32 are split into a sum of three bfloat16. Levels
+in float32 do not fit a bfloat16: the minima and the maxima are then summed separately, with weights 1, and the levels
 multiply the two sums.
 """
 
@@ -127,20 +126,20 @@ def _kernel(
             _store(total, inside, row, epilogue, y, block)
 
         jax.lax.fori_loop(bounds[expert], bounds[expert + 1], multiply, None)
-        _barrier(compiled)  # the slice is read no more when the next turn clears it
+        _barrier(compiled)  # the slice has been read before the next turn clears it
 
     jax.lax.fori_loop(0, turns, turn, None)
 
 
 def _barrier(compiled: bool) -> None:
-    if compiled:  # interpret mode has no rule for it, and runs in order anyway
+    if compiled:  # interpret mode has no rule for it, and runs in order
         plt.debug_barrier()
 
 
 def _decode(
     packed: PackedRefs, expert: Any, row: Array, scratch: Any, program: Any, *, config: Config, compiled: bool
 ) -> None:
-    """Fills the program's slice of the scratch with digits."""
+    """Fill the program's slice of the scratch with digits."""
     lines = pl.ds(0, config.rows)
 
     def clear(i: Array, carry: None) -> None:
@@ -168,7 +167,7 @@ def _sum(
     *,
     config: Config,
 ) -> Float32[Array, "rows lanes"]:
-    """The product of the decoded rows with a block of tokens."""
+    """Multiply the decoded rows by a block of tokens."""
     apart = packed.levels.dtype != jnp.bfloat16
     lines, lanes = pl.ds(0, config.rows), pl.ds(0, config.lanes)
 
@@ -194,7 +193,7 @@ def _sum(
 def _load_columns(
     x: Any, block: Array, lanes: Any, start: Any, width: int, config: Config
 ) -> Float[Array, "lanes columns"]:
-    """The next columns of a block of tokens, zeros beyond the width."""
+    """Load the next columns of a block of tokens, zeros beyond the width."""
     columns = pl.ds(start, config.columns)
     if width % config.columns == 0:
         return plt.load(x.at[block, lanes, columns])
@@ -206,7 +205,7 @@ def _load_columns(
 def _weights(
     digits: Array, levels: tuple[Array, Array], apart: bool
 ) -> tuple[BFloat16[Array, "rows columns"], ...]:
-    """What the digits stand for: the weights, or where the minima and where the maxima are."""
+    """Return the weights of digits, or two masks if `apart`: those of the minima and of the maxima."""
     minima, maxima = digits == 1, digits == 2
     if apart:
         return minima.astype(jnp.bfloat16), maxima.astype(jnp.bfloat16)
@@ -216,7 +215,7 @@ def _weights(
 
 
 def bfloat16_parts(x: Float[Array, "lanes columns"]) -> list[BFloat16[Array, "lanes columns"]]:
-    """bfloat16 tiles whose sum is `x` exactly: eight bits of a float32's 24 each, the rest of them next."""
+    """Split into bfloat16 tiles whose sum is exactly `x`: eight of the 24 bits of a float32 each, highest first."""
     if x.dtype == jnp.bfloat16:
         return [x]
     parts = []
@@ -231,7 +230,7 @@ def bfloat16_parts(x: Float[Array, "lanes columns"]) -> list[BFloat16[Array, "la
 def _store(
     total: Float32[Array, "rows lanes"], inside: Array, row: Array, epilogue: Epilogue, y: Any, block: Array
 ) -> None:
-    """Finishes a tile and writes it."""
+    """Apply the epilogue to a tile and write it."""
     lane = jnp.arange(total.shape[1])
     at = block, lane[None, :], row[:, None]
     mask = jnp.broadcast_to(inside[:, None], total.shape)

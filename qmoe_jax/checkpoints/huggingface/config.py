@@ -1,7 +1,7 @@
 """config.json of a Hugging Face Switch Transformer, read with distrust and written in full.
 
-The published ones of xxl and c-2048 contradict their own tensors, so a reader takes the architecture from the
-tensors. config.json tells what no shape can; where the two disagree, a note says so.
+The published ones of xxl and c-2048 contradict their own tensors, so the architecture is inferred from the
+tensors. config.json gives what no shape tells; where the two disagree, a note says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qmoe_jax.parameters import STACKS
 
 MODEL_TYPE = "switch_transformers"
 
-# config.json's key -> the field of `SwitchConfig`, where no tensor's shape tells it.
+# Key of config.json -> field of `SwitchConfig` that no tensor's shape tells.
 _SETTINGS = {
     "relative_attention_max_distance": "relative_attention_max_distance",
     "layer_norm_epsilon": "layer_norm_epsilon",
@@ -26,7 +26,7 @@ _SETTINGS = {
     "eos_token_id": "eos_id",
     "decoder_start_token_id": "decoder_start_id",
 }
-# The same where the tensors do tell.
+# The same for fields that the tensors tell.
 _SIZES = {
     "d_model": "d_model",
     "d_ff": "d_ff",
@@ -40,13 +40,13 @@ _SIZES = {
     "is_gated_act": "gated",
     "tie_word_embeddings": "tied",
 }
-# Hugging Face's "gelu" is the exact one. The gated model's was trained as the tanh approximation, which its
+# Hugging Face's "gelu" is the exact one. The gated model was trained with the tanh approximation, which its
 # config calls "gelu" too.
 _ACTIVATIONS = {False: {"relu": "relu", "gelu_new": "gelu"}, True: {"gelu": "gelu", "gelu_new": "gelu"}}
 
 
 def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str, Any]:
-    """The fields of `SwitchConfig` that `stated`, a config.json, tells and no tensor does.
+    """Return the fields of `SwitchConfig` that `stated`, a config.json, gives and no tensor tells.
 
     Raises:
         CheckpointError: it states another kind of model, or an activation that Switch Transformers do not
@@ -55,14 +55,14 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
     model_type = stated.get("model_type", MODEL_TYPE)
     if model_type != MODEL_TYPE:
         raise CheckpointError(
-            "not a Switch Transformer", path=path, key="model_type", expected=MODEL_TYPE, found=model_type
+            "is not a Switch Transformer", path=path, key="model_type", expected=MODEL_TYPE, found=model_type
         )
     told = {field: stated[key] for key, field in _SETTINGS.items() if stated.get(key) is not None}
     activation = stated.get("dense_act_fn", "gelu" if gated else "relu")
     known = _ACTIVATIONS[gated]
     if activation not in known:
         raise CheckpointError(
-            "an activation that these experts do not have",
+            "the experts have no such activation",
             path=path,
             key="dense_act_fn",
             expected=" or ".join(known),
@@ -72,7 +72,7 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
 
 
 def contradictions(stated: Mapping[str, Any], config: SwitchConfig) -> list[str]:
-    """What `stated` says otherwise than the tensors, a sentence each."""
+    """Return a sentence for each member of `stated` that contradicts the tensors."""
     told = {key: getattr(config, field) for key, field in _SIZES.items()}
     for stack in STACKS:
         told[f"num_sparse_{stack}_layers"] = len(config.sparse_layers(stack))
@@ -84,10 +84,10 @@ def contradictions(stated: Mapping[str, Any], config: SwitchConfig) -> list[str]
 
 
 def config_json(config: SwitchConfig, dtype: np.dtype) -> dict[str, Any]:
-    """A config.json that `transformers` builds this model from; every field that it reads is there.
+    """Return a config.json that `transformers` builds this model from, with every field that it reads.
 
     Raises:
-        CheckpointError: the sparse layers are in no pattern that a sparse step describes.
+        CheckpointError: no sparse step describes the pattern of sparse layers.
     """
     stacks = {stack: _sparse_step(config, stack) for stack in STACKS}
     return {
@@ -101,7 +101,7 @@ def config_json(config: SwitchConfig, dtype: np.dtype) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu" if config.gated else config.activation,
         "dtype": dtype.name,
         "torch_dtype": dtype.name,
-        # A token is never dropped: what QMoE evaluates, and what a cache of one token a step computes anyway.
+        # No token is dropped: what QMoE evaluates, and what generating one token per step computes anyway.
         "expert_capacity": 4096,
         "router_bias": False,
         "router_dtype": "float32",
@@ -113,13 +113,13 @@ def config_json(config: SwitchConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def _sparse_step(config: SwitchConfig, stack: str) -> int:
-    """`transformers` makes layer i sparse where i % step is 1, or every layer where step is 1; 0: none."""
+    """Return the step of a pattern: layer i is sparse if i % step is 1 (1: every layer, 0: none)."""
     layers, sparse = config.num_layers(stack), config.sparse_layers(stack)
     for step in range(layers + 1):
         if sparse == _pattern(layers, step):
             return step
     raise CheckpointError(
-        "a pattern of sparse layers that config.json cannot say",
+        "sparse-layer pattern cannot be expressed in config.json",
         path="config.json",
         key=f"{stack}_sparse_step",
         expected="all, none, or the layers i with i % step = 1",

@@ -1,4 +1,4 @@
-"""T5X's parameter names and Hugging Face's, both ways (names only: transposing is the readers' matter)."""
+"""Translation between T5X's parameter names and Hugging Face's, both ways; names only, no transposing."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ HEAD, DECODER_HEAD = "lm_head.weight", "decoder.lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a Hugging Face tensor belongs: a T5X name, and for one expert's kernel the expert."""
+class Parameter:
+    """The T5X parameter that a Hugging Face tensor is; of an expert kernel, one expert."""
 
     name: str
     expert: int | None = None
 
 
 def _patterns() -> dict[str, str]:
-    """T5X name -> Hugging Face name, `*` for the layer and, after it, for the expert."""
+    """Return T5X name -> Hugging Face name, with `*` for the layer and, after it, for the expert."""
     table = {parameters.EMBEDDING: EMBEDDING, LOGITS: HEAD}
     for stack in STACKS:
         layer, block = f"{stack}/layers_*", f"{stack}.block.*"
@@ -63,9 +63,10 @@ _TO_T5X = {re.sub(r"block\.0\.", "block.*.", theirs): ours for ours, theirs in _
 
 
 def to_huggingface(name: str, expert: int | None = None) -> str:
-    """The Hugging Face name of a T5X parameter, of an expert kernel that of one expert.
+    """Return the Hugging Face name of a T5X parameter, of an expert kernel that of one expert.
 
-    Raises `KeyError` for a name that Switch Transformers do not have.
+    Raises:
+        KeyError: Switch Transformers have no parameter of this name.
     """
     theirs = _TO_HUGGINGFACE[re.sub(r"layers_\d+", "layers_*", name)]
     if layer := re.search(r"layers_(\d+)", name):
@@ -73,17 +74,17 @@ def to_huggingface(name: str, expert: int | None = None) -> str:
     return theirs.replace("*", str(expert)) if expert is not None else theirs
 
 
-def to_t5x(name: str) -> Place | None:
-    """Where a Hugging Face tensor belongs, or None for one that no Switch Transformer has.
+def to_t5x(name: str) -> Parameter | None:
+    """Return the parameter that a Hugging Face tensor is, or None if no Switch Transformer has it.
 
     The head is `decoder/logits_dense/kernel` under either of its names, and the embedding's copies are the
-    embedding: whether a head is a copy too, the name does not tell.
+    embedding; the name does not tell if a head is a copy too.
     """
     name = name.replace("/", ".")  # as an early conversion script wrote them into its index
     if name in EMBEDDING_COPIES:
-        return Place(parameters.EMBEDDING)
+        return Parameter(parameters.EMBEDDING)
     if name == DECODER_HEAD:
-        return Place(LOGITS)
+        return Parameter(LOGITS)
     ours = _TO_T5X.get(re.sub(r"(block\.|expert_)\d+", r"\1*", name))
     if ours is None:
         return None
@@ -92,4 +93,4 @@ def to_t5x(name: str) -> Place | None:
         return None
     if layer:
         ours = ours.replace("*", layer[1])
-    return Place(ours, int(expert[1]) if expert else None)
+    return Parameter(ours, int(expert[1]) if expert else None)

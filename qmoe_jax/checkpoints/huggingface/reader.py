@@ -1,8 +1,8 @@
 """Hugging Face checkpoints of Switch Transformers, in safetensors or torch files.
 
-Hugging Face stores kernels [out, in] and each expert by itself; here they are [in, out], with an expert axis in front.
-The published config.json of the large models are wrong, so the architecture is inferred from the tensors; config.json
-gives what no shape tells, and `notes` says where the two disagree.
+Hugging Face stores kernels [out, in] and each expert by itself; here they are [in, out], with an expert axis
+in front. The published config.json of the large models are wrong, so the architecture is inferred from the
+tensors; config.json gives what no shape tells, and `notes` says where the two disagree.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 
 def open_huggingface(location: Location) -> Checkpoint | None:
-    """Open a local directory with weights (`WEIGHT_FILES`) and a config.json; None where there are no weights.
+    """Open a local directory with `WEIGHT_FILES` and a config.json; None where there are no weights.
 
-    Reads config.json, an index and the headers of the weight files. No weights, unless an untied model stores copies
-    of its embedding: these are compared.
+    Reads config.json, an index and the headers of the weight files. No weights, unless an untied model stores
+    copies of its embedding: these are compared.
 
     Raises:
-        CheckpointError: a weight file is missing, cut short or damaged, the model is not a Switch Transformer, or
-            tensors do not fit together.
+        CheckpointError: a weight file is missing, cut short or damaged, the model is not a Switch
+            Transformer, or tensors do not fit together.
     """
     if not isinstance(location.path, Path) or (file := find_weights(location.path)) is None:
         return None
@@ -91,8 +91,9 @@ def assemble(stored: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
 def is_tied(stored: Mapping[str, Tensor], stated: Mapping[str, Any]) -> bool:
     """Return whether logits are computed from the embedding: no head is stored, or it is a copy.
 
-    The large models are untied whatever their config.json says, and keep the head under the decoder. Otherwise
-    `transformers` overwrites a head with the embedding unless config.json says that they are not tied.
+    The large models are untied whatever their config.json says, and keep the head under the decoder.
+    Otherwise `transformers` overwrites a head with the embedding unless config.json says that they are not
+    tied.
     """
     if names.DECODER_HEAD in stored:
         return False

@@ -1,4 +1,4 @@
-"""A Hugging Face directory's weight files, one or many, safetensors or torch's, as one table of tensors."""
+"""Weight files of a Hugging Face directory, one or many, safetensors or torch, as one table of tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qmoe_jax.files.safetensors import open_safetensors
 from qmoe_jax.files.tensor import Shard, Tensor
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 
-# In the order of preference: a directory may hold the same weights several times.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+"""In the order of preference: a directory may hold the same weights several times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Weights:
     files: tuple[Path, ...]
 
     def shards(self) -> list[Shard]:
-        """The files as they are on disk now."""
+        """Return the files as they are on disk now."""
         return [
             Shard(file.name, file.stat().st_size) if file.is_file() else Shard(file.name, None, "missing")
             for file in self.files
@@ -37,16 +37,15 @@ class Weights:
 
 
 def find_weights(directory: Path) -> Path | None:
-    """The file to begin with, an index or the only weight file; None if there is neither."""
+    """Return the file to begin with, an index or the only weight file; None if there is neither."""
     return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
 
 
 def open_weights(file: Path) -> Weights:
-    """The weights in `file` or, if that is an index, in the files it lists. Reads their headers alone.
+    """Return the weights in `file` or, if that is an index, in its files. Reads only headers, once each.
 
     Raises:
-        CheckpointError: a file that the index lists is missing, cut short or damaged, or lacks a tensor that
-            it should hold; no file has a tensor twice.
+        CheckpointError: a file that the index lists is missing, cut short or damaged, or lacks a tensor.
     """
     if file.suffix != ".json":
         return Weights(_opener(file)(file), (file,))
@@ -68,7 +67,7 @@ def open_weights(file: Path) -> Weights:
         stored = _opener(files[name])(files[name])
         if absent := sorted(set(keys) - stored.keys()):
             raise CheckpointError(
-                "a shard lacks a tensor that the index promises",
+                "a shard lacks a tensor that the index lists",
                 path=files[name],
                 key=absent[0],
                 found="nothing",
@@ -81,10 +80,17 @@ def _weight_map(file: Path) -> dict[str, str]:
     index = read_json(file)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError("no index of weights", path=file, key="weight_map", expected="names to files")
+        raise CheckpointError(
+            "is not an index of weights", path=file, key="weight_map", expected="names to files"
+        )
     if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise CheckpointError("the index points outside its directory", path=file, found=outside[0])
-    # An early conversion script separated the parts of a name by "/" in the index, by "." in the files.
+        raise CheckpointError(
+            "the index points outside its directory",
+            path=file,
+            expected="names of files beside the index",
+            found=outside[0],
+        )
+    # An early conversion script separated the parts of a name by "/" in the index and by "." in the files.
     return {key.replace("/", "."): name for key, name in weight_map.items()}
 
 
@@ -95,5 +101,7 @@ def _opener(file: Path) -> Callable[[Path], Mapping[str, Tensor]]:
 def _open_state_dict(file: Path) -> dict[str, Tensor]:
     saved = open_torch(file)
     if other := [key for key, value in saved.items() if not isinstance(value, TorchTensor)]:
-        raise CheckpointError("not a tensor", path=file, key=other[0], found=type(saved[other[0]]).__name__)
+        raise CheckpointError(
+            "is not a tensor", path=file, key=other[0], found=type(saved[other[0]]).__name__
+        )
     return saved

@@ -1,4 +1,4 @@
-"""Writing of Hugging Face checkpoints: config.json, and safetensors in one file or in shards with an index."""
+"""Writing of Hugging Face checkpoints: config.json, and safetensors in one file or in indexed shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qmoe_jax.parameters import EMBEDDING, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
 
 SHARD_BYTES = 5_000_000_000
-"""Bytes of tensors per file: what `transformers` cuts checkpoints into by default, and hubs upload and resume well."""
+"""Bytes of tensors per file: the default of `transformers`, and a size that uploads and resumes well."""
 
 MEMORY = 2**30
 """Bytes of experts read at a time, so that a source whose chunks span several experts is read fewer times."""
@@ -37,11 +37,12 @@ def write_huggingface(
 ) -> Path:
     """Write a checkpoint as a Hugging Face directory, and return its path.
 
-    Tensors lie in the order of their T5X names. Untied models get the copies of their embedding that `transformers`
-    looks for. config.json comes last.
+    Tensors lie in the order of their T5X names. Untied models get the copies of their embedding that
+    `transformers` looks for. config.json comes last.
 
-    Memory: the largest tensor outside the experts, or `memory` bytes of experts (at least one), and one tensor more.
-    A source whose chunks span more experts than that is read several times, unless it is `staged`.
+    Memory: the largest tensor outside the experts, or `memory` bytes of experts (at least one), and one
+    tensor more. A source whose chunks span more experts than that is read several times, unless it is
+    `staged`.
 
     Args:
         checkpoint: what to write.
@@ -52,7 +53,8 @@ def write_huggingface(
         progress: counts the tensors of the files; its label is the parameter.
 
     Raises:
-        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse layers.
+        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
+            layers.
     """
     directory = make_empty_folder(Path(directory))
     stated = config_json(checkpoint.config, np.dtype(dtype or checkpoint.dtype(EMBEDDING)))

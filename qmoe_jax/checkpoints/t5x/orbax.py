@@ -1,4 +1,4 @@
-"""The layouts Orbax gives a checkpoint: an array a directory, or all arrays in one OCDBT database."""
+"""Orbax's layouts of a checkpoint: one directory per array, or all arrays in one OCDBT database."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 
 def has_metadata(directory: Location) -> bool:
-    """Whether Orbax wrote this directory, as far as its own files tell."""
+    """Return whether Orbax wrote this directory, as far as its own files tell."""
     return any(directory.read(file) is not None for file in (_METADATA, _DATABASE))
 
 
 def is_orbax(directory: Location, index: Mapping[str, Any] | None) -> bool:
-    """Whether Orbax wrote it: told by its own files, or by placeholders in the msgpack of older versions."""
+    """Return whether Orbax wrote it: its own files tell, or placeholders in the msgpack of older versions."""
     if index is None or has_metadata(directory):
         return True
     leaves = (leaf for _, leaf in flax_msgpack.leaves(index))
@@ -36,7 +36,7 @@ def is_orbax(directory: Location, index: Mapping[str, Any] | None) -> bool:
 
 
 def leaves(directory: Location, index: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every leaf of the tree: the name of its array's directory, or (in a msgpack only) its value."""
+    """Return every leaf of the tree: the name of its array's directory, or (in a msgpack only) its value."""
     if metadata := directory.read(_METADATA):
         names = _leaf_names(metadata, f"{directory.path}/{_METADATA}")
         return {name: name.replace("/", ".") for name in names}
@@ -51,7 +51,7 @@ def leaves(directory: Location, index: Mapping[str, Any] | None) -> dict[str, An
 
 
 def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `parameters`, some of what `leaves` returns. Raises as `open_arrays` does."""
+    """Open the tensors of `parameters`, some of what `leaves` returns. Raises as `open_arrays` does."""
     root = _database(directory) if directory.read(_DATABASE) is not None else directory
     stored = {name: leaf for name, leaf in parameters.items() if isinstance(leaf, str)}
     directories = list(dict.fromkeys(stored.values()))
@@ -69,17 +69,20 @@ def _leaf_names(metadata: bytes, path: str) -> list[str]:
         return ["/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            "no metadata that Orbax writes", path=path, expected="JSON with tree_metadata", found=repr(error)
+            "is not metadata that Orbax writes",
+            path=path,
+            expected="JSON with tree_metadata",
+            found=repr(error),
         ) from error
 
 
 def _database(directory: Location) -> Location:
-    """The database's keys as if they were files in the directory."""
+    """Return a location that has the database's keys as if they were files in the directory."""
     spec = {"driver": "ocdbt", "base": directory.spec}
     try:
         store = ts.KvStore.open(spec, context=directory.context).result()
     except (ValueError, OSError) as error:
         raise CheckpointError(
-            "an OCDBT database that cannot be opened", path=directory.path, found=error
+            "the OCDBT database cannot be opened", path=directory.path, found=error
         ) from error
     return Location(directory.path, store, directory.context)

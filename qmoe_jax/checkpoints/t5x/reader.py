@@ -1,7 +1,7 @@
 """T5X checkpoints: its own format (msgpack and zarr), and those that T5X writes through Orbax.
 
-Parameters carry T5X's names here, so reading keeps names; what differs between checkpoints is where the parameter tree
-hangs (`optimizer/target/`, `target/`, `params/`), and how its leaves are stored.
+Parameters carry T5X's names here, so reading keeps names; what differs between checkpoints is where the
+parameter tree hangs (`optimizer/target/`, `target/`, `params/`), and how its leaves are stored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Step:
 def open_t5x(location: Location) -> Checkpoint | None:
     """Open a step's directory or msgpack file, or the last of several steps; None where there is none.
 
-    Reads the index and each array's description: for c-2048 some hundred small files. Nothing is decoded twice.
+    Reads the index and each array's description: for c-2048 some hundred small files. Nothing is decoded
+    twice.
 
     Raises:
         CheckpointError: a checkpoint is there, but it is damaged, TensorFlow's, or not a Switch Transformer.

@@ -11,8 +11,8 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import LazyTensor, Tensor, layer, read_all
 from qmoe_jax.parameters import EMBEDDING
 
-# encoder/encoder/subblock_1/mlp/..., encoder/layers/mlp/...: the stacked layers of a stack, in blocks of several where
-# dense and sparse ones alternate (flaxformer).
+# encoder/encoder/subblock_1/mlp/..., encoder/layers/mlp/...: the stacked layers of a stack, in blocks of
+# several where dense and sparse ones alternate (flaxformer).
 _STACKED = re.compile(r"(encoder|decoder)/(?:layers|encoder|decoder)/(?:subblock_(\d+)/)?(.+)")
 _BIAS = "relpos_bias/rel_embedding"
 
@@ -20,8 +20,9 @@ _BIAS = "relpos_bias/rel_embedding"
 def unscan(tensors: Mapping[str, Tensor], path: object) -> dict[str, Tensor]:
     """Return `tensors` with every stacked one replaced by its layers; the others stay as they are.
 
-    Layers are stacked on axis 1 (flaxformer's choice) or 0: the norms' scales tell which, being [d_model, layer] or
-    [layer, d_model]. Scanned layers each carry a position bias; a model here has one per stack, so they must be equal.
+    Layers are stacked on axis 1 (flaxformer's choice) or 0: the norms' scales tell which, being [d_model,
+    layer] or [layer, d_model]. Scanned layers each carry a position bias; a model here has one per stack, so
+    they must be equal.
 
     Raises:
         CheckpointError: the layers of a stack have different position biases, or a tensor has no layers.

@@ -27,7 +27,8 @@ from qmoe_jax.progress import ProgressCallback, no_progress
 _VERSION = 3
 # T5X's target: a chunk holds at most 64 MiB of the array as it is in memory.
 _CHUNK_BYTES = 64 * 2**20
-# A range of experts is written as a T5X host writes its part of an expert-parallel model: chunks do not cross it.
+# A range of experts is written as a T5X host writes its part of an expert-parallel model: chunks do not cross
+# it.
 _RANGE_BYTES = 2**30
 _COMPRESSOR = {"id": "gzip", "level": 1}  # fast, and what T5X's Checkpointer takes
 
@@ -44,8 +45,8 @@ def write_t5x(
 
     The optimizer's state has the step alone: T5X loads such a checkpoint for inference or fine-tuning.
 
-    Memory: one tensor at a time, of an expert kernel a range of experts of at most 1 GiB (or one expert); chunks under
-    way come on top. The directory is named `checkpoint_<step>.tmp-<time>` until it is complete.
+    Memory: one tensor at a time, of an expert kernel a range of experts of at most 1 GiB (or one expert);
+    chunks under way come on top. The directory is named `checkpoint_<step>.tmp-<time>` until it is complete.
 
     Args:
         checkpoint: what to write.
@@ -57,7 +58,8 @@ def write_t5x(
     Raises:
         CheckpointError: there is a checkpoint of this step already.
     """
-    return _write_tensors(checkpoint.tensors, Path(directory), step, dtype, progress)
+    tensors = {name: checkpoint.tensors[name] for name in checkpoint.names()}
+    return _write_tensors(tensors, Path(directory), step, dtype, progress)
 
 
 def write_parameters(
@@ -67,7 +69,7 @@ def write_parameters(
     step: int = 1,
     dtype: npt.DTypeLike | None = None,
 ) -> Path:
-    """Write a model's parameters, nested dicts of JAX or NumPy arrays under T5X's names, as `write_t5x` does."""
+    """Write nested dicts of JAX or NumPy arrays under T5X's names, as `write_t5x` does."""
     arrays = traverse_util.flatten_dict(dict(params), sep="/")
     tensors = {name: in_memory(np.asarray(array)) for name, array in arrays.items()}
     return _write_tensors(tensors, Path(directory), step, dtype, no_progress)
@@ -76,7 +78,8 @@ def write_parameters(
 def chunk_shape(write_shape: tuple[int, ...], itemsize: int) -> list[int]:
     """Return the chunks T5X cuts an array into of which a host writes `write_shape`: at most 64 MiB each.
 
-    As long as they are larger, the largest dimension (the first of equals) goes down to its next smaller divisor.
+    As long as they are larger, the largest dimension (the first of equals) goes down to its next smaller
+    divisor.
     """
     chunk = list(write_shape)
     while math.prod(chunk) * itemsize > _CHUNK_BYTES:
@@ -139,7 +142,7 @@ def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, t
 def _write_arrays(
     stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor], progress: ProgressCallback
 ) -> None:
-    """Write all values. What is under way stays below `_RANGE_BYTES`, but for a single range that is larger."""
+    """Write all values, with at most `_RANGE_BYTES` (or a single larger range) under way."""
     parts = [
         (name, slice(start, start + rows))
         for name, tensor in tensors.items()

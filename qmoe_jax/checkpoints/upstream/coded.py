@@ -72,7 +72,7 @@ class CodedKernel:
         return array
 
     def pack(self, rows: slice) -> PackedMatrix:
-        """Return a range of experts as they are, codewords and levels, for kernels that decode as they multiply."""
+        """Return a range of experts, codewords and levels, for kernels that decode as they multiply."""
         streams, levels = zip(*(expert.read() for expert in self.experts[rows]), strict=True)
         return pack(streams, np.stack(levels), upstream_codebook(), self.width)
 

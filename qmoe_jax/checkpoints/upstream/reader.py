@@ -1,9 +1,9 @@
 """Compressed models as upstream QMoE publishes them: directories of torch files, experts as codewords.
 
-A directory holds config.json, noexp.pt (everything but the experts, under Hugging Face's names), an exp<NN>.pt for each
-sparse layer, and sizes.pt (number of codewords of every matrix). Of a matrix [out, in], `<name>.w_comp` are the
-codewords, uint16 under the name of int16, `<name>.row_off` the offsets of its rows, `<name>.ter_minmax` minimum and
-maximum of each.
+A directory holds config.json, noexp.pt (everything but the experts, under Hugging Face's names), an
+exp<NN>.pt for each sparse layer, and sizes.pt (number of codewords of every matrix). Of a matrix [out, in],
+`<name>.w_comp` are the codewords, uint16 under the name of int16, `<name>.row_off` the offsets of its rows,
+`<name>.ter_minmax` minimum and maximum of each.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class UpstreamReader(Checkpoint):
 def open_upstream(location: Location) -> UpstreamReader | None:
     """Open an upstream directory; None where there is no `noexp.pt`. Reads the files' indices, no tensors.
 
-    Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of its own
-    here, untied, with the scale of tied models folded in, in float32 (bfloat16 would round the published models' scaled
-    values). A note says so.
+    Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of
+    its own here, untied, with the scale of tied models folded in, in float32 (bfloat16 would round the
+    published models' scaled values). A note says so.
 
     Raises:
         CheckpointError: a file is missing, damaged or without tensors, or the matrices do not fit together.
@@ -97,7 +97,7 @@ def _dense(file: Path) -> dict[str, Tensor]:
 
 
 def _kernels(directory: Path, d_model: int) -> dict[str, CodedKernel]:
-    """Return the experts of all layers, whichever file they lie in: upstream's own reader goes by the keys too."""
+    """Return the experts of all layers by their keys, as upstream's own reader does, whatever their file."""
     layers: dict[str, dict[int, CodedMatrix]] = {}
     for prefix, matrix in _matrices(directory).items():
         place = names.to_t5x(f"{prefix}.weight")

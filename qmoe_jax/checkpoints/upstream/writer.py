@@ -40,15 +40,16 @@ def write_upstream(
     Memory: the parameters outside the experts, and one layer's codewords.
 
     Args:
-        checkpoint: gives all but the experts: linear layers are rounded to bfloat16; embeddings, norms and position
-            biases stay as they are.
+        checkpoint: gives all but the experts: linear layers are rounded to bfloat16; embeddings, norms and
+            position biases stay as they are.
         directory: missing or empty.
-        ternary: returns the matrix of an expert, given the kernel's name and the expert's number; its levels are
-            rounded to bfloat16 (those of our artifacts are already).
+        ternary: returns the matrix of an expert, given the kernel's name and the expert's number; its levels
+            are rounded to bfloat16 (those of our artifacts are already).
         progress: counts expert matrices; its label is the kernel.
 
     Raises:
-        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse layers.
+        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
+            layers.
     """
     directory = make_empty_folder(Path(directory))
     config = _config(checkpoint.config)
@@ -91,7 +92,7 @@ def _matrix_entries(
 
 
 def _dense_entries(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the other tensors under Hugging Face's names, [out, in]; the embedding's copies share its storage."""
+    """Return the other tensors under Hugging Face's names, [out, in]; the embedding's copies are views."""
     entries: dict[str, np.ndarray] = {}
     for name in (name for name in checkpoint.names() if not is_expert(name)):
         array = checkpoint.read(name)

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.experts import ACTIVATIONS, grouped_mlp

@@ -53,9 +53,9 @@ def mask_of(batch: PaddedExamples, lengths: np.ndarray) -> np.ndarray:
 class HiddenStates:
     """Hidden states of all tokens, float32 `[token, feature]`, one example after another.
 
-    Attention sees only the tokens where `visible` (bool `[token]`, by default all True) is True. Values that take more
-    than `MEMORY_SHARE` of physical memory are mapped from an unlinked temporary file in `folder`, which disappears
-    with the process.
+    Attention sees only the tokens where `visible` (bool `[token]`, by default all True) is True. Values that
+    take more than `MEMORY_SHARE` of physical memory are mapped from an unlinked temporary file in `folder`,
+    which disappears with the process.
     """
 
     def __init__(

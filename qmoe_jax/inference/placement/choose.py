@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from jax import numpy as jnp
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.backend import platform

@@ -1,8 +1,8 @@
 """Experts on disk, behind a least-recently-used cache of fixed size in host memory.
 
-A layer's tokens are grouped by expert first, so that no expert is read twice in a step. Missing experts are read in
-the order of their offsets, several at once, while experts that are already in memory are multiplied. A layer that
-needs more experts than the cache has slots processes them in rounds.
+A layer's tokens are grouped by expert first, so that no expert is read twice in a step. Missing experts are
+read in the order of their offsets, several at once, while experts that are already in memory are multiplied.
+A layer that needs more experts than the cache has slots processes them in rounds.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class DiskExperts(ExpertStore):
     def _fetch_all(self, layer: LayerKey, needed: np.ndarray) -> Generator[dict[int, int]]:
         """Yield the slot of each expert, as many at a time as are ready.
 
-        Experts that exceed the slots are fetched in rounds; a slot keeps its expert until the next item is requested.
+        Experts that exceed the slots are fetched in rounds; a slot keeps its expert until the next item is
+        requested.
         """
         cache = self._caches[layer]
         self.statistics.lookups += len(needed)
@@ -221,7 +222,8 @@ class DiskExperts(ExpertStore):
 def _caches(source: PlacedSource, budget: int) -> dict[LayerKey, ExpertCache]:
     """Return the cache of each layer.
 
-    Layers whose experts have similar layouts (usually all) share a cache; the budget is split in proportion to layers.
+    Layers whose experts have similar layouts (usually all) share a cache; the budget is split in proportion
+    to layers.
 
     Raises:
         ValueError: the budget is too small for one expert.

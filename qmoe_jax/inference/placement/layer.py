@@ -1,8 +1,8 @@
 """A layer's experts as a parameter without arrays: jitted code calls the store that holds them.
 
 `PlacedLayer` stands in the parameter tree as `expert/placed`, in place of the matrices `expert/wi/kernel` and
-`expert/wo/kernel`. On a CPU the call goes through XLA's foreign function interface without copies, and the store
-multiplies. On an accelerator the store returns the routed experts, packed, and the device multiplies.
+`expert/wo/kernel`. On a CPU the call goes through XLA's foreign function interface without copies, and the
+store multiplies. On an accelerator the store returns the routed experts, packed, and the device multiplies.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import PackedMatrix, packed_mlp
 from pallas_kernels.backend import platform

@@ -1,0 +1,45 @@
+"""Files that are whole or absent."""
+
+from pathlib import Path
+
+import pytest
+
+from qmoe_jax.files.durable import (
+    durable_file,
+    make_empty_folder,
+    record_of,
+    record_of_pieces,
+    temporary_files,
+    write_durably,
+)
+from qmoe_jax.files.errors import CheckpointError
+
+
+def test_a_written_file_has_its_record(tmp_path: Path) -> None:
+    path, chunks = tmp_path / "new" / "folder" / "file", [b"some ", memoryview(b"bytes")]
+    record = write_durably(path, chunks)
+    assert path.read_bytes() == b"some bytes"
+    assert record == record_of(path) == record_of_pieces(chunks)
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_a_leftover_of_its_host(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), durable_file(path, host=3) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert (len(temporary_files(tmp_path, 3)), temporary_files(tmp_path, 0)) == (1, [])
+
+
+def test_a_record_counts_every_byte_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(10 << 20))
+    counted: list[int] = []
+    assert record_of(tmp_path / "file", counted.append).bytes == sum(counted) == 10 << 20
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    assert make_empty_folder(tmp_path / "a" / "b").is_dir()
+    with pytest.raises(CheckpointError, match="is not empty"):
+        make_empty_folder(tmp_path / "a")
