@@ -15,7 +15,7 @@ import pallas_kernels as pk
 from benchmarks.samples import random_digits
 from pallas_kernels import backend, tuning
 from qmoe_jax.coding import encode, tunstall_codebook, upstream_codebook
-from tests.aot import compiler
+from tests.aot import compiler, cubin
 
 EXPERTS = 8
 SHAPES = {"base-128": (768, 3072), "c-2048": (2080, 6144)}  # d_model, d_ff
@@ -78,26 +78,37 @@ def packed_shapes(codebook: str, rows: int, width: int, levels: str = "bfloat16"
     )
 
 
-def describe_case(case: Case) -> dict[str, Any]:
+def describe_case(case: Case, *, count_instructions: bool) -> dict[str, Any]:
     """Compile a case and return its fields with `kernels`, those of this repository; XLA's own are left out."""
     launches = compiler.compile_kernels(*_program(case), compiler.GPUS[case.gpu])
     kernels = []
     for launch in launches:
-        if not launch.kernel.name.startswith(("packed_", "unpack")):
-            continue
-        kernel = describe_launch(launch)
-        if (weights := _weights_per_pass(case, launch.kernel.name)) and launch.kernel.loops:
-            kernel["per_1000_weights"] = round(1000 * max(launch.kernel.loops) / weights)
-        kernels.append(kernel)
+        if launch.kernel.name.startswith(("packed_", "unpack")):
+            counts = _instruction_counts(case, launch.kernel) if count_instructions else {}
+            kernels.append(describe_launch(launch) | counts)
     return dataclasses.asdict(case) | {"kernels": kernels}
 
 
 def describe_launch(launch: compiler.Launch) -> dict[str, Any]:
-    """Return the facts about a kernel as JSON values; `shared_bytes` is static and dynamic shared memory."""
-    return dataclasses.asdict(launch.kernel) | {
+    """Return the resources of a kernel as JSON values; `shared_bytes` is static and dynamic shared memory."""
+    kernel = launch.kernel
+    return {
+        "name": kernel.name,
         "threads": launch.threads,
-        "shared_bytes": launch.kernel.shared_bytes + (launch.shared_bytes or 0),
+        "registers": kernel.registers,
+        "stack_bytes": kernel.stack_bytes,
+        "shared_bytes": kernel.shared_bytes + (launch.shared_bytes or 0),
     }
+
+
+def _instruction_counts(case: Case, kernel: cubin.Kernel) -> dict[str, Any]:
+    """Return all instructions, those of each loop and, where it has one main loop, a warp's per 1,000 weights."""
+    instructions = cubin.disassemble(kernel)
+    loops = list(cubin.find_loops(instructions))
+    counts = {"instructions": len(instructions), "loops": loops}
+    if (weights := _weights_per_pass(case, kernel.name)) and loops:
+        counts["per_1000_weights"] = round(1000 * max(loops) / weights)
+    return counts
 
 
 @functools.cache

@@ -188,9 +188,9 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
             options["xla_gpu_enable_llvm_module_compilation_parallelism"] = True
         lowered.compile(compiler_options=options)
         launched = _launched(folder)
-        kernels = cubin.read_kernels(cache.read_bytes(), folder) if cache.exists() else []
+        kernels = cubin.read_kernels(cache.read_bytes()) if cache.exists() else []
         for ptx in sorted(_ptx_files() - known):
-            kernels += cubin.read_kernels(_assembled(ptx, folder), folder)
+            kernels += cubin.read_kernels(_assembled(ptx, folder))
     return [Launch(kernel, *launched.get(kernel.name, (None, None))) for kernel in kernels]
 
 

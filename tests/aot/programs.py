@@ -1,5 +1,7 @@
 """Compiles for absent GPUs and prints JSON; `compiler.run_module` starts it in a process of its own.
 
+Instructions are counted for the cases named on the command line, `GPU/CODEBOOK/SHAPE/DTYPE` (or `all`).
+
 The cases; the whole model; the kernels of compression; and two kernels that must be found wanting, which shows that
 the checks on the others can fail.
 """
@@ -120,11 +122,20 @@ def described(function, shapes) -> list[dict[str, object]]:
     return [cases.describe_launch(launch) for launch in compiler.compile_kernels(function, shapes, H100)]
 
 
+def rows(counted: list[str]) -> list[dict[str, object]]:
+    """Return every case, with instructions for those in `counted`."""
+    names = lambda case: {"all", f"{case.gpu}/{case.codebook}/{case.shape}/{case.dtype}"}
+    return [
+        cases.describe_case(case, count_instructions=not names(case).isdisjoint(counted))
+        for case in cases.cases()
+    ]
+
+
 if __name__ == "__main__":
     found = {
         "jax": jax.__version__,
         "jax_triton": cases.jax_triton_refusal() or "compiled",
-        "rows": [cases.describe_case(case) for case in cases.cases()],
+        "rows": rows(sys.argv[1:]),
         "spilling": described(*product(64, "highest")),
         "overflowing": compile_error(*product(512, "default")),
         "model": model(),

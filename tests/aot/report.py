@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if reason := compiler.refusal():
         raise SystemExit(reason)
-    found = json.loads(compiler.run_module("tests.aot.programs"))
+    found = json.loads(compiler.run_module("tests.aot.programs", "all"))
     table = markdown(found["rows"])
     print(table)
     if arguments.json:

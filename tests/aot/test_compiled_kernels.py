@@ -10,6 +10,12 @@ from tests.aot import compiler
 # registers that a thread can have, which leaves room for 8 warps.
 REGISTERS = {"packed_matvec": 64, "unpack": 64, "packed_matmul": 72, "packed_matmul_tensor_core": 255}
 COMPRESSION_REGISTERS = 96
+INSTRUCTIONS = {
+    "packed_matvec": 200,
+    "unpack": 165,
+    "packed_matmul": 35,
+}  # of a warp, per 1,000 weights and token
+COUNTED = "sm_90/tunstall-8/c-2048/bfloat16"
 SHARED_BYTES = 48 << 10  # what a block may use without requesting more
 
 if reason := compiler.refusal():
@@ -19,7 +25,7 @@ if reason := compiler.refusal():
 @pytest.fixture(scope="module")
 def compiled():
     """Everything, compiled in one process that has the compiler's plugin on its path."""
-    return json.loads(compiler.run_module("tests.aot.programs"))
+    return json.loads(compiler.run_module("tests.aot.programs", COUNTED))
 
 
 def test_every_op_has_its_kernels(compiled):
@@ -41,6 +47,15 @@ def test_registers_stay_under_the_ceiling(compiled):
 def test_shared_memory_stays_within_the_budget(compiled):
     for row in compiled["rows"]:
         assert max(kernel["shared_bytes"] for kernel in row["kernels"]) <= SHARED_BYTES, row
+
+
+def test_instructions_per_weight_stay_under_the_ceiling(compiled):
+    kernels = [
+        kernel for row in compiled["rows"] for kernel in row["kernels"] if "per_1000_weights" in kernel
+    ]
+    assert {kernel["name"].split("__")[0] for kernel in kernels} == INSTRUCTIONS.keys()
+    for kernel in kernels:
+        assert 0 < kernel["per_1000_weights"] <= INSTRUCTIONS[kernel["name"].split("__")[0]], kernel
 
 
 @pytest.mark.parametrize(
