@@ -81,7 +81,7 @@ def _as_json(seed: int, found: Throughput) -> dict[str, Any]:
 def _table(runs: list[tuple[int, Throughput]], title: str) -> Table:
     stored = runs[0][1].writing.experts is not None
     columns = ["batch", "round", "tokens/s", "prompt tokens/s"]
-    columns += ["MB read a token", "ms a token: waiting", "experts", "all else"] if stored else []
+    columns += ["MB read/token", "ms/token: I/O wait", "experts", "other"] if stored else []
     table = Table(*columns, title=title)
     for column in table.columns:
         column.justify = "right"
@@ -90,7 +90,7 @@ def _table(runs: list[tuple[int, Throughput]], title: str) -> Table:
         row += [f"{phase.tokens_per_second:,.1f}" for phase in (found.writing, found.reading)]
         if stored:
             writing = found.writing.to_json()
-            row.append(f"{writing['bytes_read_a_token'] / 1e6:,.2f}")
-            row += [f"{value:,.2f}" for value in writing["milliseconds_a_token"].values()]
+            row.append(f"{writing['bytes_read_per_token'] / 1e6:,.2f}")
+            row += [f"{value:,.2f}" for value in writing["milliseconds_per_token"].values()]
         table.add_row(*row)
     return table

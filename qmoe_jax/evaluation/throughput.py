@@ -41,7 +41,7 @@ class Phase:
         return self.tokens / self.seconds
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, with milliseconds and bytes a token."""
+        """As plain values, with milliseconds and bytes per token."""
         fields: dict[str, Any] = {
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -49,12 +49,12 @@ class Phase:
         }
         if self.experts is not None:
             waited, computed = self.experts.waited, self.experts.computed
-            fields["milliseconds_a_token"] = {
-                "waiting for experts": 1e3 * waited / self.tokens,
-                "multiplying experts": 1e3 * computed / self.tokens,
-                "all else": 1e3 * (self.seconds - waited - computed) / self.tokens,
+            fields["milliseconds_per_token"] = {
+                "io_wait": 1e3 * waited / self.tokens,
+                "experts": 1e3 * computed / self.tokens,
+                "other": 1e3 * (self.seconds - waited - computed) / self.tokens,
             }
-            fields["bytes_read_a_token"] = self.experts.bytes_read / self.tokens
+            fields["bytes_read_per_token"] = self.experts.bytes_read / self.tokens
             fields["experts"] = self.experts.to_json()
         return fields
 

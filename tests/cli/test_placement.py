@@ -48,7 +48,7 @@ def test_bench_tells_every_round(artifact):
     first = found["runs"][0]
     assert first["reading"]["tokens"] == 16
     assert 0 < first["writing"]["tokens"] <= 8
-    parts = first["reading"]["milliseconds_a_token"].values()
+    parts = first["reading"]["milliseconds_per_token"].values()
     assert sum(parts) == pytest.approx(1e3 * first["reading"]["seconds"] / 16)
     assert first["reading"]["experts"]["reads"] > 0
 
