@@ -57,13 +57,11 @@ def packed_runs(packed: dict[str, Any], x: Any) -> dict[str, Run]:
     """Return the product with the next expert by codebook."""
     import jax.numpy as jnp
 
-    from pallas_kernels import packed_matmul, packed_matvec
-
-    op = packed_matvec if len(x) == 1 else packed_matmul
+    from pallas_kernels import packed_matmul
 
     def run(matrices: Any) -> Run:
         index = [jnp.full(len(x), e, jnp.int32) for e in range(matrices.num_experts)]
-        return lambda i: op(matrices, x, index[i % len(index)]).block_until_ready()
+        return lambda i: packed_matmul(matrices, x, index[i % len(index)]).block_until_ready()
 
     return {name: run(matrices) for name, matrices in packed.items()}
 
@@ -118,17 +116,17 @@ def bandwidth(threads: int) -> float:
     """Return the bytes per second that this many threads read from memory."""
     import numba
 
-    from pallas_kernels.cpu.threads import share, take
+    from pallas_kernels.cpu.threads import next_chunk, parallel_for
 
     @numba.njit(nogil=True, fastmath=True)
-    def read(taken, array, sums):
-        piece = take(taken)
+    def read(counter, array, sums):
+        piece = next_chunk(counter)
         while piece < len(sums):
             sums[piece] = array[piece].sum()
-            piece = take(taken)
+            piece = next_chunk(counter)
 
     array, sums = np.ones((1 << 10, 1 << 16), np.float32), np.zeros(1 << 10, np.float32)
-    return array.nbytes / best_of_bursts({"read": lambda i: share(read, array, sums)}, 3, 4)["read"]
+    return array.nbytes / best_of_bursts({"read": lambda i: parallel_for(read, array, sums)}, 3, 4)["read"]
 
 
 def streams(packed: Any, weights: int, bytes_per_second: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.backend import triton_parameters
-from pallas_kernels.grouping import group_tokens
+from pallas_kernels.matmul.grouping import group_tokens
 
 ROWS, COLUMNS = 64, 32  # of weights per program, and per step; COLUMNS divides every width here
 

@@ -24,22 +24,21 @@ import numpy as np
 
 from benchmarks import dense_peer, gpu
 from benchmarks.samples import P_ZERO, TernaryMatrix, random_ternary
-from pallas_kernels import packed_matvec, tuning
-from pallas_kernels.matmul.pallas import packed_matmul as matmul
-from pallas_kernels.matmul.routes import Overrides
-from pallas_kernels.matvec.pallas import matvec
+from pallas_kernels import packed_matmul, tuning
+from pallas_kernels.matmul import routes
+from pallas_kernels.matmul.pallas import gather, separate, tensor_core
 
 SHAPES = ("2080x6144", "6144x2080", "768x3072", "3072x768", "1024x4096", "4096x1024")
 BUSY_EXPERTS = 8
 NEVER = 10**9
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
-MATVECS = [
-    tuning.MatvecConfig(*c) for c in ((4, 32, 4), (8, 32, 4), (2, 32, 2), (1, 32, 1), (1, 64, 1), (1, 128, 1))
+SEPARATES = [
+    separate.Config(*c) for c in ((4, 32, 4), (8, 32, 4), (2, 32, 2), (1, 32, 1), (1, 64, 1), (1, 128, 1))
 ]
-GATHERS = [tuning.GatherConfig(*c) for c in ((32, 8, 1), (32, 16, 1), (16, 16, 1), (32, 32, 1))]
+GATHERS = [gather.Config(*c) for c in ((32, 8, 1), (32, 16, 1), (16, 16, 1), (32, 32, 1))]
 TENSOR_CORES = {
     "bfloat16": [
-        tuning.TensorCoreConfig(*c)
+        tensor_core.Config(*c)
         for c in (
             (64, 16, 16, 32, 4, 2, 264),
             (64, 16, 64, 32, 8, 2, 264),
@@ -49,12 +48,12 @@ TENSOR_CORES = {
             (64, 16, 128, 32, 8, 2, 264),
         )
     ],
-    "float32": [tuning.TensorCoreConfig(64, 32, lanes, 32, 4, 3, 264) for lanes in (16, 64)],
+    "float32": [tensor_core.Config(64, 32, lanes, 32, 4, 3, 264) for lanes in (16, 64)],
 }
 ROUTES = {
-    "matvec": tuning.RouteConfig(NEVER, NEVER),
-    "gather": tuning.RouteConfig(0, NEVER),
-    "tensor_core": tuning.RouteConfig(0, 0),
+    "separate": routes.RouteConfig(NEVER, NEVER),
+    "gather": routes.RouteConfig(0, NEVER),
+    "tensor_core": routes.RouteConfig(0, 0),
 }
 
 
@@ -110,7 +109,7 @@ def one_token(run: Run, shape: str, expert: TernaryMatrix, books: dict[str, Any]
         for dtype in ("bfloat16", "float32")
     }
     row: dict[str, Any] = {"shape": shape, "tokens_per_expert": 1, "load": "one expert", "microseconds": {}}
-    candidates = MATVECS  # the first codebook tries all, the others its winner
+    candidates = SEPARATES  # the first codebook tries all, the others its winner
     for name, book in books.items():
         packed = gpu.pack_copies(
             expert, book, 4 if run.rehearsal else gpu.cold_count(expert.digits.size // 10)
@@ -119,12 +118,13 @@ def one_token(run: Run, shape: str, expert: TernaryMatrix, books: dict[str, Any]
         for dtype in ("bfloat16", "float32") if name == "tunstall-8" else ("bfloat16",):
 
             def timed(config: Any, packed: Any = packed, dtype: str = dtype, index: Any = index) -> float:
-                launch = functools.partial(matvec, config=config, interpret=run.rehearsal)
-                check(f"matvec {config}", launch(packed, x[dtype], index[0]), x[dtype], expert.weights)
+                overrides = routes.Overrides(route=ROUTES["separate"], separate=config)
+                launch = functools.partial(routes.packed_matmul, overrides=overrides, interpret=run.rehearsal)
+                check(f"separate {config}", launch(packed, x[dtype], index[0]), x[dtype], expert.weights)
                 return run.seconds(lambda s, i: launch(*s, i), index, (packed, x[dtype]))
 
-            entry = run.tune(tuning.Problem.of("matvec", packed, dtype), candidates, timed)
-            candidates = [tuning.MatvecConfig(**entry["config"])]
+            entry = run.tune(tuning.Problem.of("separate", packed, dtype), candidates, timed)
+            candidates = [separate.Config(**entry["config"])]
             row["microseconds"][f"{name} {dtype}"] = entry["microseconds"]
         if name == "tunstall-8":
             row["jax_triton"] = other_backend(run, packed, x["bfloat16"], index)
@@ -135,7 +135,7 @@ def one_token(run: Run, shape: str, expert: TernaryMatrix, books: dict[str, Any]
 
 def other_backend(run: Run, packed: Any, x: Any, index: list[Any]) -> Any:
     """Return the microseconds of the same product through jax-triton, or why it does not run here."""
-    launch = functools.partial(packed_matvec, backend="jax_triton")
+    launch = functools.partial(packed_matmul, backend="jax_triton")
     try:
         jax.block_until_ready(launch(packed, x, index[0]))
         return round(1e6 * run.seconds(lambda s, i: launch(*s, i), index, (packed, x)), 3)
@@ -167,17 +167,17 @@ def many_tokens(run: Run, shape: str, expert: TernaryMatrix, book: Any, loads: l
     }
     fitting = lambda configs, least: [c for c in configs if c.lanes <= max(least, 2 * total // busy)]
     candidates = {
-        "matvec": MATVECS[:1],
+        "separate": SEPARATES[:1],
         "gather": fitting(GATHERS, 8)[-3:],
         "tensor_core": fitting(TENSOR_CORES[dtype], 16)[-3:],
     }
     for way, configs in candidates.items():
-        if (way == "matvec" and total > 32 * busy) or (way == "gather" and total > 128 * busy):
+        if (way == "separate" and total > 32 * busy) or (way == "gather" and total > 128 * busy):
             continue  # far beyond where it could win
 
         def timed(config: Any, way: str = way) -> float:
-            overrides = Overrides(route=ROUTES[way], **{way: config})
-            launch = functools.partial(matmul, overrides=overrides, interpret=run.rehearsal)
+            overrides = routes.Overrides(route=ROUTES[way], **{way: config})
+            launch = functools.partial(routes.packed_matmul, overrides=overrides, interpret=run.rehearsal)
             check(f"{way} {config}", launch(packed, x, index[0]), x, expert.weights)
             return run.seconds(lambda s, i: launch(*s, i), index, (packed, x))
 
@@ -233,8 +233,8 @@ def crossovers(run: Run) -> None:
     problems = [
         choice["problem"] for choice in run.choices if choice["problem"]["kind"] in ("gather", "tensor_core")
     ]
-    routes = {tuple((problem | {"kind": "route"}).items()) for problem in problems}
-    for problem in map(dict, sorted(routes)):
+    keys = {tuple((problem | {"kind": "route"}).items()) for problem in problems}
+    for problem in map(dict, sorted(keys)):
         key = f"{problem['rows']}x{problem['width']}", problem["dtype"], "even"
         rows = [row for row in run.rows if (row["shape"], row.get("dtype"), row["load"]) == key]
         gather, dense = first_load(rows, ("gather", "tensor_core")), first_load(rows, ("tensor_core",))
@@ -349,7 +349,7 @@ def parsed() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=9,
-        help="time after which no further load is started; the result lists those left out",
+        help="time after which no further load is started (9)",
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, interpreted, nothing measured")
     parser.add_argument("--json", help="file to write")

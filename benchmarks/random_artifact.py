@@ -27,10 +27,10 @@ from rich.progress import track
 
 import qmoe_jax as qj
 from benchmarks.samples import P_ZERO, codeword_probabilities
-from qmoe_jax.artifact import ArtifactWriter, GroupKey, PackedExpertMatrix, Ternary, expert_matrices
-from qmoe_jax.checkpoints.reader import is_expert
+from qmoe_jax.artifact import ArtifactWriter, GroupKey, PackedExpertMatrix, Ternary
 from qmoe_jax.coding import Codebook, tunstall_codebook
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.parameters import expert_shapes, is_expert
 
 EXPERTS_PER_FILE = 16  # or all, where a layer has fewer
 
@@ -129,7 +129,7 @@ def write_experts(artifact: ArtifactWriter, config: qj.SwitchConfig, codebook: C
     Returns:
       The number of layers written.
     """
-    sampler, matrices, layers = CodewordSampler.of(codebook), expert_matrices(config), sparse_layers(config)
+    sampler, matrices, layers = CodewordSampler.of(codebook), expert_shapes(config), sparse_layers(config)
     files, size = files_per_layer(config), config.num_experts // files_per_layer(config)
 
     def write(number: int) -> GroupKey:

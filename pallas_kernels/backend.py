@@ -1,38 +1,57 @@
-"""Which implementation of an op runs: the only module that knows Pallas backends, platforms and versions.
+"""Chooses the implementation of an op: the only module that knows backends, platforms and their versions.
 
-An op is a folder; each of its faces is a file with a function of the op's name. `face` finds the one to run.
-A backend that is named runs or says why it cannot; without a name the platform's list is walked.
+An op is a folder. Its `op.py` holds the public function and an `Op`, which says how to import the implementation for
+each backend. A backend that is named runs or raises with the reason why it cannot; without a name, the backends of the
+platform are tried in order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-ORDER = {"cpu": ("cpu", "reference"), "gpu": ("pallas", "jax_triton", "reference")}
-BACKENDS = ("reference", "pallas", "jax_triton", "cpu")
+Implementation = Callable[..., Any]
 
-# Versions tried together: {jax-triton: {package: (from, below)}}. A newer jax-triton is given a chance.
+ORDER = {"cpu": ("cpu", "reference"), "gpu": ("pallas", "jax_triton", "reference")}
+BACKENDS = ("reference", "pallas", "pallas_interpret", "jax_triton", "cpu")
+
+# Versions tested together: {jax-triton: {package: (from, below)}}. A newer jax-triton is not refused.
 TRITON_PAIRS = {
     (0, 3): {"jax": ((0, 10), (0, 12)), "triton": ((3, 6), (3, 7))},
     (0, 4): {"jax": ((0, 11), (0, 12)), "triton": ((3, 7), (3, 9))},
 }
 
 
-def platform() -> str:
-    """Where arrays go: 'cpu', 'gpu', 'tpu', ...
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An op and its implementations.
 
-    Of an absent machine that a program is lowered for (`jax.sharding.AbstractDevice`), else by default.
+    Attributes:
+        name: the public function.
+        load: for each backend, a function that imports and returns the implementation. Importing may need an
+            optional package, so it happens when the backend is first chosen. The entry of "pallas" serves
+            "pallas_interpret" too.
     """
-    if (absent := _absent_device()) is not None:
-        return absent.platform
+
+    name: str
+    load: Mapping[str, Callable[[], Implementation]]
+
+
+def platform() -> str:
+    """Return the platform that programs are compiled for: 'cpu', 'gpu', 'tpu', ...
+
+    It is that of the abstract device where a program is lowered for one (`jax.sharding.AbstractDevice`), else that of
+    jax's default device.
+    """
+    if (abstract := _abstract_device()) is not None:
+        return abstract.platform
     device: Any = jax.config.values["jax_default_device"]
     if device is None:
         return jax.default_backend()
@@ -40,60 +59,64 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """The kind of device that `platform` speaks of: 'NVIDIA H100 80GB HBM3', 'cpu', ..."""
-    if (absent := _absent_device()) is not None:
-        return absent.device_kind
+    """Return the kind of the device that programs are compiled for: 'NVIDIA H100 80GB HBM3', 'cpu', ..."""
+    if (abstract := _abstract_device()) is not None:
+        return abstract.device_kind
     return jax.devices()[0].device_kind
 
 
-def _absent_device() -> Any:
+def _abstract_device() -> Any:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return device if device is not None and device.platform is not None else None
 
 
-def refusal(op: str, backend: str, *, interpret: bool = False) -> str | None:
-    """Why `backend` cannot run `op` here, or None where it can."""
-    here = platform()
+def refusal(op: Op, backend: str) -> str | None:
+    """Return why `backend` cannot run `op` here, or None if it can."""
     if backend not in BACKENDS:
-        return f"there is no backend of that name, only {', '.join(BACKENDS)}"
-    if importlib.util.find_spec(f"pallas_kernels.{op}.{backend}") is None:
-        return f"{op} has no such implementation"
+        return f"unknown backend; the backends are {', '.join(BACKENDS)}"
+    if _entry(backend) not in op.load:
+        return f"{op.name} has no implementation for it"
+    here = platform()
     if backend == "cpu":
         return _cpu_refusal(here)
     if backend == "pallas":
-        return _pallas_refusal(here, interpret)
+        return _nvidia_refusal(here) or _pallas_refusal()
+    if backend == "pallas_interpret":
+        return _pallas_refusal()
     if backend == "jax_triton":
-        return _jax_triton_refusal(here)
+        return _nvidia_refusal(here) or _jax_triton_refusal()
     return None
 
 
-def _pallas_refusal(here: str, interpret: bool) -> str | None:
+def _entry(backend: str) -> str:
+    return "pallas" if backend == "pallas_interpret" else backend
+
+
+def _nvidia_refusal(here: str) -> str | None:
+    return None if here == "gpu" else f"requires an NVIDIA GPU; the default platform is {here}"
+
+
+def _pallas_refusal() -> str | None:
     try:
         from jax.experimental.pallas import triton
     except ImportError as error:
         return f"jax {jax.__version__} has no Triton backend under Pallas ({error})"
     if not hasattr(triton, "CompilerParams"):
         return f"jax {jax.__version__} has no Triton backend under Pallas"
-    if here != "gpu" and not interpret:
-        return (
-            f"its kernels are for NVIDIA GPUs and arrays are on {here} here; interpret=True runs them slowly"
-        )
     return None
 
 
-def _jax_triton_refusal(here: str) -> str | None:
-    if here != "gpu":
-        return f"its kernels are for NVIDIA GPUs and arrays are on {here} here"
+def _jax_triton_refusal() -> str | None:
     versions = {name: _version(name) for name in ("jax", "triton", "jax-triton")}
     if missing := [name for name, version in versions.items() if version is None]:
-        return f"{' and '.join(missing)} cannot be found: pip install 'qmoe-jax[jax-triton]'"
+        return f"{' and '.join(missing)} not installed: pip install 'qmoe-jax[jax-triton]'"
     for name, (least, below) in TRITON_PAIRS.get(_series(versions["jax-triton"]), {}).items():
         if not least <= _series(versions[name]) < below:
             wanted = f">={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
-            return f"jax-triton {versions['jax-triton']} goes with {name}{wanted}, found {versions[name]}"
+            return f"jax-triton {versions['jax-triton']} requires {name}{wanted}, found {versions[name]}"
     try:
         importlib.import_module("jax_triton")
-    except ImportError as error:  # a jaxlib without GPUs, for one
+    except ImportError as error:  # for example, a jaxlib without GPU support
         return f"jax-triton {versions['jax-triton']} cannot be imported ({error})"
     return None
 
@@ -112,60 +135,69 @@ def _series(version: str | None) -> tuple[int, int]:
 
 def _cpu_refusal(here: str) -> str | None:
     if here != "cpu":
-        return f"it computes in host memory and arrays are on {here} here"
+        return f"computes in host memory; the default platform is {here}"
     try:
         import numba  # noqa: F401
     except ImportError as error:
         return f"numba cannot be imported ({error})"
-    return None
+    from pallas_kernels.cpu.xla_c_api import version_refusal
+
+    return version_refusal()
 
 
-def choose(op: str, backend: str | None = None, *, interpret: bool = False) -> str:
-    """The backend to run `op` with.
+def choose_backend(op: Op, backend: str | None = None) -> str:
+    """Return the backend that runs `op`: the named one, or the first of the platform's that can.
+
+    Warns once for each reason that a faster backend is passed over.
 
     Raises:
-      NotImplementedError: the named backend cannot run here, or none can; says why.
+        NotImplementedError: the named backend cannot run here, or none can; the message has the reasons.
     """
-    if interpret and backend != "pallas":
-        raise NotImplementedError(f"{op}: interpret=True needs backend='pallas', found {backend!r}")
     if backend is not None:
-        if reason := refusal(op, backend, interpret=interpret):
-            raise NotImplementedError(f"{op}: backend {backend!r} cannot run: {reason}")
+        if reason := refusal(op, backend):
+            raise NotImplementedError(f"{op.name}: backend {backend!r} cannot run: {reason}")
         return backend
     refusals: dict[str, str] = {}
     for candidate in ORDER.get(platform(), ("reference",)):
         reason = refusal(op, candidate)
         if reason is None:
-            _say_once(refusals, candidate)
+            _warn_once(refusals, candidate)
             return candidate
         refusals[candidate] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise NotImplementedError(f"{op}: no backend can run: {reasons}")
+    raise NotImplementedError(f"{op.name}: no backend can run: {reasons}")
 
 
-def face(op: str, backend: str | None = None, *, interpret: bool = False) -> Callable[..., Any]:
-    """The function that runs `op`; raises as `choose` does."""
-    chosen = choose(op, backend, interpret=interpret)
-    module = importlib.import_module(f"pallas_kernels.{op}.{chosen}")
-    function = getattr(module, {"matmul": "packed_matmul", "mlp": "packed_mlp"}.get(op, op))
-    return functools.partial(function, interpret=interpret) if chosen == "pallas" else function
+def get_implementation(op: Op, backend: str | Implementation | None = None) -> Implementation:
+    """Return the implementation of `op` for a backend; a function in its place is returned as it is.
+
+    Raises:
+        NotImplementedError: as `choose_backend` does.
+    """
+    if callable(backend):
+        return backend
+    chosen = choose_backend(op, backend)
+    implementation = op.load[_entry(chosen)]()
+    return (
+        functools.partial(implementation, interpret=True) if chosen == "pallas_interpret" else implementation
+    )
 
 
-def _say_once(refusals: dict[str, str], chosen: str) -> None:
-    """A warning where the fast implementation is passed over, once for each reason."""
+def _warn_once(refusals: dict[str, str], chosen: str) -> None:
     for name, reason in refusals.items():
-        if (name, reason) not in _said:
-            _said.add((name, reason))
-            warnings.warn(f"{name!r} kernels are not used, {chosen!r} instead: {reason}", stacklevel=4)
+        if (name, reason) not in _warned:
+            _warned.add((name, reason))
+            message = f"the {name!r} kernels are not used, {chosen!r} is used instead: {reason}"
+            warnings.warn(message, stacklevel=4)
 
 
-_said: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def triton_parameters(*, num_warps: int, num_stages: int = 1) -> Any:
-    """Compiler parameters that select Pallas' Triton backend: without them jax 0.10 takes Mosaic GPU.
+    """Return compiler parameters that select Pallas' Triton backend: without them jax 0.10 uses Mosaic GPU.
 
-    Mosaic GPU has no gathers, which these kernels live on.
+    Mosaic GPU has no gathers, on which these kernels depend.
     """
     from jax.experimental.pallas import triton
 

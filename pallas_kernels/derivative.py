@@ -1,4 +1,4 @@
-"""Packed weights are constants: what it means to differentiate through them is said once, here."""
+"""Refuses differentiation of the ops whose weights are constants."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 
 
 def undifferentiable(op: str, function: Callable[..., jax.Array], *args: Any) -> jax.Array:
-    """`function(*args)`, with a clear error where it is differentiated, whatever implements it.
+    """Return `function(*args)`, with the same error for every implementation if it is differentiated.
 
     Raises:
-      NotImplementedError: on differentiation, from jax.grad, jax.jvp and the like.
+        NotImplementedError: on differentiation, by jax.grad, jax.jvp and others.
     """
     call = jax.custom_jvp(function)
 

@@ -1,14 +1,14 @@
-"""What the kernels read: ternary matrices as codewords, and the table that says what a codeword means."""
+"""The operands of the kernels: ternary matrices as codewords, and the table that decodes them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, UInt8, UInt16, UInt32
+from jaxtyping import Array, Float, Int32, UInt8, UInt16, UInt32
 
 from pallas_kernels import pytree
 
@@ -21,18 +21,18 @@ DIGIT_BITS = 2
 @pytree.register(leaves=("entries",), static=("field_bits", "slots", "max_length"))
 @dataclasses.dataclass(frozen=True)
 class DecodeTable:
-    """Any codebook as the kernels see it: codeword c stands for the ternary digits in `entries[c]`.
+    """A codebook of any kind as the kernels read it: codeword c stands for the ternary digits in `entries[c]`.
 
-    Each word of an entry holds the codeword's length in its low `field_bits`, then `slots` fields, one for
-    each nonzero digit: its position (`field_bits`) and the digit (2 bits; 0 marks an empty slot). A codeword
-    with more nonzeros than slots goes on in the next word, which repeats the length. An 8-bit Tunstall
-    codebook is one word of two slots (1 KB), upstream's dictionary one word of three (256 KB).
+    Each word of an entry holds the codeword's length in its low `field_bits`, then `slots` fields, one for each
+    nonzero digit: its position (`field_bits`) and the digit (2 bits; 0 marks an empty slot). A codeword with more
+    nonzeros than slots continues in the next word, which repeats the length. An 8-bit Tunstall codebook is one word of
+    two slots (1 KB), upstream's dictionary one word of three (256 KB).
 
     Attributes:
-      entries: the words, in the order of the codes.
-      field_bits: bits of a length and of a position: `max_length.bit_length()`.
-      slots: nonzero digits a word holds: as many as needed, at most `(32 - field_bits) // (field_bits + 2)`.
-      max_length: digits of the longest codeword.
+        entries: the words, in the order of the codes.
+        field_bits: bits of a length and of a position: `max_length.bit_length()`.
+        slots: nonzero digits per word: as many as needed, at most `(32 - field_bits) // (field_bits + 2)`.
+        max_length: digits of the longest codeword.
     """
 
     entries: UInt32[AnyArray, "codeword words"]
@@ -41,68 +41,65 @@ class DecodeTable:
     max_length: int
 
     @classmethod
-    def from_words(cls, words: Sequence[np.ndarray]) -> DecodeTable:
-        """The table of codewords given as sequences of digits (uint8), in the order of their codes."""
-        lengths = np.array([len(word) for word in words], np.int32)
-        digits = np.zeros((len(words), int(lengths.max(initial=1))), np.uint8)
-        for row, word in zip(digits, words, strict=True):
-            row[: len(word)] = word
-        return cls.from_digits(lengths, digits)
-
-    @classmethod
     def from_digits(
         cls, lengths: Int32[np.ndarray, "codeword"], digits: UInt8[np.ndarray, "codeword max_length"]
     ) -> DecodeTable:
-        """The table of codewords given as the rows of `digits`, each zero beyond its length.
+        """Build the table of codewords given as the rows of `digits`, each zero beyond its length.
 
         Raises:
-          ValueError: a length is none of 1 to max_length, or a word cannot hold a position (2**15 digits or more).
+            ValueError: a length is not in 1 to max_length, or a word cannot hold a position (2**15 digits or more).
         """
         max_length = digits.shape[1]
         if len(lengths) == 0 or lengths.min() < 1 or lengths.max() > max_length:
-            raise ValueError(
-                f"expected lengths from 1 to {max_length}, found {sorted(set(lengths.tolist()))}"
-            )
+            found = sorted(set(lengths.tolist()))
+            raise ValueError(f"expected lengths from 1 to {max_length}, found {found}")
         field_bits = max_length.bit_length()
-        room = (WORD_BITS - field_bits) // (field_bits + DIGIT_BITS)
-        if room < 1:
+        most_slots = (WORD_BITS - field_bits) // (field_bits + DIGIT_BITS)
+        if most_slots < 1:
             raise ValueError(
                 f"codewords of {max_length} digits do not fit a 32-bit entry: at most {2**15 - 1}"
             )
         codeword, position = np.nonzero(digits)
-        rank = (np.cumsum(digits != 0, axis=1) - 1)[codeword, position]  # which nonzero of its codeword
+        rank = (np.cumsum(digits != 0, axis=1) - 1)[codeword, position]  # of a nonzero in its codeword
         nonzeros = max(1, int((digits != 0).sum(1).max()))
-        words = -(-nonzeros // room)
+        words = -(-nonzeros // most_slots)
         slots = -(-nonzeros // words)
         entries = np.repeat(lengths.astype(np.uint32)[:, None], words, axis=1)
-        field = position.astype(np.uint32) | digits[codeword, position].astype(np.uint32) << np.uint32(
-            field_bits
-        )
+        digit = digits[codeword, position].astype(np.uint32)
+        field = position.astype(np.uint32) | digit << np.uint32(field_bits)
         shift = (field_bits + rank % slots * (field_bits + DIGIT_BITS)).astype(np.uint32)
         np.bitwise_or.at(entries, (codeword, rank // slots), field << shift)
         return cls(entries, field_bits, slots, max_length)
 
     @property
     def words(self) -> int:
-        """Words of an entry."""
+        """Words per entry."""
         return self.entries.shape[-1]
+
+
+def entry_field(
+    entry: Int32[Array, "*shape"], field_bits: int, slot: int
+) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """Return (position, digit) of one slot of entries as int32; the masks drop what the sign shifts in."""
+    shift = field_bits + slot * (field_bits + DIGIT_BITS)
+    return (entry >> shift) & ((1 << field_bits) - 1), (entry >> (shift + field_bits)) & 3
 
 
 @pytree.register(leaves=("codes", "row_offsets", "levels", "table"), static=("width",))
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
-    """The ternary matrices [out, in] of several experts under one codebook.
+    """The ternary matrices [expert, out, in] of several experts under one codebook.
 
-    The digits of row r of expert e are those of `codes[e, row_offsets[e, r] : row_offsets[e, r + 1]]`, one
-    codeword after the other, cut at `width`: only the last codeword of a row may run past it. Digit 0 is
-    zero, digit 1 `levels[e, r, 0]` (the row's minimum), digit 2 `levels[e, r, 1]` (its maximum).
+    Element [e, r, c] is `(0, levels[e, r, 0], levels[e, r, 1])[digit]`, digit c of the row's codewords
+    `codes[e, row_offsets[e, r] : row_offsets[e, r + 1]]`. A row has one codeword or more, and only its last one may run
+    past `width`. The minimum and maximum of a row are its levels.
 
     Attributes:
-      codes: codewords, row after row, each expert padded with zeros to the longest one.
-      row_offsets: where rows begin, in codewords of the expert, and at last their number (out + 1 bounds).
-      levels: (minimum, maximum) of each row, bfloat16 or float32.
-      table: what the codes mean.
-      width: columns of the matrices ("in").
+        codes: codewords, row after row, each expert padded with zeros to the longest one.
+        row_offsets: where rows begin, in codewords of the expert, and at last their number (out + 1 bounds).
+        levels: (minimum, maximum) of each row, bfloat16 or float32.
+        table: decodes the codewords.
+        width: columns of the matrices ("in").
     """
 
     codes: UInt8[AnyArray, "expert capacity"] | UInt16[AnyArray, "expert capacity"]
@@ -111,9 +108,11 @@ class PackedMatrix:
     table: DecodeTable
     width: int
 
+    __iter__: ClassVar[None] = None  # `__getitem__` alone would make it iterable, without an end under jax
+
     @property
     def num_experts(self) -> int:
-        """Matrices held."""
+        """Number of matrices."""
         return self.codes.shape[-2]
 
     @property
@@ -121,11 +120,34 @@ class PackedMatrix:
         """Rows of each matrix ("out")."""
         return self.levels.shape[-2]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(expert, out, in)."""
+        return self.num_experts, self.rows, self.width
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codewords, row offsets and levels; the table, which matrices share, is not counted."""
+        return self.codes.nbytes + self.row_offsets.nbytes + self.levels.nbytes
+
+    def __getitem__(self, experts: slice | AnyArray) -> PackedMatrix:
+        """Return some of the experts, by a slice or an array of indices."""
+        codes, row_offsets, levels = self.codes[experts], self.row_offsets[experts], self.levels[experts]
+        return dataclasses.replace(self, codes=codes, row_offsets=row_offsets, levels=levels)
+
+    def row_bounds(self, expert: Int32[Array, "n"]) -> tuple[Int32[Array, "n out"], Int32[Array, "n out"]]:
+        """Return (first codeword, number of codewords) of each row of some experts, within the capacity whatever is
+        stored."""
+        bounds = jnp.clip(jnp.asarray(self.row_offsets)[expert], 0, self.codes.shape[-1])
+        return bounds[:, :-1], jnp.maximum(bounds[:, 1:] - bounds[:, :-1], 0)
+
     def validate(self) -> None:
-        """Checks on the host what the shapes cannot show.
+        """Check, on the host, the invariants that shapes do not show.
+
+        Memory: an int64 and a table entry for each codeword of one expert.
 
         Raises:
-          ValueError: names the expert and row, with what was expected and found.
+            ValueError: an invariant is broken; names the expert and row, with what was expected and found.
         """
         offsets, codes = np.asarray(self.row_offsets), np.asarray(self.codes)
         if self.levels.dtype not in (jnp.bfloat16, jnp.float32):

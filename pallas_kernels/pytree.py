@@ -1,4 +1,4 @@
-"""Frozen dataclasses as pytrees."""
+"""Registers frozen dataclasses as pytrees."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ T = TypeVar("T")
 
 
 def register(*, leaves: tuple[str, ...], static: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
-    """Registers a dataclass as a pytree of its fields `leaves`; the fields `static` are compared, not traced.
+    """Register a dataclass as a pytree of its fields `leaves`; the fields `static` are compared, not traced.
 
-    Rebuilding skips `__init__`, and so its type checks: jax puts axes, shardings and None where the arrays
-    were.
+    Unflattening skips `__init__`, and so its type checks: jax puts axes, shardings and None in place of arrays.
     """
 
     def decorate(cls: type[T]) -> type[T]:

@@ -1,9 +1,8 @@
-"""How the Pallas kernels read rows: tiles of codewords, a lane each.
+"""Reads rows of codewords inside Pallas kernels, a tile at a time, one codeword per lane.
 
-A tile is one gather of the codes, one of their entries and an exclusive sum of their lengths, which gives
-every codeword its position without waiting for the one before. The Triton backend can do exactly this
-(gathers on references, cumulative sums, dynamic loops). Tiles of 32 codewords, one for each row, keep the sum
-of a row inside a warp.
+A tile is one gather of the codes, one of their entries and an exclusive sum of their lengths, which gives every
+codeword its column without waiting for the one before. The Triton backend has exactly this (gathers on references,
+cumulative sums, dynamic loops). Tiles of 32 codewords, one for each row, keep the sum of a row inside a warp.
 """
 
 from __future__ import annotations
@@ -19,35 +18,34 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import pytree
-from pallas_kernels.operands import PackedMatrix
-from pallas_kernels.streams import field
+from pallas_kernels.operands import PackedMatrix, entry_field
 
 Carry = TypeVar("Carry")
 Visit = Callable[[Int32[Array, "*tile"], Int32[Array, "*tile"], Carry], Carry]
 
 SIGNED_OFFSETS = 2**31
-"""Elements that Pallas' 32-bit offsets can address: Triton reads them as signed."""
+"""Elements that the 32-bit offsets of Pallas can address: Triton reads them as signed."""
 WIDE_OFFSETS = 2**32
 """Bytes beyond which Pallas computes offsets in 64 bits."""
 
 
 @pytree.register(
     leaves=("codes", "row_offsets", "entries", "levels"),
-    static=("field_bits", "slots", "words", "width", "codes_a_word"),
+    static=("field_bits", "slots", "words", "width", "codes_per_word"),
 )
 @dataclasses.dataclass(frozen=True)
-class Streams:
-    """A `PackedMatrix` as kernels take it; passed through `pallas_call` its arrays become references.
+class PackedRefs:
+    """A `PackedMatrix` as kernels take it; passed through `pallas_call`, its arrays become references.
 
-    Whatever is stored, only existing elements are touched.
+    Only existing elements are read, whatever is stored.
 
     Attributes:
-      codes: as in the matrix, or its bytes two by two (`codes_a_word` = 2) where single ones are out of reach.
-      row_offsets, levels: as in the matrix.
-      entries: the table's words one after the other, int32.
-      field_bits, slots, words: the table's.
-      width: columns of a row.
-      codes_a_word: codes in an element of `codes`.
+        codes: as in the matrix, or its bytes in pairs (`codes_per_word` = 2) where offsets cannot address single ones.
+        row_offsets, levels: as in the matrix.
+        entries: the words of the table one after the other, int32.
+        field_bits, slots, words: those of the table.
+        width: columns of a row.
+        codes_per_word: codes in an element of `codes`.
     """
 
     codes: Any
@@ -58,20 +56,20 @@ class Streams:
     slots: int
     words: int
     width: int
-    codes_a_word: int
+    codes_per_word: int
 
     @classmethod
-    def of(cls, packed: PackedMatrix) -> Streams:
-        """The operands for `packed`.
+    def of(cls, packed: PackedMatrix) -> PackedRefs:
+        """Return the operands for `packed`.
 
         Raises:
-          NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which no pairs can be made of.
+            NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which cannot be read in pairs.
         """
-        codes, codes_a_word = _addressable(jnp.asarray(packed.codes))
+        codes, codes_per_word = _addressable(jnp.asarray(packed.codes))
         table = packed.table
         entries = jax.lax.bitcast_convert_type(table.entries, jnp.int32).reshape(-1)
         arrays = codes, jnp.asarray(packed.row_offsets), entries, jnp.asarray(packed.levels)
-        return cls(*arrays, table.field_bits, table.slots, table.words, packed.width, codes_a_word)
+        return cls(*arrays, table.field_bits, table.slots, table.words, packed.width, codes_per_word)
 
     @property
     def rows(self) -> int:
@@ -79,7 +77,7 @@ class Streams:
         return self.levels.shape[1]
 
     def level_pair(self, expert: Any, row: Any, inside: Any = None) -> tuple[Array, Array]:
-        """(minimum, maximum) of `row`, a scalar or several of which some are `inside`; float32."""
+        """Return (minimum, maximum) of `row`, a scalar or an array of rows of which some are `inside`, in float32."""
         column = jnp.zeros_like(row)
         at = lambda which: plt.load(self.levels.at[expert, row, column + which], mask=inside)
         return at(0).astype(jnp.float32), at(1).astype(jnp.float32)
@@ -87,10 +85,10 @@ class Streams:
     def visit(
         self, expert: Any, row: Any, tile: int, visit: Visit[Carry], carry: Carry, inside: Any = None
     ) -> Carry:
-        """`carry = visit(positions, digits, carry)` for each slot of each tile; digit 0: nothing is there.
+        """Compute `carry = visit(positions, digits, carry)` for each slot of each tile; digit 0 marks an empty slot.
 
-        `row` is a scalar, or an array of rows that go side by side (positions are then [row, tile]), of which
-        those not `inside` hold nothing.
+        `row` is a scalar, or an array of rows visited together (positions are then [row, tile]); rows not `inside` are
+        empty.
         """
         start, stop = self._bounds(expert, row, inside)
         along = (lambda value: value[:, None]) if row.ndim else (lambda value: value)
@@ -109,7 +107,7 @@ class Streams:
                 if word:
                     entry = plt.load(self.entries.at[first + word], mask=live, other=0)
                 for slot in range(self.slots):
-                    offset, digit = field(entry, self.field_bits, slot)
+                    offset, digit = entry_field(entry, self.field_bits, slot)
                     position = base + offset
                     carry = visit(position, jnp.where(position < self.width, digit, 0), carry)
             return jnp.minimum(at + jnp.sum(length, axis=-1), self.width), carry
@@ -118,27 +116,27 @@ class Streams:
         return jax.lax.fori_loop(0, steps, step, (jnp.zeros_like(start), carry))[1]
 
     def _bounds(self, expert: Any, row: Any, inside: Any) -> tuple[Array, Array]:
-        capacity = self.codes.shape[1] * self.codes_a_word
+        capacity = self.codes.shape[1] * self.codes_per_word
         other = None if inside is None else 0
         at = lambda bound: plt.load(self.row_offsets.at[expert, bound], mask=inside, other=other)
         return jnp.clip(at(row), 0, capacity), jnp.clip(at(row + 1), 0, capacity)
 
     def _codes(self, expert: Any, k: Array, live: Array) -> Int32[Array, "*tile"]:
-        if self.codes_a_word == 1:
+        if self.codes_per_word == 1:
             return plt.load(self.codes.at[expert, k], mask=live, other=0).astype(jnp.int32)
         pair = plt.load(self.codes.at[expert, k >> 1], mask=live, other=0).astype(jnp.int32)
         return (pair >> ((k & 1) * 8)) & 0xFF
 
 
 def _addressable(codes: Array) -> tuple[Array, int]:
-    """(codes, codes an element): bytes whose offsets pass 31 bits in pairs, which costs no copy."""
+    """Return (codes, codes per element): in pairs, without a copy, where offsets of single bytes exceed 31 bits."""
     if not SIGNED_OFFSETS < codes.size * codes.dtype.itemsize <= WIDE_OFFSETS or codes.dtype != jnp.uint8:
         return codes, 1
     experts, capacity = codes.shape
     if capacity % 2:
         raise NotImplementedError(
-            f"Pallas' Triton backend cannot address {codes.size:,} one-byte codes one by one (2 to 4 GiB), and a "
-            f"capacity of {capacity} makes no pairs: pad the codes to an even capacity"
+            f"Pallas' Triton backend can address {codes.size:,} one-byte codes (2 to 4 GiB) only in pairs, but the "
+            f"capacity {capacity} is odd: pad the codes to an even capacity"
         )
     return jax.lax.bitcast_convert_type(codes.reshape(experts, capacity // 2, 2), jnp.uint16), 2
 
@@ -146,9 +144,9 @@ def _addressable(codes: Array) -> tuple[Array, int]:
 def multiply_add(
     a: Float[Array, "*tile"], b: Float[Array, "*#tile"], c: Float[Array, "*tile"], *, compiled: bool
 ) -> Float[Array, "*tile"]:
-    """`a * b + c` in float32, rounded once where `compiled`.
+    """Return `a * b + c` in float32, rounded once if `compiled`.
 
-    XLA keeps Triton from fusing the two, which doubles the arithmetic of a kernel that does little else.
+    XLA disables fusing the two in Triton, which doubles the arithmetic of a kernel that does little else.
     """
     if not compiled:
         return a * b + c

@@ -11,7 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = {
     "pallas_kernels": 0,
     "qmoe_jax.config": 1,
+    "qmoe_jax.progress": 1,
     "qmoe_jax.files": 1,
+    "qmoe_jax.parameters": 2,
     "qmoe_jax.quantization": 1,
     "qmoe_jax.coding": 2,
     "qmoe_jax.data": 2,

@@ -1,57 +1,35 @@
-"""Functions compiled by numba: cached on disk, and one parallel region at a time.
+"""The options under which functions are compiled by numba, and the form of the arrays that they read.
 
-Import this only where numba is there: `pallas_kernels.backend` says whether it is.
+numba caches what it compiles on disk, beside each module or in NUMBA_CACHE_DIR. It compiles a function anew where the
+function's own file changed, not where a file changed that it calls into: after editing such a file, delete the cache.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
+import numpy as np
 
 # No assumption about NaN or infinity: they must come out where they went in.
 OPTIONS: Any = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
-MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
-_one_region = (
-    threading.Lock()
-)  # numba's fallback scheduler aborts the process when two threads enter it at once
-_threads = [MOST_THREADS]
+as_index: Any = np.uintp
+"""The type of indices in compiled code: unsigned, since numba checks signed ones for counting from the end."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A function for compiled code to call."""
+    """Compile a function on its first call, for other compiled code or for Python, which it leaves unlocked."""
     return numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
 
 
-def parallel(function: Callable[..., Any]) -> Any:
-    """A function for Python to call, its `prange` loops spread over threads; the GIL is free meanwhile."""
-    kernel = numba.njit(parallel=True, **OPTIONS)(inspect.unwrap(function))
+def read_only(array: Any) -> np.ndarray:
+    """Return a contiguous read-only view, or copy where the array is not contiguous.
 
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        with _one_region:
-            numba.set_num_threads(threads())
-            return kernel(*args)
-
-    return call
-
-
-def threads() -> int:
-    """How many threads kernels use."""
-    return _threads[0]
-
-
-def set_threads(count: int) -> None:
-    """Sets how many threads kernels use from here on, in every thread of the process.
-
-    Raises:
-      ValueError: numba was started with fewer (NUMBA_NUM_THREADS, the machine's cores by default).
+    To numba, XLA's buffers and NumPy's arrays are then of one type: one compiled version serves every caller.
     """
-    if not 1 <= count <= MOST_THREADS:
-        raise ValueError(f"threads: expected 1 to {MOST_THREADS}, found {count}")
-    _threads[0] = count
+    view = np.ascontiguousarray(array).view()
+    view.flags.writeable = False
+    return view

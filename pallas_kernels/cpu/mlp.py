@@ -1,12 +1,12 @@
-"""An expert as a whole, on NumPy arrays and outside XLA: what a store of experts in host memory calls."""
+"""Whole experts on NumPy arrays, outside XLA: what a store of experts in host memory calls."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from pallas_kernels.cpu.product import product
-from pallas_kernels.cpu.token_blocks import grouped
+from pallas_kernels.cpu.packed_product import packed_product
+from pallas_kernels.cpu.token_blocks import expert_blocks
 from pallas_kernels.operands import PackedMatrix
 
 
@@ -20,18 +20,24 @@ def expert_mlp(
     *,
     activation: str,
 ) -> None:
-    """Writes `scale * (wo @ activation(wi @ x))` into `y`, from any thread; see `pallas_kernels.packed_mlp`.
+    """Write `scale * (wo @ activation(wi @ x))` of each token's expert into `y`; see `pallas_kernels.packed_mlp`.
 
-    The matrices hold NumPy arrays anywhere in memory, which are read where they lie; between the last row of
-    an expert and the next expert there may be anything. `expert_index` must be in range.
+    Any number of threads may call it at once. The matrices hold NumPy arrays anywhere in memory, which are read where
+    they lie; between the last row of an expert and the next expert there may be anything. It takes memory for the
+    tokens' inputs, activations and outputs, whose lanes are rounded up to 8, 16, 32 or 64 per expert.
 
     Args:
-      wi: one matrix, or two: the gated expert multiplies by the second one's product.
-      activation: "linear", "relu" or "gelu" (the tanh form).
+        wi: one matrix [d_ff, d_model], or two: the gated expert multiplies by the second one's product.
+        wo: the matrix [d_model, d_ff].
+        x: the tokens.
+        expert_index: the expert of each token, which must exist.
+        scale: a factor for each token's result, the router's probability.
+        y: receives the result.
+        activation: "linear", "relu" or "gelu" (the tanh form).
     """
-    blocks = grouped(expert_index)
-    data = blocks.spread(x)
-    hidden = product(wi[0], blocks, data, activation)
+    blocks = expert_blocks(expert_index)
+    x_blocks = blocks.dispatch(x)
+    hidden = packed_product(wi[0], blocks, x_blocks, activation)
     for gate in wi[1:]:
-        hidden *= product(gate, blocks, data)
-    blocks.collect(product(wo, blocks, hidden), scale, y)
+        hidden *= packed_product(gate, blocks, x_blocks)
+    blocks.combine(packed_product(wo, blocks, hidden), scale, y)

@@ -1,8 +1,10 @@
 """Short vectors of float32 as values of compiled code, kept in registers.
 
-numba's loops over a short fixed length are left to LLVM's vectorizer, which checks for overlapping arrays on
-every entry and keeps sums in memory. Naming the vectors makes the loops of `rows.py` five times faster. LLVM
-splits a vector of 64 into as many registers as the processor needs: four of AVX-512, eight of AVX2.
+numba leaves loops over a short fixed length to LLVM's vectorizer, which checks for overlapping arrays on every entry
+and keeps sums in memory. Naming the vectors makes the loops of `inner_loop` five times faster. LLVM splits a vector of
+64 lanes into as many registers as the processor needs: four of AVX-512, eight of AVX2.
+
+Every function here is for compiled code; nothing checks bounds.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from numba.extending import register_model
 
 _FLAGS = ("contract", "nsz")
 
-intrinsic: Any = numba.extending.intrinsic  # what it makes is called without the first parameter, `typing`
+intrinsic: Any = numba.extending.intrinsic  # its result is called without the first parameter, `typing`
 
 
 class Vector(types.Type):
-    """The type of `lanes` float32 numbers."""
+    """The numba type of a vector of `lanes` float32 numbers."""
 
     def __init__(self, lanes: int) -> None:
         super().__init__(name=f"Float32x{lanes}")
@@ -42,7 +44,7 @@ def _address(context, builder, array_type, array, index, vector):
 
 @intrinsic(prefer_literal=True)
 def zeros(typing, lanes):
-    """`zeros(16)`: a vector of as many zeros; the number is a constant of the code."""
+    """`zeros(16)`: a vector of 16 zeros; the number is a literal."""
     vector = Vector(lanes.literal_value)
     zero = ir.Constant(vector.llvm, [0.0] * vector.lanes)
     return vector(lanes), lambda context, builder, signature, args: zero
@@ -50,10 +52,7 @@ def zeros(typing, lanes):
 
 @intrinsic
 def load(typing, like, array, index):
-    """`load(like, array, index)`: as many numbers of a contiguous 1-D float32 array from `index` on as `like` has.
-
-    Unchecked.
-    """
+    """`load(like, array, index)`: a vector of `array[index : index + like.lanes]`, contiguous float32 [n]."""
 
     def generate(context, builder, signature, args):
         address = _address(context, builder, signature.args[1], args[1], args[2], like)
@@ -64,7 +63,7 @@ def load(typing, like, array, index):
 
 @intrinsic
 def store(typing, array, index, value):
-    """`store(array, index, value)`: the reverse of `load`."""
+    """`store(array, index, value)`: write a vector to `array[index : index + lanes]`."""
 
     def generate(context, builder, signature, args):
         address = _address(context, builder, signature.args[0], args[0], args[1], value)
@@ -76,7 +75,7 @@ def store(typing, array, index, value):
 
 @intrinsic
 def multiply_add(typing, scalar, vector, total):
-    """`multiply_add(scalar, vector, total)`: total + scalar * vector."""
+    """`multiply_add(scalar, vector, total)`: `total + scalar * vector`."""
 
     def generate(context, builder, signature, args):
         scalar_, vector_, total_ = args
@@ -91,13 +90,24 @@ def multiply_add(typing, scalar, vector, total):
 
 @intrinsic
 def add(typing, left, right):
-    """`add(left, right)`: their sum, lane by lane."""
+    """`add(left, right)`: the sum of two vectors."""
     return left(left, left), lambda context, builder, signature, args: builder.fadd(*args, flags=_FLAGS)
 
 
 @intrinsic(prefer_literal=True)
 def lane(typing, vector, number):
-    """`lane(vector, 1)`: one of its numbers; which one is a constant of the code."""
+    """`lane(vector, 1)`: one number of a vector; the index is a literal."""
     index = ir.Constant(ir.IntType(32), number.literal_value)
     signature = types.float32(vector, number)
     return signature, lambda context, builder, signature, args: builder.extract_element(args[0], index)
+
+
+@intrinsic
+def widen(typing, bits):
+    """`widen(bits)`: the float32 whose upper half these bits, of a bfloat16 as uint16, are."""
+
+    def generate(context, builder, signature, args):
+        wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), generate

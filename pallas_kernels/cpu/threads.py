@@ -1,8 +1,8 @@
-"""Work shared between threads in small pieces: whoever is free takes the next one.
+"""Loops shared between threads in small chunks: each thread takes the next chunk when it has finished one.
 
-Pieces that are taken, not given, suit a machine with other work to do: a thread that is late or slow takes fewer of
-them. The helpers are Python threads that leave the interpreter's lock while they compute, and sleep otherwise:
-a scheduler whose threads wait in a loop (OpenMP's do, for milliseconds) would take the cores from XLA's own,
+Chunks that are taken, not assigned, suit a machine with other work to do: a thread that is late or slow takes fewer
+of them. The helpers are Python threads that release the interpreter's lock while they compute, and sleep otherwise:
+a scheduler whose threads wait in a loop (OpenMP's do, for milliseconds) would take the cores from XLA's own threads,
 which run before and after.
 """
 
@@ -13,38 +13,53 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from pallas_kernels.cpu.compiled import MOST_THREADS, threads
 from pallas_kernels.cpu.simd import intrinsic
 
+NUM_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+"""Threads per loop: the environment's NUMBA_NUM_THREADS, by default the cores of the machine."""
 
-def share(kernel: Callable[..., None], *args: Any) -> None:
-    """Runs `kernel(taken, *args)` in as many threads as kernels use, this one among them, until all have returned.
 
-    The kernel takes pieces by `take(taken)` until there are none. Any number of threads may call this at once.
+def num_threads() -> int:
+    """Return how many threads a loop uses, for choosing the size of its chunks."""
+    return NUM_THREADS
+
+
+def parallel_for(body: Callable[..., None], *args: Any) -> None:
+    """Run `body(counter, *args)` in `num_threads()` threads, this one among them, until all have returned.
+
+    Any number of threads may call this at once: each call has its own counter, all share one pool of helpers.
+
+    Args:
+        body: a compiled function that works on the chunks numbered `next_chunk(counter)` until there are none left.
+        args: the operands, the same for each thread.
+
+    Raises:
+        Exception: whatever `body` raised in one of the threads.
     """
-    taken = np.zeros(1, np.int64)
-    helpers = [_pool().submit(kernel, taken, *args) for _ in range(threads() - 1)]
-    kernel(taken, *args)
+    counter = np.zeros(1, np.int64)
+    helpers = [_pool().submit(body, counter, *args) for _ in range(num_threads() - 1)]
+    body(counter, *args)
     for helper in helpers:
-        if not helper.cancel():  # one that has not begun has nothing left to do
+        if not helper.cancel():  # one that has not begun would find no chunk left
             helper.result()
 
 
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(max(1, MOST_THREADS - 1), "pallas_kernels")
+    return concurrent.futures.ThreadPoolExecutor(max(1, NUM_THREADS - 1), "pallas_kernels")
 
 
 @intrinsic
-def take(typing, taken):
-    """`take(taken)`: the number of the next piece, in compiled code."""
+def next_chunk(typing, counter):
+    """`next_chunk(counter)`: the number of the next chunk (int64), taken atomically; for compiled code."""
 
     def generate(context, builder, signature, args):
-        counter = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        address = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(taken), generate
+    return types.int64(counter), generate

@@ -1,102 +1,102 @@
-"""Tokens laid out for the row kernels: grouped by expert, in blocks of lanes that share one pass over the
-codewords."""
+"""Tokens laid out for the inner loop: grouped by expert, in blocks of lanes that share one pass over the codewords."""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 
-from pallas_kernels.cpu.codebook_tables import frozen
-from pallas_kernels.cpu.compiled import compiled
-from pallas_kernels.cpu.threads import share, take
+from pallas_kernels.cpu.compiled import compiled, read_only
+from pallas_kernels.cpu.threads import next_chunk, parallel_for
 
-# Zeros behind each block's columns: several codewords are read at a time without a check of the position in
-# between (rows.py), and the tail of the last codeword multiplies zeros.
-SLACK = 512
+# Columns of zeros behind each block: the inner loop reads several codewords without a check of the position in
+# between, and the tail of a row's last codeword multiplies zeros.
+SLACK_COLUMNS = 512
 
 MAX_LANES = 64
-ALONE = 3  # numbers of a column in a block of one token
-ALONE_PLACE = 2  # where the token's number sits among them, the others being zero: see rows.py
+SINGLE_STRIDE = 3  # numbers per column in a block of one token
+SINGLE_OFFSET = 2  # index of the token's number among them, the others being zero; see inner_loop
 
-_COLUMNS = 512  # columns of a piece of copying
-_LINE = 16  # numbers of a cache line: columns transposed at a time, and where lanes begin in memory
-_WORTH_SHARING = 1 << 16  # numbers: copying fewer takes less time than to wake a thread
+_CHUNK_COLUMNS = 512
+_LINE = 16  # numbers of a cache line: columns transposed at a time, and the alignment of lanes in memory
+_WORTH_SHARING = 1 << 16  # numbers: copying fewer takes less time than waking a thread
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Which token sits where.
+class TokenBlocks(NamedTuple):
+    """Assignment of tokens to blocks: a block holds up to 1, 8, 16, 32 or 64 tokens of one expert as its lanes.
 
-    A block holds up to 1, 8, 16, 32 or 64 tokens of one expert, side by side as lanes. Data over blocks is
-    one flat array: a block of `width` columns lies at `first * (width + SLACK)` as [width, lanes], a block of
-    one token as [width, ALONE].
+    Data over blocks is one flat float32 array: a block of `width` columns begins at
+    `first_lane * (width + SLACK_COLUMNS)`, as [width, lanes] or, for one token, as [width, SINGLE_STRIDE].
+
+    It is a NamedTuple, so that compiled code takes it as it is.
 
     Attributes:
-      expert: the expert of each block.
-      lanes: lanes of each block.
-      first: lanes before each block, one token counting as `ALONE`, and at last their number.
-      bound: tokens before each block, and at last their number.
-      token: the tokens, block by block.
+        expert: int32 [block], the expert of each block.
+        lanes: int32 [block], 1, 8, 16, 32 or 64.
+        first_lane: int64 [block + 1], lanes before each block, one token counting as `SINGLE_STRIDE`; their sum.
+        first_token: int64 [block + 1], index in `token` of each block's first one; the number of tokens.
+        token: int64 [token], the rows of the tokens, block by block.
     """
 
-    expert: Int32[np.ndarray, "block"]
-    lanes: Int32[np.ndarray, "block"]
-    first: Int64[np.ndarray, "bound"]
-    bound: Int64[np.ndarray, "bound"]
-    token: Int64[np.ndarray, "t"]
+    expert: Any
+    lanes: Any
+    first_lane: Any
+    first_token: Any
+    token: Any
 
     def empty(self, width: int) -> Float32[np.ndarray, "number"]:
-        """Zeros for data over these blocks; pages never written are never touched."""
-        size = int(self.first[-1]) * (width + SLACK)
-        room = np.zeros(size + _LINE, np.float32)
-        start = -room.ctypes.data // room.itemsize % _LINE
-        return room[start : start + size]
+        """Return zeros for `width` columns over these blocks; pages that are never written take no memory."""
+        size = int(self.first_lane[-1]) * (width + SLACK_COLUMNS)
+        memory = np.zeros(size + _LINE, np.float32)
+        start = -memory.ctypes.data // memory.itemsize % _LINE
+        return memory[start : start + size]
 
-    def spread(self, x: Float32[np.ndarray, "t width"]) -> Float32[np.ndarray, "number"]:
-        """The tokens' rows, laid out in blocks."""
+    def dispatch(self, x: Float32[np.ndarray, "t width"]) -> Float32[np.ndarray, "number"]:
+        """Return the tokens' rows laid out in blocks."""
         data = self.empty(x.shape[1])
-        self._copy(_spread, frozen(x), data)
+        self._copy(_dispatch_chunks, read_only(x), data)
         return data
 
-    def collect(
+    def combine(
         self,
         data: Float32[np.ndarray, "number"],
         scale: Float32[np.ndarray, "t"],
         y: Float32[np.ndarray, "t width"],
     ) -> None:
-        """The reverse of `spread`, into `y`, each token's row times its `scale`."""
-        self._copy(_collect, y, data, frozen(scale))
+        """Write to row t of `y` what the blocks hold of token t, times `scale[t]`; the reverse of `dispatch`."""
+        self._copy(_combine_chunks, y, data, read_only(scale))
 
-    def _copy(self, kernel, rows: Float32[np.ndarray, "t width"], *others: np.ndarray) -> None:
-        where = self.lanes, self.first, self.bound, self.token
+    def _copy(self, body: Any, rows: Float32[np.ndarray, "t width"], *others: np.ndarray) -> None:
         if rows.size < _WORTH_SHARING:
-            kernel(np.zeros(1, np.int64), where, rows, *others)
+            body(np.zeros(1, np.int64), self, rows, *others)
         else:
-            share(kernel, where, rows, *others)
+            parallel_for(body, self, rows, *others)
 
 
-def one_token_each(expert_index: Int32[np.ndarray, "t"]) -> Blocks:
-    """A block for each token."""
+def single_token_blocks(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
+    """Return one block per token, in the order of the tokens."""
     token = np.arange(len(expert_index) + 1)
     lanes = np.ones(len(expert_index), np.int32)
-    return Blocks(expert_index.copy(), lanes, token * ALONE, token, token[:-1])
+    return TokenBlocks(expert_index.copy(), lanes, token * SINGLE_STRIDE, token, token[:-1])
 
 
-def grouped(expert_index: Int32[np.ndarray, "t"]) -> Blocks:
-    """Tokens of one expert share blocks: whole ones of 64 lanes, then the smallest that holds the rest."""
+def expert_blocks(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
+    """Return blocks of each expert's tokens: whole ones of 64 lanes, then the smallest that holds the rest.
+
+    Blocks are in the order of the experts, and the tokens of an expert in their own order.
+    """
     token = np.argsort(expert_index, kind="stable")
-    expert, lanes, first, bound = _plan(expert_index[token])
-    return Blocks(expert, lanes, first, bound, token)
+    expert, lanes, first_lane, first_token = _cut_into_blocks(expert_index[token])
+    return TokenBlocks(expert, lanes, first_lane, first_token, token)
 
 
 @compiled
-def _plan(sorted_index):
-    """(expert, lanes, first, bound) of the blocks."""
+def _cut_into_blocks(sorted_index):
+    """Return (expert, lanes, first_lane, first_token) of the blocks of tokens that are sorted by expert."""
     tokens, blocks = len(sorted_index), 0
     expert, lanes = np.empty(tokens, np.int32), np.empty(tokens, np.int32)
-    first, bound = np.zeros(tokens + 1, np.int64), np.zeros(tokens + 1, np.int64)
+    first_lane, first_token = np.zeros(tokens + 1, np.int64), np.zeros(tokens + 1, np.int64)
     start = 0
     while start < tokens:
         stop = start + 1
@@ -107,46 +107,69 @@ def _plan(sorted_index):
         while block_lanes < count:
             block_lanes *= 2
         expert[blocks], lanes[blocks] = sorted_index[start], block_lanes
-        begin = min(block_lanes, _LINE)  # a load of lanes that crosses cache lines takes twice as long
-        first[blocks] += -first[blocks] % begin
-        first[blocks + 1] = first[blocks] + max(block_lanes, ALONE)
-        bound[blocks + 1] = stop
+        alignment = min(block_lanes, _LINE)  # a load of lanes that crosses cache lines takes twice as long
+        first_lane[blocks] += -first_lane[blocks] % alignment
+        first_lane[blocks + 1] = first_lane[blocks] + max(block_lanes, SINGLE_STRIDE)
+        first_token[blocks + 1] = stop
         blocks, start = blocks + 1, stop
-    return expert[:blocks], lanes[:blocks], first[: blocks + 1], bound[: blocks + 1]
+    return expert[:blocks], lanes[:blocks], first_lane[: blocks + 1], first_token[: blocks + 1]
+
+
+class _Chunk(NamedTuple):
+    """Some columns of a block: column c of the token at `first_token + i` is `data[start + c * stride + i]`."""
+
+    first_token: int
+    stop_token: int
+    start: int
+    stride: int
+    first_column: int
+    stop_column: int
 
 
 @compiled
-def _piece(number, where, width):
-    """(block, its tokens, where its data begin, numbers of a column, the first one's place, columns) of a piece."""
-    lanes, first, bound, _ = where
-    pieces = -(-width // _COLUMNS)
-    block, left = number // pieces, number % pieces * _COLUMNS
-    size, place = (lanes[block], 0) if lanes[block] > 1 else (ALONE, ALONE_PLACE)
-    tokens = bound[block], bound[block + 1]
-    return tokens, first[block] * (width + SLACK) + place, size, (left, min(left + _COLUMNS, width))
+def _num_chunks(blocks, width):
+    return len(blocks.lanes) * -(-width // _CHUNK_COLUMNS)
 
 
 @compiled
-def _spread(taken, where, x, data):
-    width, token = x.shape[1], where[3]
-    number = take(taken)
-    while number < len(where[0]) * -(-width // _COLUMNS):
-        tokens, start, size, columns = _piece(number, where, width)
-        for left in range(columns[0], columns[1], _LINE):
-            for i in range(tokens[0], tokens[1]):
-                for column in range(left, min(left + _LINE, columns[1])):
-                    data[start + column * size + i - tokens[0]] = x[token[i], column]
-        number = take(taken)
+def _chunk(blocks, width, number):
+    chunks = -(-width // _CHUNK_COLUMNS)
+    block, column = number // chunks, number % chunks * _CHUNK_COLUMNS
+    lanes = blocks.lanes[block]
+    stride, offset = (lanes, 0) if lanes > 1 else (SINGLE_STRIDE, SINGLE_OFFSET)
+    return _Chunk(
+        blocks.first_token[block],
+        blocks.first_token[block + 1],
+        blocks.first_lane[block] * (width + SLACK_COLUMNS) + offset,
+        stride,
+        column,
+        min(column + _CHUNK_COLUMNS, width),
+    )
 
 
 @compiled
-def _collect(taken, where, y, data, scale):
-    width, token = y.shape[1], where[3]
-    number = take(taken)
-    while number < len(where[0]) * -(-width // _COLUMNS):
-        tokens, start, size, columns = _piece(number, where, width)
-        for left in range(columns[0], columns[1], _LINE):
-            for i in range(tokens[0], tokens[1]):
-                for column in range(left, min(left + _LINE, columns[1])):
-                    y[token[i], column] = scale[token[i]] * data[start + column * size + i - tokens[0]]
-        number = take(taken)
+def _dispatch_chunks(counter, blocks, x, data):
+    width, token = x.shape[1], blocks.token
+    number = next_chunk(counter)
+    while number < _num_chunks(blocks, width):
+        chunk = _chunk(blocks, width, number)
+        for line in range(chunk.first_column, chunk.stop_column, _LINE):
+            for i in range(chunk.stop_token - chunk.first_token):
+                row, start = token[chunk.first_token + i], chunk.start + i
+                for column in range(line, min(line + _LINE, chunk.stop_column)):
+                    data[start + column * chunk.stride] = x[row, column]
+        number = next_chunk(counter)
+
+
+@compiled
+def _combine_chunks(counter, blocks, y, data, scale):
+    width, token = y.shape[1], blocks.token
+    number = next_chunk(counter)
+    while number < _num_chunks(blocks, width):
+        chunk = _chunk(blocks, width, number)
+        for line in range(chunk.first_column, chunk.stop_column, _LINE):
+            for i in range(chunk.stop_token - chunk.first_token):
+                row, start = token[chunk.first_token + i], chunk.start + i
+                for column in range(line, min(line + _LINE, chunk.stop_column)):
+                    y[row, column] = scale[row] * data[start + column * chunk.stride]
+        number = next_chunk(counter)

@@ -1,51 +1,56 @@
-"""Rows of codewords as dense rows."""
+"""Packed matrices written out as dense ones."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float32
 
-from pallas_kernels.cpu.codebook_tables import entry_of, field_of, length_of, open_row, stream
-from pallas_kernels.cpu.compiled import compiled
-from pallas_kernels.cpu.threads import share, take
+from pallas_kernels.cpu.compiled import as_index, compiled
+from pallas_kernels.cpu.packed_view import (
+    LANES_STEP,
+    codeword_length,
+    entry_word,
+    open_row,
+    slot_field,
+    view_packed,
+)
+from pallas_kernels.cpu.threads import next_chunk, parallel_for
 from pallas_kernels.operands import PackedMatrix
 
-_ROWS = 32  # of a piece
-
-_index = np.uintp
+_CHUNK_ROWS = 32
 
 
-def dense(packed: PackedMatrix, y: Float32[np.ndarray, "expert out in"]) -> None:
-    """Writes the matrices into `y`."""
-    share(_dense, stream(packed), y)
+def unpack_rows(packed: PackedMatrix, y: Float32[np.ndarray, "expert out in"]) -> None:
+    """Write the matrices of NumPy arrays into `y`, rows in parallel; without scratch memory, from any thread."""
+    parallel_for(_unpack_chunks, view_packed(packed), y)
 
 
 @compiled
-def _dense(taken, matrix, y):
+def _unpack_chunks(counter, matrix, y):
     rows = y.shape[1]
-    pieces = -(-rows // _ROWS)
-    number = take(taken)
-    while number < y.shape[0] * pieces:
-        expert, first = number // pieces, number % pieces * _ROWS
-        for row in range(first, min(first + _ROWS, rows)):
-            _write_row(matrix, expert, row, y[expert, row])
-        number = take(taken)
+    chunks = -(-rows // _CHUNK_ROWS)
+    chunk = next_chunk(counter)
+    while chunk < y.shape[0] * chunks:
+        expert, first = chunk // chunks, chunk % chunks * _CHUNK_ROWS
+        for row in range(first, min(first + _CHUNK_ROWS, rows)):
+            _unpack_row(matrix, expert, row, y[expert, row])
+        chunk = next_chunk(counter)
 
 
 @compiled
-def _write_row(matrix, expert, row, y):
-    bits = np.zeros(4, np.uint32)
-    level = bits.view(np.float32)
-    start, stop = open_row(matrix, expert, row, bits)
-    at, y[:] = _index(0), 0
+def _unpack_row(matrix, expert, row, y):
+    level_bits = np.zeros(4, np.uint32)
+    level = level_bits.view(np.float32)
+    start, stop = open_row(matrix, expert, row, level_bits)
+    begin, y[:] = as_index(0), 0
     for i in range(start, stop):
-        code, length = matrix.codes[expert, i], _index(0)
-        for word in range(matrix.words.ndim):
-            entry = entry_of(matrix, matrix.entries, code, word)
-            length = length_of(matrix, entry)
+        code, length = matrix.codes[expert, i], as_index(0)
+        for w in range(matrix.words.ndim):
+            word = entry_word(matrix, matrix.lane_entries, code, w)
+            length = codeword_length(matrix, word)
             for slot in range(matrix.slots.ndim):
-                place = field_of(matrix, entry, slot)
-                column, digit = at + (place >> _index(2)), place & _index(3)
+                field = slot_field(matrix, word, slot)
+                column, digit = begin + field // as_index(LANES_STEP), field % as_index(LANES_STEP)
                 if digit != 0 and column < len(y):
                     y[column] = level[digit]
-        at = min(at + length, _index(len(y)))
+        begin = min(begin + length, as_index(len(y)))

@@ -1,3 +1,3 @@
-"""Few tokens times a dense matrix that is kept in bfloat16."""
+"""A few tokens times a dense matrix kept in bfloat16."""
 
 from pallas_kernels.dense_matmul.op import dense_matmul as dense_matmul

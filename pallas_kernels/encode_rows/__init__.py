@@ -1,4 +1,4 @@
-"""Ternary digits as codewords."""
+"""Encode ternary digits as codewords."""
 
 from pallas_kernels.encode_rows.op import encode_rows as encode_rows
 from pallas_kernels.encode_rows.operands import EncodedRows as EncodedRows

@@ -1,4 +1,4 @@
-"""numba on a CPU: `walk` for each expert."""
+"""numba on a CPU: the walk of `walk.py` for each expert."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jaxtyping import Array, UInt8
 
 from pallas_kernels.cpu.ffi import HostFunction
 from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
-from pallas_kernels.encode_rows.walk import walk
+from pallas_kernels.encode_rows.walk import encode_matrix
 
 
-def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
-    """See `encode_rows`."""
-    experts, rows, _ = digits.shape
+def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable) -> EncodedRows:
+    """See `pallas_kernels.encode_rows`."""
+    experts, rows, width = digits.shape
     _compile(np.dtype(table.code.dtype), table.symbol_digits)
     results = (
-        jax.ShapeDtypeStruct((experts, capacity), table.code.dtype),
+        jax.ShapeDtypeStruct((experts, rows * table.symbols(width)), table.code.dtype),
         jax.ShapeDtypeStruct((experts, rows + 1), jnp.int32),
     )
     arrays = table.follow, table.code, table.last_code
@@ -38,15 +38,13 @@ def _encode_on_host(
     symbol_digits: int,
 ) -> None:
     table = EncodeTable(follow, code, last_code, symbol_digits)
-    for expert, matrix in enumerate(digits):
-        known = matrix if matrix.max() <= 2 else np.minimum(matrix, 2)
-        found, row_offsets[expert] = walk(known, table, codes.shape[1])
-        codes[expert, : len(found)] = found
-        codes[expert, len(found) :] = 0
+    for matrix, matrix_codes, offsets in zip(digits, codes, row_offsets, strict=True):
+        encode_matrix(matrix if matrix.max() <= 2 else np.minimum(matrix, 2), table, matrix_codes, offsets)
 
 
 @functools.lru_cache
 def _compile(code: np.dtype, symbol_digits: int) -> None:
-    """Compiles `walk` while tracing, so that no step waits for it; numba caches it on disk for later runs."""
+    """Compile the walk while tracing, so that no step waits for it; numba caches it on disk for later runs."""
     follow, codes = np.zeros((1, 3**symbol_digits), np.int32), np.zeros(1, code)
-    walk(np.zeros((1, 1), np.uint8), EncodeTable(follow, codes, codes, symbol_digits))
+    table = EncodeTable(follow, codes, codes, symbol_digits)
+    encode_matrix(np.zeros((1, 1), np.uint8), table, np.zeros(1, code), np.zeros(2, np.int32))

@@ -26,18 +26,18 @@ ROWS = 32 * WARPS  # of a program: one a thread
 def encode_rows(
     digits: UInt8[Array, "expert row width"],
     table: EncodeTable,
-    capacity: int,
     *,
     interpret: bool = False,
 ) -> EncodedRows:
-    """See `encode_rows`.
+    """See `pallas_kernels.encode_rows`.
 
     Raises:
-      NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads
-        as signed.
+        NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads
+            as signed.
     """
     experts, rows, _ = digits.shape
     symbols = symbols_of(digits, table)
+    capacity = rows * symbols.shape[1]
     code, last_code = jnp.asarray(table.code), jnp.asarray(table.last_code)
     for name, size in (("digits", symbols.size), ("codes", experts * capacity * code.dtype.itemsize)):
         if 2**31 < size <= 2**32:
@@ -63,7 +63,7 @@ def encode_rows(
         out_shape=jax.ShapeDtypeStruct((experts, capacity + 1), code.dtype),
         name="encode_rows_write",
     )(*operands, code, last_code, row_offsets)
-    written = jnp.arange(capacity) < row_offsets[:, -1:]
+    written = jnp.arange(capacity)[None] < row_offsets[:, -1:]
     return EncodedRows(jnp.where(written, codes[:, :-1], 0), row_offsets)
 
 
@@ -77,13 +77,13 @@ def _count_kernel(symbols: Any, follow: Any, counts: Any, *, fanout: int) -> Non
 def _write_kernel(
     symbols: Any, follow: Any, code: Any, last_code: Any, row_offsets: Any, codes: Any, *, fanout: int
 ) -> None:
-    """The last place of `codes` is for what has none, so that no two threads ever name the same one."""
+    """Write the codes; the last place of `codes` is for rows that do not exist: no two threads name the same one."""
     expert, rows, live = _rows(symbols)
     nowhere = codes.shape[1] - 1
 
     def write(words: Any, node: Array, place: Array, ended: Array) -> None:
         code = plt.load(words.at[node], mask=ended, other=0)
-        plt.store(codes.at[expert, jnp.minimum(place, nowhere)], code, mask=ended)
+        plt.store(codes.at[expert, place], code, mask=ended)
 
     start = plt.load(row_offsets.at[expert, rows], mask=live, other=nowhere)
     node, place = _walk(symbols, follow, start, functools.partial(write, code), fanout=fanout)
@@ -91,15 +91,15 @@ def _write_kernel(
 
 
 def _rows(symbols: Any) -> tuple[Any, Array, Array]:
-    """(expert, rows of this program, whether they exist)."""
+    """Return (expert, rows of this program, true for the rows that exist)."""
     rows = pl.program_id(0) * ROWS + jnp.arange(ROWS)
     return pl.program_id(1), rows, rows < symbols.shape[2]
 
 
 def _walk(symbols: Any, follow: Any, place: Array, visit: Any, *, fanout: int) -> tuple[Array, Array]:
-    """The last node of each row and the place of its codeword, counted on from `place`.
+    """Return the last node of each row and the place of its codeword, counted on from `place`.
 
-    `visit(node, place, ended)` is told of every step.
+    `visit(node, place, ended)` is called at every step.
     """
     expert, rows, live = _rows(symbols)
 

@@ -10,8 +10,8 @@ from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
 from pallas_kernels.encode_rows.symbols import offsets_of, symbols_of
 
 
-def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable, capacity: int) -> EncodedRows:
-    """See `encode_rows`."""
+def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable) -> EncodedRows:
+    """See `pallas_kernels.encode_rows`."""
     follow, code, last_code = map(jnp.asarray, (table.follow, table.code, table.last_code))
 
     def step(node: Array, symbol: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -25,7 +25,8 @@ def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable, ca
     ends = jnp.concatenate([ends, jnp.ones((1, *node.shape), bool)])
     rank = jnp.cumsum(ends, axis=0, dtype=jnp.int32)  # of a codeword in its row, from 1
     row_offsets = offsets_of(rank[-1])
-    place = jnp.where(ends, row_offsets[:, :-1] + rank - 1, capacity)
+    capacity = symbols.shape[0] * digits.shape[1]
+    place = jnp.where(ends, row_offsets[None, :, :-1] + rank - 1, capacity)
     empty = jnp.zeros((digits.shape[0], capacity), code.dtype)
     put = jax.vmap(lambda row, place, codes: row.at[place].set(codes, mode="drop"), in_axes=(0, 1, 1))
     return EncodedRows(put(empty, place, codes), row_offsets)

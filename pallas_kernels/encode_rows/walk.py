@@ -6,90 +6,88 @@ and nothing branches on where a codeword ends: the code is always written, and w
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from jaxtyping import Int32, UInt8, UInt16
 
-from pallas_kernels.cpu.compiled import compiled, parallel
-from pallas_kernels.encode_rows.operands import AnyArray, EncodeTable
+from pallas_kernels.cpu.compiled import as_index, compiled, read_only
+from pallas_kernels.cpu.threads import next_chunk, parallel_for
+from pallas_kernels.encode_rows.operands import EncodeTable
 
 _ROWS = 8  # walked in turn by one thread: enough for the loads' latency
-_index = np.uintp  # unsigned: numba checks signed indices for counting from the end
+_JOINED_ROWS = 64  # copied by one thread at a time
 
 Codes = UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
 
 
-def walk(
-    digits: UInt8[np.ndarray, "row width"], table: EncodeTable, most: int | None = None
-) -> tuple[Codes, Int32[np.ndarray, "bound"]]:
-    """(codes, row offsets) of a matrix, of the codes the first `most`. Takes a code a symbol of scratch memory.
+def encode_matrix(
+    digits: UInt8[np.ndarray, "row width"],
+    table: EncodeTable,
+    codes: Codes,
+    row_offsets: Int32[np.ndarray, "bound"],
+) -> None:
+    """Write the codes of a matrix, zeros behind them, and its row offsets. Takes a code per symbol of scratch memory.
 
-    The digits are known to be 0, 1 or 2: they lead through the table unchecked. Its arrays are NumPy's, anywhere
-    in memory.
-
-    Raises:
-      ValueError: more codewords than an int32 counts.
+    The digits are known to be 0, 1 or 2: they lead through the table unchecked. `codes` has room for a code per
+    symbol. All arrays are NumPy's.
     """
     rows, width = digits.shape
-    follow, code, last_code = map(_read_only, (table.follow, table.code, table.last_code))
+    follow, code, last_code = map(read_only, (table.follow, table.code, table.last_code))
     scratch, counts = np.empty((rows, table.symbols(width)), code.dtype), np.zeros(rows, np.int64)
     # Its number of dimensions is compiled in, and with it the loop over a symbol's digits.
     symbol = np.empty((0,) * table.symbol_digits, np.uint8)
-    _encode_rows(_read_only(digits), (follow.reshape(-1), code, last_code), symbol, scratch, counts)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"{digits.shape} digits take {offsets[-1]} codewords: more than an int32 counts")
-    codes = np.empty(offsets[-1] if most is None else min(most, offsets[-1]), code.dtype)
-    _join_rows(scratch, offsets, codes)
-    return codes, offsets.astype(np.int32)
-
-
-def _read_only(array: AnyArray) -> np.ndarray:
-    """Contiguous and read-only, as XLA's arrays are, so that one compiled version serves everybody."""
-    view = np.ascontiguousarray(array).view()
-    view.flags.writeable = False
-    return view
+    tables = follow.reshape(-1), code, last_code
+    parallel_for(_encode_rows, read_only(digits), tables, symbol, scratch, counts)
+    row_offsets[0] = 0
+    np.cumsum(counts, dtype=np.int32, out=row_offsets[1:])
+    parallel_for(_join_rows, scratch, row_offsets, codes)
+    codes[row_offsets[-1] :] = 0
 
 
 @compiled
 def _symbol_at(row, place, symbol):
-    """The digits from `place` on as one symbol; zeros follow a row."""
-    value, weight = _index(0), _index(1)
+    """Return the digits from `place` on as one symbol; zeros follow a row."""
+    value, weight = as_index(0), as_index(1)
     for j in range(symbol.ndim):
-        if place + _index(j) < _index(len(row)):
-            value += weight * _index(row[place + _index(j)])
-        weight *= _index(3)
+        if place + as_index(j) < as_index(len(row)):
+            value += weight * as_index(row[place + as_index(j)])
+        weight *= as_index(3)
     return value
 
 
 @compiled
 def _encode_some(digits, span, tables, symbol, scratch, counts):
     follow, code, last_code = tables
-    step, fanout = _index(symbol.ndim), _index(3**symbol.ndim)
+    step, fanout = as_index(symbol.ndim), as_index(3**symbol.ndim)
     nodes = np.zeros(_ROWS, np.int32)
     for i in range(scratch.shape[1]):
         for k in range(span[0], span[1]):
-            row, node = _index(k), _index(nodes[_index(k - span[0])])
-            reached = follow[node * fanout + _symbol_at(digits[row], _index(i) * step, symbol)]
-            scratch[row, _index(counts[row])] = code[node]
+            row, node = as_index(k), as_index(nodes[as_index(k - span[0])])
+            reached = follow[node * fanout + _symbol_at(digits[row], as_index(i) * step, symbol)]
+            scratch[row, as_index(counts[row])] = code[node]
             counts[row] += np.int64(reached < 0)
-            nodes[_index(k - span[0])] = reached ^ (reached >> 31)  # ~reached where negative
+            nodes[as_index(k - span[0])] = reached ^ (reached >> 31)  # ~reached where negative
     for k in range(span[0], span[1]):
         scratch[k, counts[k]] = last_code[nodes[k - span[0]]]
         counts[k] += 1
 
 
-@parallel
-def _encode_rows(digits, tables, symbol, scratch, counts):
+@compiled
+def _encode_rows(counter, digits, tables, symbol, scratch, counts):
     rows = len(digits)
-    for group in numba.prange((rows + _ROWS - 1) // _ROWS):
-        first = group * _ROWS
+    chunk = next_chunk(counter)
+    while chunk * _ROWS < rows:
+        first = chunk * _ROWS
         _encode_some(digits, (first, min(first + _ROWS, rows)), tables, symbol, scratch, counts)
+        chunk = next_chunk(counter)
 
 
-@parallel
-def _join_rows(scratch, offsets, codes):
-    for row in numba.prange(len(offsets) - 1):
-        start = offsets[row]
-        for i in range(min(offsets[row + 1], len(codes)) - start):
-            codes[start + i] = scratch[row, i]
+@compiled
+def _join_rows(counter, scratch, offsets, codes):
+    rows = len(offsets) - 1
+    chunk = next_chunk(counter)
+    while chunk * _JOINED_ROWS < rows:
+        for row in range(chunk * _JOINED_ROWS, min((chunk + 1) * _JOINED_ROWS, rows)):
+            start = offsets[row]
+            for i in range(min(offsets[row + 1], len(codes)) - start):
+                codes[start + i] = scratch[row, i]
+        chunk = next_chunk(counter)

@@ -1,3 +1,3 @@
-"""Tokens grouped by expert, so that they share the decoding: many tokens an expert."""
+"""Packed experts times tokens: the one product, which decodes codewords while it multiplies."""
 
 from pallas_kernels.matmul.op import packed_matmul as packed_matmul

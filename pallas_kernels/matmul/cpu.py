@@ -1,4 +1,4 @@
-"""The numba kernel on a CPU: tokens of one expert share a pass over its codewords."""
+"""The product on a CPU, by the numba kernel."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from pallas_kernels.operands import PackedMatrix
 def packed_matmul(
     packed: PackedMatrix, x: Float[Array, "t in"], expert_index: Int32[Array, "t"]
 ) -> Float[Array, "t out"]:
-    """See `packed_matmul`."""
+    """Multiply as `pallas_kernels.packed_matmul` does; tokens of one expert share a pass over its codewords."""
     return multiply(packed, x, expert_index, group=True)

@@ -1,77 +1,94 @@
-"""The ways that tokens go through packed products on a GPU, each with a layout of its own for the activations.
+"""The Pallas product: a route for each load, with its own layout of the activations.
 
-Few tokens an expert: each decodes for itself (`Separate`). Some: blocks of 8 to 32 share the decoding (`Gathered`).
-Many: tensor cores on decoded rows (`Dense`). Activations stay in a route's layout from one product to the next.
+With few tokens per expert, each token decodes its expert (`Separate`); with some, blocks of 8 to 32 tokens share the
+decoding (`Gathered`); with many, tensor cores multiply decoded rows (`Dense`). Activations stay in the route's layout
+from one product to the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+import functools
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tuning
-from pallas_kernels.epilogue import Epilogue
-from pallas_kernels.grouping import TokenBlocks, group_tokens
-from pallas_kernels.matmul import gather, tensor_core
-from pallas_kernels.matvec import pallas as separate
+from pallas_kernels.matmul.epilogue import Epilogue
+from pallas_kernels.matmul.grouping import TokenBlocks, group_tokens
+from pallas_kernels.matmul.pallas import gather, separate, tensor_core
 from pallas_kernels.operands import PackedMatrix
+
+C = TypeVar("C", bound=tuning.Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteConfig(tuning.Config):
+    """Tokens per expert, on average, from which tokens are gathered in blocks, and from which products are dense."""
+
+    kind: ClassVar[str] = "route"
+
+    gather_from: int
+    dense_from: int
+
+    @classmethod
+    def heuristic(cls, problem: tuning.Problem) -> RouteConfig:
+        """Return crossovers from counted instructions and bytes, for an H100. Not measured."""
+        del problem
+        return cls(gather_from=2, dense_from=64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """Explicit choices in place of the tuning tables'; None: theirs."""
+    """Configurations to use in place of the tuned ones; None: the tuned one."""
 
-    route: tuning.RouteConfig | None = None
-    matvec: tuning.MatvecConfig | None = None
-    gather: tuning.GatherConfig | None = None
-    tensor_core: tuning.TensorCoreConfig | None = None
+    route: RouteConfig | None = None
+    separate: separate.Config | None = None
+    gather: gather.Config | None = None
+    tensor_core: tensor_core.Config | None = None
 
 
 @runtime_checkable
 class Route(Protocol):
-    """A layout, and products in it."""
+    """A layout of activations, and products in it."""
 
     def enter(self, x: Float[Array, "t width"]) -> Array:
-        """Activations in the route's layout."""
+        """Return activations in the route's layout."""
 
     def enter_scale(self, scale: Float[Array, "t"]) -> Array:
-        """Factors of the tokens, for an epilogue."""
+        """Return factors of the tokens in the layout of an epilogue's scale."""
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
-        """From layout to layout, in `dtype`."""
+        """Multiply activations in the layout; the result is in the layout too, in `dtype`."""
 
     def leave(self, y: Array) -> Float[Array, "t width"]:
-        """The reverse of `enter`."""
+        """Reverse `enter`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Separate:
-    """[t, width]: a token decodes its expert's rows for itself."""
+    """[t, width]: each token decodes the rows of its expert."""
 
     expert: Int32[Array, "t"]
-    overrides: Overrides
+    config: separate.Config | None
     interpret: bool
 
     def enter(self, x: Array) -> Array:
-        """As it is."""
+        """Return `x`."""
         return x
 
     def enter_scale(self, scale: Array) -> Array:
-        """As it is."""
+        """Return `scale`."""
         return scale
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
-        """The matvec kernel."""
-        config = self.overrides.matvec
-        return separate.product(
-            packed, x, self.expert, epilogue, dtype, config=config, interpret=self.interpret
-        )
+        """Run the `separate` kernel."""
+        run = functools.partial(separate.product, config=self.config, interpret=self.interpret)
+        return run(packed, x, self.expert, epilogue, dtype)
 
     def leave(self, y: Array) -> Array:
-        """As it is."""
+        """Return `y`."""
         return y
 
 
@@ -80,52 +97,50 @@ class Gathered:
     """[block, width, lanes]: the tokens of a block side by side, so that a nonzero loads them all at once."""
 
     blocks: TokenBlocks
-    config: tuning.GatherConfig
+    config: gather.Config
     interpret: bool
 
     def enter(self, x: Array) -> Array:
-        """Tokens in their blocks, transposed."""
+        """Place tokens in their blocks, transposed."""
         return self.blocks.spread(x).transpose(0, 2, 1)
 
     def enter_scale(self, scale: Array) -> Array:
-        """[block, lanes]."""
+        """Return [block, lanes]."""
         return self.blocks.spread(scale)
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
-        """The gather kernel."""
-        return gather.product(
-            packed, x, self.blocks.expert, epilogue, dtype, config=self.config, interpret=self.interpret
-        )
+        """Run the `gather` kernel."""
+        run = functools.partial(gather.product, config=self.config, interpret=self.interpret)
+        return run(packed, x, self.blocks.expert, epilogue, dtype)
 
     def leave(self, y: Array) -> Array:
-        """Tokens out of their blocks."""
+        """Take tokens out of their blocks."""
         return self.blocks.collect(y.transpose(0, 2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """[block, lanes, width]: rows decoded to dense tiles, multiplied on tensor cores."""
+    """[block, lanes, width]: rows are decoded to dense tiles and multiplied on tensor cores."""
 
     blocks: TokenBlocks
-    config: tuning.TensorCoreConfig
+    config: tensor_core.Config
     interpret: bool
 
     def enter(self, x: Array) -> Array:
-        """Tokens in their blocks."""
+        """Place tokens in their blocks."""
         return self.blocks.spread(x)
 
     def enter_scale(self, scale: Array) -> Array:
-        """[block, lanes]."""
+        """Return [block, lanes]."""
         return self.blocks.spread(scale)
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
-        """The tensor-core kernel."""
-        return tensor_core.product(
-            packed, x, self.blocks, epilogue, dtype, config=self.config, interpret=self.interpret
-        )
+        """Run the `tensor_core` kernel."""
+        run = functools.partial(tensor_core.product, config=self.config, interpret=self.interpret)
+        return run(packed, x, self.blocks, epilogue, dtype)
 
     def leave(self, y: Array) -> Array:
-        """Tokens out of their blocks."""
+        """Take tokens out of their blocks."""
         return self.blocks.collect(y)
 
 
@@ -133,20 +148,37 @@ def route_for(
     packed: PackedMatrix,
     dtype: Any,
     expert_index: Int32[Array, "t"],
-    overrides: Overrides = Overrides(),
+    overrides: Overrides | None = None,
     *,
     interpret: bool = False,
 ) -> Route:
-    """The way for these tokens by their number an expert, on average; `packed` is the first matrix they meet."""
+    """Return the route for these tokens, by their number per expert; `packed` is the first matrix they meet."""
+    overrides = overrides or Overrides()
     expert = jnp.clip(expert_index, 0, packed.num_experts - 1)
     tokens = expert.shape[0]
-    problem = lambda kind: tuning.Problem.of(kind, packed, dtype, tokens)
-    crossover = tuning.choose(problem("route"), overrides.route)
-    share = tokens / packed.num_experts
-    if tokens == 0 or share < crossover.gather_from:
-        return Separate(expert, overrides, interpret)
-    if share < crossover.dense_from:
-        gathered = tuning.choose(problem("gather"), overrides.gather)
+
+    def chosen(config: type[C], explicit: C | None) -> C:
+        return tuning.choose(config, tuning.Problem.of(config.kind, packed, dtype, tokens), explicit)
+
+    crossover = chosen(RouteConfig, overrides.route)
+    tokens_per_expert = tokens / packed.num_experts
+    if tokens == 0 or tokens_per_expert < crossover.gather_from:
+        return Separate(expert, overrides.separate, interpret)
+    if tokens_per_expert < crossover.dense_from:
+        gathered = chosen(gather.Config, overrides.gather)
         return Gathered(group_tokens(expert, packed.num_experts, gathered.lanes), gathered, interpret)
-    dense = tuning.choose(problem("tensor_core"), overrides.tensor_core)
+    dense = chosen(tensor_core.Config, overrides.tensor_core)
     return Dense(group_tokens(expert, packed.num_experts, dense.lanes), dense, interpret)
+
+
+def packed_matmul(
+    packed: PackedMatrix,
+    x: Float[Array, "t in"],
+    expert_index: Int32[Array, "t"],
+    *,
+    overrides: Overrides | None = None,
+    interpret: bool = False,
+) -> Float[Array, "t out"]:
+    """Multiply as `pallas_kernels.packed_matmul` does; `overrides` replace tuned configurations."""
+    route = route_for(packed, x.dtype, expert_index, overrides, interpret=interpret)
+    return route.leave(route.product(packed, route.enter(x), Epilogue(), x.dtype))

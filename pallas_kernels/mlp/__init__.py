@@ -1,3 +1,3 @@
-"""An expert as a whole: wi, the activation, wo, the router's probability."""
+"""A whole expert: wi, the activation, wo and the router probability."""
 
 from pallas_kernels.mlp.op import packed_mlp as packed_mlp

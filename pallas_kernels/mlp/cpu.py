@@ -1,4 +1,4 @@
-"""The numba kernel on a CPU: both products in one call, the activations never leave the token blocks."""
+"""An expert on a CPU by the numba kernels: one host call, in which activations stay in the blocks of tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.cpu.ffi import HostFunction
 from pallas_kernels.cpu.mlp import expert_mlp
-from pallas_kernels.cpu.operands import NUM_ARRAYS, arrays_of, integers_of, rebuilt
-from pallas_kernels.cpu.product import compile_for
+from pallas_kernels.cpu.packed_arguments import NUM_ARRAYS, packed_arrays, packed_from, packed_integers
+from pallas_kernels.cpu.packed_product import precompile
 from pallas_kernels.operands import PackedMatrix
 
 _NAMES = ("wi", "gate")
@@ -27,13 +27,13 @@ def packed_mlp(
     *,
     activation: str,
 ) -> Float[Array, "t d_model"]:
-    """See `packed_mlp`."""
-    arrays, integers = list(arrays_of(wo)), integers_of(wo, "wo")
+    """Compute `pallas_kernels.packed_mlp`; activations between two products are float32."""
+    arrays, integers = list(packed_arrays(wo)), packed_integers(wo, "wo")
     for name, matrix in zip(_NAMES, wi, strict=False):
-        arrays += arrays_of(matrix)
-        integers |= integers_of(matrix, name)
+        arrays += packed_arrays(matrix)
+        integers |= packed_integers(matrix, name)
     for matrix in (*wi, wo):
-        compile_for(matrix)
+        precompile(matrix)
     expert = jnp.clip(expert_index, 0, wo.num_experts - 1)
     result = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     operands = (*arrays, x.astype(jnp.float32), expert, scale)
@@ -44,7 +44,7 @@ def packed_mlp(
 def _mlp_on_host(*operands: np.ndarray, activation: str, **integers: Any) -> None:
     *arrays, x, expert, scale, y = operands
     matrices = [
-        rebuilt(arrays[i * NUM_ARRAYS :][:NUM_ARRAYS], integers, name)
+        packed_from(arrays[i * NUM_ARRAYS :][:NUM_ARRAYS], integers, name)
         for i, name in enumerate(("wo", *_NAMES)[: len(arrays) // NUM_ARRAYS])
     ]
     wo, *wi = matrices

@@ -1,11 +1,11 @@
-"""The Pallas kernels, with the activation, the gate and the router's probability in their epilogues."""
+"""An expert by the Pallas kernels, with activation, gate and router probability in their epilogues."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.epilogue import Epilogue
+from pallas_kernels.matmul.epilogue import Epilogue
 from pallas_kernels.matmul.routes import Overrides, route_for
 from pallas_kernels.operands import PackedMatrix
 
@@ -18,12 +18,12 @@ def packed_mlp(
     scale: Float[Array, "t"],
     *,
     activation: str,
-    overrides: Overrides = Overrides(),  # noqa: B008 (frozen)
+    overrides: Overrides | None = None,
     interpret: bool = False,
 ) -> Float[Array, "t d_model"]:
-    """See `packed_mlp`; `overrides` replace what the tuning tables say.
+    """Compute `pallas_kernels.packed_mlp`; `overrides` replace tuned configurations.
 
-    Tokens are grouped once for all products. What lies between two products is float32, even where `x` is not.
+    Tokens are grouped once for all products. Activations between two products are float32, even where `x` is not.
     """
     route = route_for(wi[0], x.dtype, expert_index, overrides, interpret=interpret)
     tokens = route.enter(x)

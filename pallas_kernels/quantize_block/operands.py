@@ -1,21 +1,37 @@
-"""What a rounded block is."""
+"""The grid that a block is quantized on, and the quantized block."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, UInt8
 
 Columns = Float[Array, "column out"]
+Levels = tuple[Float[Array, "*#shape"], Float[Array, "*#shape"]]
+
+
+@runtime_checkable
+class BlockGrid(Protocol):
+    """A pytree of float32 scalars with the two functions below, elementwise, in operations that Triton has."""
+
+    def digit(
+        self, target: Float[Array, "*shape"], levels: Levels, curvature: Float[Array, ""]
+    ) -> UInt8[Array, "*shape"]:
+        """Return the digit of each target; `curvature` is the cost of a squared deviation."""
+        ...
+
+    def value(self, digit: UInt8[Array, "*shape"], levels: Levels) -> Float[Array, "*shape"]:
+        """Return the value of each digit."""
+        ...
 
 
 class RoundedBlock(NamedTuple):
-    """A block of columns after rounding, transposed as it came.
+    """A block of quantized columns, transposed like the weights.
 
     Attributes:
-      digits: see `Rounding`.
-      deviation: the weights less their values.
-      error: curvature * (target - value)**2 of each row, summed over the columns.
+        digits: those of the grid.
+        deviation: the weights less their values.
+        error: curvature * (target - value)**2 of each row, summed over the columns.
     """
 
     digits: UInt8[Array, "*expert column out"]

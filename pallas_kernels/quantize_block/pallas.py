@@ -1,7 +1,8 @@
 """Pallas on a GPU: a thread takes a row through all columns of the block; threads share nothing.
 
-A panel's pulls stay in registers, its columns unrolled; the deviations of earlier panels are read back from the
-output, by the thread that wrote them (one row a thread leaves no other way to lay them out), so there is no barrier.
+The feedback of a panel stays in registers, its columns unrolled; the deviations of earlier panels are read back from
+the output by the thread that wrote them (one row per thread leaves no other way to lay them out), so there is no
+barrier.
 """
 
 from __future__ import annotations
@@ -17,29 +18,28 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import triton_parameters
-from pallas_kernels.quantize_block.operands import Columns, RoundedBlock
-from pallas_kernels.quantize_block.rounding import Rounding
+from pallas_kernels.quantize_block.operands import BlockGrid, Columns, RoundedBlock
 from pallas_kernels.tiles import multiply_add
 
 WARPS = 4
-ROWS = 32 * WARPS  # of a program: one a thread
+ROWS = 32 * WARPS  # of a program: one per thread
 PANEL = 16  # columns unrolled: twice as many take minutes to compile
 
 
 def quantize_block(
     w: Columns,
-    pull: Columns,
+    error_feedback: Columns,
     lower: Float[Array, "column column"],
     curvature: Float[Array, "column"],
     levels: Float[Array, "group out 2"],
-    group: Int[Array, "column"],
-    rounding: Rounding,
+    group_index: Int[Array, "column"],
+    grid: BlockGrid,
     *,
     interpret: bool = False,
 ) -> RoundedBlock:
-    """See `quantize_block`."""
+    """See `pallas_kernels.quantize_block`."""
     columns, out = w.shape
-    numbers, structure = jax.tree.flatten(rounding)
+    numbers, structure = jax.tree.flatten(grid)
     results = pl.pallas_call(
         functools.partial(
             _kernel, panel=math.gcd(columns, PANEL), structure=structure, compiled=not interpret
@@ -53,24 +53,32 @@ def quantize_block(
         compiler_params=triton_parameters(num_warps=WARPS),
         interpret=interpret,
         name="quantize_block",
-    )(w, pull, lower, curvature, levels, group, *[jnp.reshape(number, 1) for number in numbers])
+    )(
+        w,
+        error_feedback,
+        lower,
+        curvature,
+        levels,
+        group_index,
+        *[jnp.reshape(number, 1) for number in numbers],
+    )
     return RoundedBlock(*results)
 
 
 def _kernel(*refs: Any, panel: int, structure: Any, compiled: bool) -> None:
-    w, pull, lower, curvature, levels, group, *numbers, digits, deviation, error = refs
-    rounding = jax.tree.unflatten(structure, [number[0] for number in numbers])
+    w, error_feedback, lower, curvature, levels, group_index, *numbers, digits, deviation, error = refs
+    grid = jax.tree.unflatten(structure, [number[0] for number in numbers])
     rows = pl.program_id(0) * ROWS + jnp.arange(ROWS)
     live = rows < w.shape[1]
     load = functools.partial(plt.load, mask=live, other=0)
     add_product = functools.partial(multiply_add, compiled=compiled)
 
-    def round_column(column: Any, pulled: Array, total: Array) -> tuple[Array, Array]:
-        weight, cost = load(w.at[column, rows]), curvature[column]
-        pair = load(levels.at[group[column], rows, 0]), load(levels.at[group[column], rows, 1])
-        target = weight + pulled
-        digit = rounding.digit(target, pair, cost)
-        value = rounding.value(digit, pair)
+    def round_column(column: Any, feedback: Array, total: Array) -> tuple[Array, Array]:
+        weight, cost, group = load(w.at[column, rows]), curvature[column], group_index[column]
+        pair = load(levels.at[group, rows, 0]), load(levels.at[group, rows, 1])
+        target = weight + feedback
+        digit = grid.digit(target, pair, cost)
+        value = grid.value(digit, pair)
         plt.store(digits.at[column, rows], digit, mask=live)
         plt.store(deviation.at[column, rows], weight - value, mask=live)
         return weight - value, total + cost * (target - value) ** 2
@@ -78,16 +86,16 @@ def _kernel(*refs: Any, panel: int, structure: Any, compiled: bool) -> None:
     def round_panel(p: Any, total: Array) -> Array:
         first = p * panel
 
-        def add_earlier(column: Any, pulls: list[Array]) -> list[Array]:
+        def add_earlier(column: Any, feedback: list[Array]) -> list[Array]:
             deviated = load(deviation.at[column, rows])
-            return [add_product(deviated, lower[first + i, column], pulls[i]) for i in range(panel)]
+            return [add_product(deviated, lower[first + i, column], feedback[i]) for i in range(panel)]
 
-        pulls = [load(pull.at[first + i, rows]) for i in range(panel)]
-        pulls = jax.lax.fori_loop(0, first, add_earlier, pulls)
+        feedback = [load(error_feedback.at[first + i, rows]) for i in range(panel)]
+        feedback = jax.lax.fori_loop(0, first, add_earlier, feedback)
         for i in range(panel):
-            deviated, total = round_column(first + i, pulls[i], total)
+            deviated, total = round_column(first + i, feedback[i], total)
             for j in range(i + 1, panel):
-                pulls[j] = add_product(deviated, lower[first + j, first + i], pulls[j])
+                feedback[j] = add_product(deviated, lower[first + j, first + i], feedback[j])
         return total
 
     total = jax.lax.fori_loop(0, w.shape[0] // panel, round_panel, jnp.zeros(ROWS, jnp.float32))

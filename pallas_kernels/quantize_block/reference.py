@@ -1,7 +1,7 @@
-"""Plain jax.numpy, in float32 at full precision: what runs on a CPU.
+"""Plain jax.numpy, in float32 at full precision; the implementation on a CPU.
 
-A panel of columns gets the pull of the block's earlier columns in one product, and each column that of the panel's.
-So a step touches the panel, not the block.
+The feedback of the block's earlier columns on a panel of columns is one product, and that of the panel's on each
+column another. So a step touches the panel, not the block.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.quantize_block.operands import Columns, RoundedBlock
-from pallas_kernels.quantize_block.rounding import Rounding
+from pallas_kernels.quantize_block.operands import BlockGrid, Columns, RoundedBlock
 
 # Columns of a panel, whose deviations should stay in a core's cache: 400 KB at 6,144 rows. There 8 to 32 are
 # equally fast on a CPU, and a panel as wide as the block many times slower.
@@ -27,14 +26,14 @@ _dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
 def quantize_block(
     w: Columns,
-    pull: Columns,
+    error_feedback: Columns,
     lower: Float[Array, "column column"],
     curvature: Float[Array, "column"],
     levels: Float[Array, "group out 2"],
-    group: Int[Array, "column"],
-    rounding: Rounding,
+    group_index: Int[Array, "column"],
+    grid: BlockGrid,
 ) -> RoundedBlock:
-    """See `quantize_block`."""
+    """See `pallas_kernels.quantize_block`."""
     panel = math.gcd(w.shape[0], PANEL)
 
     def round_panel(p: Index, done: RoundedBlock) -> RoundedBlock:
@@ -43,12 +42,12 @@ def quantize_block(
         rows = take(lower)
         new = _round_panel(
             take(w),
-            take(pull) + _dot(rows, done.deviation),
+            take(error_feedback) + _dot(rows, done.deviation),
             take(rows, axis=1),
             take(curvature),
             levels,
-            take(group),
-            rounding,
+            take(group_index),
+            grid,
         )
         return RoundedBlock(
             put(done.digits, new.digits), put(done.deviation, new.deviation), done.error + new.error
@@ -59,23 +58,23 @@ def quantize_block(
 
 def _round_panel(
     w: Columns,
-    pull: Columns,
+    error_feedback: Columns,
     lower: Float[Array, "column column"],
     curvature: Float[Array, "column"],
     levels: Float[Array, "group out 2"],
-    group: Int[Array, "column"],
-    rounding: Rounding,
+    group_index: Int[Array, "column"],
+    grid: BlockGrid,
 ) -> RoundedBlock:
-    """`quantize_block` column by column."""
+    """Round the columns one by one."""
 
     def round_column(i: Index, done: RoundedBlock) -> RoundedBlock:
         at = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
         put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-        target = at(w) + at(pull) + _dot(at(lower), done.deviation)
-        both = lax.dynamic_index_in_dim(levels, at(group), keepdims=False)
+        target = at(w) + at(error_feedback) + _dot(at(lower), done.deviation)
+        both = lax.dynamic_index_in_dim(levels, at(group_index), keepdims=False)
         pair = both[..., 0], both[..., 1]
-        digit = rounding.digit(target, pair, at(curvature))
-        value = rounding.value(digit, pair)
+        digit = grid.digit(target, pair, at(curvature))
+        value = grid.value(digit, pair)
         error = done.error + at(curvature) * (target - value) ** 2
         return RoundedBlock(put(done.digits, digit), put(done.deviation, at(w) - value), error)
 

@@ -1,4 +1,4 @@
-"""numba on a CPU: a thread clears its rows and writes their nonzeros."""
+"""Unpacking on a CPU by numba: a thread clears its rows and writes their nonzeros."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.cpu.ffi import HostFunction
-from pallas_kernels.cpu.operands import arrays_of, integers_of, rebuilt
-from pallas_kernels.cpu.unpack_rows import dense
+from pallas_kernels.cpu.packed_arguments import packed_arrays, packed_from, packed_integers
+from pallas_kernels.cpu.unpack_rows import unpack_rows
 from pallas_kernels.operands import PackedMatrix
 
 
 def unpack(packed: PackedMatrix, dtype: np.dtype) -> Float[Array, "expert out in"]:
-    """See `pallas_kernels.unpack`."""
+    """Decode as `pallas_kernels.unpack` does."""
     result = jax.ShapeDtypeStruct((packed.num_experts, packed.rows, packed.width), jnp.float32)
-    return _decode_on_host(result, *arrays_of(packed), **integers_of(packed, "packed")).astype(dtype)
+    return _unpack_on_host(result, *packed_arrays(packed), **packed_integers(packed, "packed")).astype(dtype)
 
 
 @HostFunction
-def _decode_on_host(*operands: np.ndarray, **integers: Any) -> None:
+def _unpack_on_host(*operands: np.ndarray, **integers: Any) -> None:
     *arrays, y = operands
-    dense(rebuilt(arrays, integers, "packed"), y)
+    unpack_rows(packed_from(arrays, integers, "packed"), y)

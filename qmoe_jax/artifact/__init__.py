@@ -12,7 +12,6 @@ Everything but `dense/`, `report.json` and `SHA256SUMS` is the same to the byte 
 """
 
 from qmoe_jax.artifact.codebook_file import read_codebooks as read_codebooks
-from qmoe_jax.artifact.completeness import expert_matrices as expert_matrices
 from qmoe_jax.artifact.groups import Expert as Expert
 from qmoe_jax.artifact.groups import ExpertExtent as ExpertExtent
 from qmoe_jax.artifact.groups import GroupKey as GroupKey

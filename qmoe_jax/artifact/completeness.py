@@ -8,14 +8,8 @@ from pathlib import Path
 from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
 from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.manifest import Run
-from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
-
-
-def expert_matrices(config: SwitchConfig) -> dict[str, tuple[int, int]]:
-    """The matrices of an expert, and their shapes (out, in)."""
-    up = ("wi_0", "wi_1") if config.gated else ("wi",)
-    return {**dict.fromkeys(up, (config.d_ff, config.d_model)), "wo": (config.d_model, config.d_ff)}
+from qmoe_jax.parameters import STACKS, ExpertKernel, expert_matrices, expert_shapes
 
 
 def find_groups(root: Path) -> list[GroupKey]:
@@ -50,7 +44,7 @@ def check_complete(
       CheckpointError: an expert is missing or twice there, or groups of one layer are packed differently.
     """
     by_layer: dict[tuple[str, int], list[GroupKey]] = {
-        (stack, layer): [] for stack in ("encoder", "decoder") for layer in run.config.sparse_layers(stack)
+        (stack, layer): [] for stack in STACKS for layer in run.config.sparse_layers(stack)
     }
     for key in sorted(files):
         if (key.stack, key.layer) not in by_layer:
@@ -58,14 +52,14 @@ def check_complete(
         by_layer[key.stack, key.layer].append(key)
     kinds: dict[str, Kind] = {}
     for (stack, layer), groups in by_layer.items():
-        names = {GroupKey(stack, layer, 0, 0).kernel(matrix) for matrix in expert_matrices(run.config)}
+        names = {ExpertKernel(stack, layer, matrix).path for matrix in expert_matrices(run.config)}
         if not groups and names <= dense.keys():
             continue
         _check_experts(root, run.config.num_experts, f"{stack}/layers_{layer}", groups)
         for key in groups:
             group = GroupFile.open(root, key, files[key])
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
-                if kinds.setdefault(name := key.kernel(matrix), kind) != kind:
+                if kinds.setdefault(name := ExpertKernel(stack, layer, matrix).path, kind) != kind:
                     raise CheckpointError(
                         "is packed unlike its layer", path=root / key.path, expected=kinds[name], found=kind
                     )
@@ -100,7 +94,7 @@ def check_matrices(
       CheckpointError: they are not the model's matrices, or need a codebook that the run has not; names `path`.
     """
     found = {matrix: shape for matrix, (_, shape) in matrices.items()}
-    if found != (expected := expert_matrices(run.config)):
+    if found != (expected := expert_shapes(run.config)):
         raise CheckpointError("holds matrices of other shapes", path=path, expected=expected, found=found)
     kinds = {matrix: kind for matrix, (kind, _) in matrices.items()}
     for kind in kinds.values():

@@ -57,10 +57,6 @@ class GroupKey:
         key = cls(match[1], int(match[2]), int(match[3]), int(match[4]) + 1)
         return key if key.path == path else None
 
-    def kernel(self, matrix: str) -> str:
-        """The name of a matrix's kernel in the model's parameter tree."""
-        return f"{self.stack}/layers_{self.layer}/mlp/expert/{matrix}/kernel"
-
 
 def render_group(key: GroupKey, experts: Sequence[Expert], run: str) -> list[bytes | memoryview]:
     """The bytes of a group file, in pieces; `run` is the digest of the run that the group belongs to.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
 from qmoe_jax.artifact.bits import pack_bits, packed_bytes, smallest_dtype, unpack_bits
-from qmoe_jax.coding import Codebook, Encoded, decode, encode
+from qmoe_jax.coding import Codebook, EncodedRows, decode, encode
 from qmoe_jax.files.errors import CheckpointError
 
 Codebooks = Mapping[str, Codebook]
@@ -120,12 +120,12 @@ class Ternary:
             values[row] = table[row, group, row_digits]
         return values
 
-    def encoded(self, parts: Parts) -> Encoded:
+    def encoded(self, parts: Parts) -> EncodedRows:
         """The stream that `coding` reads: codes, and where rows begin among them."""
         counts = parts["counts"]
         offsets = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=offsets[1:])
-        return Encoded(parts["codes"], offsets)
+        return EncodedRows(parts["codes"], offsets)
 
     def _codebook(self, codebooks: Codebooks) -> Codebook:
         if self.codebook not in codebooks:

@@ -43,7 +43,7 @@ def pack_quantized(
 ) -> list[PackedExpertMatrix]:
     """Packs the matrices of several experts. Raises as `pack_matrix` does."""
     digits, levels = np.asarray(quantized.digits), np.asarray(quantized.levels)
-    column_group = np.asarray(quantized.column_group)
+    column_group = np.asarray(quantized.group_index)
     return [
         pack_matrix(
             kind,

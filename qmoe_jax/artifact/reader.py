@@ -16,9 +16,8 @@ from jaxtyping import Float, Float32
 
 from pallas_kernels import PackedMatrix
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, read_codebooks
-from qmoe_jax.artifact.completeness import expert_matrices
 from qmoe_jax.artifact.dense import DenseTensor
-from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, GroupKey
+from qmoe_jax.artifact.groups import ExpertExtent, GroupFile
 from qmoe_jax.artifact.kinds import Codebooks, Kind, Ternary
 from qmoe_jax.artifact.manifest import GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
@@ -26,6 +25,7 @@ from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.coding import pack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.parameters import ExpertKernel, expert_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,11 +141,11 @@ class ArtifactReader(DenseReader):
         tensors: dict[str, Tensor] = {
             name: DenseTensor(root, name, record) for name, record in manifest.dense.items()
         }
-        shapes = expert_matrices(manifest.run.config)
+        shapes = expert_shapes(manifest.run.config)
         for (stack, number), layer in layers.items():
             for matrix, (out, width) in shapes.items():
                 shape = (layer.num_experts, width, out)
-                name = GroupKey(stack, number, 0, 0).kernel(matrix)
+                name = ExpertKernel(stack, number, matrix).path
                 tensors[name] = PackedKernel(layer, matrix, shape, codebooks)
         return cls(
             path=root,

@@ -7,19 +7,18 @@ from collections.abc import Iterable, Mapping
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.parameters import EMBEDDING, LOGITS, STACKS, input_matrices, is_expert, sparse_layers
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-
-STACKS = ("encoder", "decoder")
 
 
 def expected_shapes(config: SwitchConfig) -> dict[str, Shape]:
     """The parameter tree of `config`, flat: T5X's names (flaxformer's `switch_classic`) and their shapes."""
     d, inner = config.d_model, config.num_heads * config.d_kv
-    shapes: dict[str, Shape] = {"token_embedder/embedding": (config.vocab_size, d)}
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, d)}
     if not config.tied:
-        shapes["decoder/logits_dense/kernel"] = (d, config.vocab_size)
+        shapes[LOGITS] = (d, config.vocab_size)
     for stack in STACKS:
         shapes[f"{stack}/relpos_bias/rel_embedding"] = (config.num_heads, config.relative_attention_buckets)
         shapes[f"{stack}/{stack}_norm/scale"] = (d,)
@@ -46,13 +45,12 @@ def attention_blocks(stack: str) -> dict[str, str]:
 
 def _feed_forward_shapes(config: SwitchConfig, prefix: str, *, sparse: bool) -> dict[str, Shape]:
     d, f = config.d_model, config.d_ff
-    inputs = ("wi_0", "wi_1") if config.gated else ("wi",)
     shapes: dict[str, Shape] = {}
     experts: Shape = ()
     if sparse:
         shapes[f"{prefix}/router/router_weights/w/kernel"] = (d, config.num_experts)
         prefix, experts = f"{prefix}/expert", (config.num_experts,)
-    shapes |= {f"{prefix}/{wi}/kernel": (*experts, d, f) for wi in inputs}
+    shapes |= {f"{prefix}/{wi}/kernel": (*experts, d, f) for wi in input_matrices(config)}
     return shapes | {f"{prefix}/wo/kernel": (*experts, f, d)}
 
 
@@ -68,15 +66,15 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
         CheckpointError: a tensor is missing, unknown, or of the wrong shape, or no known architecture has
             these.
     """
-    if "token_embedder/embedding" not in shapes:
+    if EMBEDDING not in shapes:
         raise CheckpointError(
             "not a Switch Transformer this program knows",
             path=path,
-            key="token_embedder/embedding",
+            key=EMBEDDING,
             expected="an embedding shared by encoder and decoder",
             found=", ".join(sorted(shapes)[:3]) or "no tensors",
         )
-    vocab_size, d_model = _dimensions(shapes, "token_embedder/embedding", "vocabulary, d_model", path)
+    vocab_size, d_model = _dimensions(shapes, EMBEDDING, "vocabulary, d_model", path)
     heads, buckets = _dimensions(shapes, "encoder/relpos_bias/rel_embedding", "heads, buckets", path)
     inner = _dimensions(shapes, "encoder/layers_0/attention/query/kernel", "d_model, heads * d_kv", path)[1]
     if not heads or inner % heads:
@@ -88,7 +86,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
             found=inner,
         )
     layers = {stack: _layers(shapes, stack, path) for stack in STACKS}
-    sparse = {stack: _sparse_layers(shapes, stack) for stack in STACKS}
+    sparse = {stack: sparse_layers(shapes, stack) for stack in STACKS}
     gated = any(name.endswith("/wi_0/kernel") for name in shapes)
     wo = min(
         (name for name in shapes if re.search(r"/mlp/(expert/)?wo/kernel$", name)),
@@ -108,7 +106,7 @@ def infer_config(shapes: Shapes, path: object, **settings: object) -> SwitchConf
             "vocab_size": vocab_size,
             "activation": "gelu" if gated else "relu",
             "gated": gated,
-            "tied": "decoder/logits_dense/kernel" not in shapes,
+            "tied": LOGITS not in shapes,
             "relative_attention_buckets": buckets,
             **settings,
         }
@@ -162,12 +160,8 @@ def _layers(shapes: Shapes, stack: str, path: object) -> int:
     return len(numbers)
 
 
-def _sparse_layers(shapes: Shapes, stack: str) -> tuple[int, ...]:
-    return tuple(sorted(set(_matches(rf"{stack}/layers_(\d+)/mlp/expert/", shapes))))
-
-
 def _experts(shapes: Shapes) -> int:
-    kernels = sorted(name for name in shapes if "/mlp/expert/" in name)
+    kernels = sorted(filter(is_expert, shapes))
     return next(iter(shapes[kernels[0]]), 0) if kernels else 0
 
 

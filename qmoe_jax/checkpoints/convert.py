@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.checkpoints.t5x.writer import write_t5x
+from qmoe_jax.parameters import is_expert
 
 WritableFormat = Literal["t5x", "huggingface"]
 

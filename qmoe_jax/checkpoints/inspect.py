@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from qmoe_jax.checkpoints.architecture import STACKS
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.config import PRESETS, SwitchConfig
 from qmoe_jax.files.tensor import Shard
+from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
 # Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are

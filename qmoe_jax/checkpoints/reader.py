@@ -12,6 +12,7 @@ import numpy as np
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.parameters import is_expert
 
 
 @runtime_checkable
@@ -48,11 +49,6 @@ class Reader(Protocol):
     def read(self, name: str, experts: slice | None = None) -> np.ndarray:
         """A parameter, or a range of its experts (the first axis of expert kernels), in its stored dtype."""
         ...
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter has an expert axis (its first)."""
-    return "/mlp/expert/" in name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.files.safetensors import read_into
 from qmoe_jax.files.tensor import Tensor
+from qmoe_jax.parameters import is_expert
 
 
 @runtime_checkable

@@ -93,9 +93,9 @@ def _write_upstream(output: Path, reader: DenseReader) -> Path:
     from qmoe_jax.artifact.kinds import Ternary
     from qmoe_jax.artifact.matrices import unpack_digits
     from qmoe_jax.artifact.reader import ArtifactReader, PackedKernel
-    from qmoe_jax.checkpoints.reader import is_expert
     from qmoe_jax.checkpoints.upstream.writer import TernaryMatrix, write_upstream
     from qmoe_jax.files.errors import CheckpointError
+    from qmoe_jax.parameters import is_expert
 
     expected = (
         "an artifact whose experts are all ternary, with levels a row (qmoe compress without --group-size)"

@@ -1,4 +1,4 @@
-"""A variable-to-fixed code over ternary digits: the codewords, and the trie that an encoder walks."""
+"""Variable-to-fixed codes over ternary digits: the codewords, and the trie that an encoder walks."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Trie:
     Attributes:
       child: the node that a symbol leads to, -1 where there is none.
       code: the codeword that ends in a node, -1 where none does.
-      last_code: the codeword to write where a row ends in a node: its own, else the one that the lowest
-        symbols lead to (its tail runs past the row and is ignored).
+      last_code: the codeword to write where a row ends in a node: its own, else the one that the lowest symbols lead
+        to (its tail runs past the row and is ignored).
     """
 
     child: Int32[np.ndarray, "node symbol"]
@@ -38,16 +38,15 @@ class Trie:
 class Codebook:
     """Codewords that each stand for a sequence of ternary digits; a codeword's rank is its code.
 
-    A row is coded greedily by the longest codeword that matches. This never gets stuck because each node of
-    the trie ends a codeword or has all of its children (checked): a dictionary closed under prefixes is one
-    way to have that, the leaves of a complete tree the other. Two codebooks are equal where their codewords
-    are.
+    A row is coded greedily by the longest codeword that matches. This never gets stuck because each node of the trie
+    ends a codeword or has all of its children (checked): a dictionary closed under prefixes satisfies this, and so do
+    the leaves of a complete tree. Two codebooks are equal if their codewords are.
 
     Attributes:
-      name: what it is called in an artifact and in reports.
+      name: its name in an artifact and in reports.
       lengths: digits of each codeword, at least 1.
-      digits: the codewords, one a row, zero beyond their length.
-      symbol_digits: digits that belong together; all lengths are multiples of it.
+      digits: the codewords, one per row, zero beyond their length.
+      symbol_digits: digits per symbol; all lengths are multiples of it.
     """
 
     name: str
@@ -67,12 +66,12 @@ class Codebook:
 
     @property
     def code_dtype(self) -> np.dtype:
-        """What a code is stored as: uint8 where 256 suffice, else uint16."""
+        """The type that codes are stored in: uint8 for up to 256 codewords, else uint16."""
         return np.dtype(np.uint8 if self.size <= 256 else np.uint16)
 
     @functools.cached_property
     def decode_table(self) -> DecodeTable:
-        """The codebook as the kernels see it, in host memory."""
+        """The codebook as the kernels take it, in host memory."""
         return DecodeTable.from_digits(self.lengths, self.digits)
 
     @functools.cached_property
@@ -82,7 +81,7 @@ class Codebook:
 
     @functools.cached_property
     def encode_table(self) -> EncodeTable:
-        """The codebook as encoders see it, in host memory."""
+        """The codebook as encoders take it, in host memory."""
         trie, dtype = self.trie, self.code_dtype
         follow = np.where(trie.child >= 0, trie.child, ~trie.child[0])
         return EncodeTable(follow, trie.code.astype(dtype), trie.last_code.astype(dtype), self.symbol_digits)
@@ -96,10 +95,10 @@ class Codebook:
         return sha.hexdigest()
 
     def validate(self) -> None:
-        """Checks the invariants.
+        """Check the invariants.
 
         Raises:
-          ValueError: says which codeword breaks which, with what was expected and found.
+          ValueError: an invariant is broken; the message names the codeword, with what was expected and found.
         """
         if not 0 < self.size <= MAX_CODEWORDS:
             raise ValueError(f"{self.name}: expected 1 to {MAX_CODEWORDS} codewords, found {self.size}")
@@ -123,18 +122,13 @@ class Codebook:
         if (bad := np.flatnonzero(stuck)).size:
             raise ValueError(f"{self.name}: after trie node {bad[0]} some digits match no codeword")
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The codebook as data, for `from_arrays`."""
-        symbol_digits = np.array(self.symbol_digits, np.int32)
-        return {"lengths": self.lengths, "digits": self.digits, "symbol_digits": symbol_digits}
-
     @classmethod
     def from_arrays(cls, name: str, arrays: Mapping[str, np.ndarray]) -> Codebook:
-        """A codebook from what `to_arrays` gave.
+        """Return the codebook of stored arrays: `lengths`, `digits` and the scalar `symbol_digits`.
 
         Raises:
           KeyError: an array is missing.
-          ValueError: the arrays are no codebook.
+          ValueError: the arrays are not a codebook.
         """
         lengths, digits = np.asarray(arrays["lengths"], np.int32), np.asarray(arrays["digits"], np.uint8)
         if lengths.ndim != 1 or digits.ndim != 2 or len(lengths) != len(digits):
@@ -152,7 +146,7 @@ class Codebook:
 
 
 def _symbols(codebook: Codebook) -> Int32[np.ndarray, "codeword symbols"]:
-    """The codewords as symbols, first digit least significant."""
+    """Return the codewords as symbols, first digit least significant."""
     step = codebook.symbol_digits
     padded = np.pad(codebook.digits, ((0, 0), (0, -codebook.max_length % step)))
     grouped = padded.reshape(codebook.size, -1, step).astype(np.int32)
@@ -160,7 +154,7 @@ def _symbols(codebook: Codebook) -> Int32[np.ndarray, "codeword symbols"]:
 
 
 def _build_trie(codebook: Codebook) -> Trie:
-    """Depth by depth: a node is a distinct pair of its parent and a symbol."""
+    """Build the trie depth by depth: a node is a distinct pair of its parent and a symbol."""
     symbols, fanout = _symbols(codebook), 3**codebook.symbol_digits
     depth_of = codebook.lengths // codebook.symbol_digits
     node_of = np.zeros(codebook.size, np.int64)  # the node each codeword has reached so far
@@ -181,7 +175,7 @@ def _build_trie(codebook: Codebook) -> Trie:
 def _last_codes(
     child: Int32[np.ndarray, "node symbol"], code: Int32[np.ndarray, "node"]
 ) -> Int32[np.ndarray, "node"]:
-    """Every node without a codeword goes down to its first child, until all have one."""
+    """Return the last codes: every node without a codeword goes down to its first child, until all have one."""
     first_child = np.take_along_axis(child, (child >= 0).argmax(1)[:, None], 1)[:, 0]
     node = np.arange(len(code))
     while (inner := code[node] < 0).any():

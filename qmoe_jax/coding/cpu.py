@@ -1,35 +1,42 @@
-"""The loop of decoding, compiled by numba; rows in parallel."""
+"""Decoding compiled by numba; rows in parallel."""
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from pallas_kernels.cpu.compiled import parallel
+from pallas_kernels.cpu.compiled import as_index, compiled
+from pallas_kernels.cpu.threads import next_chunk, parallel_for
 from qmoe_jax.coding.codebook import Codebook
 
-_index = np.uintp  # unsigned: numba checks signed indices for counting from the end
+_CHUNK_ROWS = 16
 
 
 def decode(
     codes: np.ndarray, row_offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
 ) -> UInt8[np.ndarray, "row width"]:
-    """The digits of rows whose codewords are known to cover them."""
+    """Return the digits of rows whose codewords are known to cover them."""
     digits = np.empty((len(row_offsets) - 1, width), np.uint8)
-    _decode_rows(codes, row_offsets, (codebook.lengths, codebook.digits), digits)
+    parallel_for(_decode_rows, codes, row_offsets, (codebook.lengths, codebook.digits), digits)
     return digits
 
 
-@parallel
-def _decode_rows(codes, offsets, words, digits):
+@compiled
+def _decode_rows(counter, codes, offsets, words, digits):
+    chunk = next_chunk(counter)
+    while chunk * _CHUNK_ROWS < len(digits):
+        for row in range(chunk * _CHUNK_ROWS, min((chunk + 1) * _CHUNK_ROWS, len(digits))):
+            _decode_row(codes, offsets[row : row + 2], words, digits[row])
+        chunk = next_chunk(counter)
+
+
+@compiled
+def _decode_row(codes, span, words, digits):
     lengths, word_digits = words
-    width = digits.shape[1]
-    for row in numba.prange(len(digits)):
-        at = 0
-        for i in range(offsets[row], offsets[row + 1]):
-            code = _index(codes[i])
-            length = lengths[code]
-            for j in range(min(length, width - at)):
-                digits[row, at + j] = word_digits[code, _index(j)]
-            at += length
+    at, width = 0, len(digits)
+    for i in range(span[0], span[1]):
+        code = as_index(codes[i])
+        length = lengths[code]
+        for j in range(min(length, width - at)):
+            digits[at + j] = word_digits[code, as_index(j)]
+        at += length

@@ -13,7 +13,7 @@ _DECODED_AT_ONCE = 1 << 22  # digits: the index arrays take some 30 bytes each
 def decode(
     codes: np.ndarray, row_offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
 ) -> UInt8[np.ndarray, "row width"]:
-    """The digits of rows whose codewords are known to cover them."""
+    """Return the digits of rows whose codewords are known to cover them."""
     digits = np.empty((len(row_offsets) - 1, width), np.uint8)
     some = max(1, _DECODED_AT_ONCE // width)
     for first in range(0, len(digits), some):
@@ -30,7 +30,7 @@ def _decode_into(
     bounds: Int32[np.ndarray, "bound"],
     codebook: Codebook,
 ) -> None:
-    """A digit for each codeword and place in it, kept where it lies within its row."""
+    """Write a digit for each codeword and place in it, where it lies within its row."""
     lengths = codebook.lengths[codes]
     ends = np.cumsum(lengths)
     row_of = np.repeat(np.arange(len(digits)), np.diff(bounds))

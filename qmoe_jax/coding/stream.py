@@ -1,19 +1,18 @@
-"""Rows of ternary digits as streams of codewords, and back; corrupt streams are refused with their row and position."""
+"""Encode rows of ternary digits as streams of codewords, and decode them; corrupt streams are refused."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8, UInt16
+from jaxtyping import Float, Int, Int32, UInt8
 
 from pallas_kernels import PackedMatrix
-from pallas_kernels.backend import choose
-from pallas_kernels.encode_rows import encode_rows
+from pallas_kernels.encode_rows import EncodedRows, encode_rows
 from qmoe_jax.coding.codebook import Codebook
 
 AnyArray = jax.Array | np.ndarray
@@ -23,26 +22,22 @@ class CorruptStream(ValueError):
     """A stream that no matrix was encoded to; the message names row and position (in codewords of the row)."""
 
 
-class Encoded(NamedTuple):
-    """A matrix as codewords: row r is `codes[row_offsets[r] : row_offsets[r + 1]]`."""
-
-    codes: UInt8[np.ndarray, "codeword"] | UInt16[np.ndarray, "codeword"]
-    row_offsets: Int32[np.ndarray, "bound"]
-
-
 def encode(
     digits: UInt8[AnyArray, "row width"], codebook: Codebook, *, backend: str | None = None
-) -> Encoded:
-    """Codes each row by itself, greedily by the longest codeword that matches.
+) -> EncodedRows:
+    """Encode each row by itself, greedily by the longest codeword that matches.
 
     Args:
       digits: 0, 1 or 2 each; at least one row and column. Digits on a GPU are encoded there.
-      codebook: what to code with.
-      backend: of `pallas_kernels.encode_rows`: "cpu" (compiled by numba), "pallas" or "reference"; by default the
-        first that can run on the platform. The same bytes from each.
+      codebook: the code.
+      backend: of `pallas_kernels.encode_rows`; by default the first that can run on the platform. Each gives the same
+        bytes.
+
+    Returns:
+      The codewords and row offsets, in host memory, without room behind them.
 
     Raises:
-      ValueError: a digit is not 0, 1 or 2, there is none, or more codewords than an int32 counts.
+      ValueError: a digit is not 0, 1 or 2, there is none, or there may be more codewords than an int32 counts.
       NotImplementedError: `backend` cannot run here.
     """
     if digits.ndim != 2 or 0 in digits.shape:
@@ -52,29 +47,28 @@ def encode(
         raise ValueError(
             f"row {row}, column {column}: expected a digit 0, 1 or 2, found {digits[row, column]}"
         )
-    chosen = choose("encode_rows", backend)
-    if chosen == "cpu":  # no array longer than the codes, and nothing to trace for a new shape
-        from pallas_kernels.encode_rows.walk import walk
-
-        return Encoded(*walk(np.asarray(digits), codebook.encode_table))
-    codes, row_offsets = map(np.asarray, encode_rows(digits, codebook.encode_table, backend=chosen))
-    return Encoded(codes[: row_offsets[-1]].copy(), row_offsets)
+    codes, row_offsets = map(np.asarray, encode_rows(digits, codebook.encode_table, backend=backend))
+    return EncodedRows(codes[: row_offsets[-1]].copy(), row_offsets)
 
 
 def decode(
-    encoded: Encoded, codebook: Codebook, width: int, *, backend: Literal["cpu", "reference"] | None = None
+    encoded: EncodedRows,
+    codebook: Codebook,
+    width: int,
+    *,
+    backend: Literal["cpu", "reference"] | None = None,
 ) -> UInt8[np.ndarray, "row width"]:
-    """The digits of every row.
+    """Return the digits of every row.
 
     Args:
-      encoded: a matrix, from anywhere.
-      codebook: what it was coded with.
+      encoded: a matrix; it is checked, wherever it comes from.
+      codebook: the code that it was encoded with.
       width: digits of a row.
       backend: "cpu" (compiled by numba; the default where that is there) or "reference".
 
     Raises:
-      CorruptStream: offsets are not those of the codes, a code is none of the codebook's, or the codewords of a row
-        do not cover its `width` digits exactly, but for the last one, which may run past.
+      CorruptStream: the offsets do not fit the codes, a code is not in the codebook, or the codewords of a row do not
+        cover its `width` digits exactly, but for the last one, which may run past.
     """
     codes, row_offsets = np.ascontiguousarray(encoded.codes), np.asarray(encoded.row_offsets)
     _check_offsets(row_offsets, codes)
@@ -88,9 +82,9 @@ def decode(
 
 
 def pack(
-    streams: Sequence[Encoded], levels: Float[np.ndarray, "expert row 2"], codebook: Codebook, width: int
+    streams: Sequence[EncodedRows], levels: Float[np.ndarray, "expert row 2"], codebook: Codebook, width: int
 ) -> PackedMatrix:
-    """The matrices of several experts side by side, as the kernels take them, in host memory."""
+    """Return the matrices of several experts side by side, as the kernels take them, in host memory."""
     capacity = max(len(stream.codes) for stream in streams)
     capacity += capacity % 2  # a GPU reads more than 2 GiB of byte codes in pairs
     codes = np.zeros((len(streams), capacity), codebook.code_dtype)
@@ -119,7 +113,7 @@ def _check_codes(codes: np.ndarray, offsets: Int32[np.ndarray, "bound"], codeboo
 def _check_coverage(
     codes: np.ndarray, offsets: Int32[np.ndarray, "bound"], codebook: Codebook, width: int
 ) -> None:
-    """Every row's last codeword must begin within the row and reach its end."""
+    """Check that the last codeword of every row begins within the row and reaches its end."""
     if len(offsets) == 1:
         return
     lengths = codebook.lengths[codes]

@@ -12,18 +12,18 @@ from qmoe_jax.coding.codebook import Codebook
 
 @functools.lru_cache(maxsize=64)
 def tunstall_codebook(p_zero: float = 0.885, code_bits: int = 8, max_length: int = 64) -> Codebook:
-    """The codebook for independent digits with P(0) = `p_zero` and the rest shared by 1 and 2.
+    """Return the codebook for independent digits with P(0) = `p_zero`, digits 1 and 2 equally likely.
 
-    The most probable leaf is expanded into its three children until 2**code_bits would be passed; a leaf of
-    `max_length` digits is expanded no more. The codes are in the order of falling probability, ties by digits.
+    The most probable leaf is expanded into its three children until 2**code_bits would be exceeded; a leaf of
+    `max_length` digits is not expanded. The codes are in the order of falling probability, ties by digits.
 
     Args:
       p_zero: probability of a zero, between 0 and 1.
       code_bits: bits of a codeword, 2 to 16.
-      max_length: digits of a codeword at most.
+      max_length: most digits of a codeword.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of range.
     """
     if not 0 < p_zero < 1:
         raise ValueError(f"p_zero: expected a probability between 0 and 1, found {p_zero}")

@@ -15,14 +15,14 @@ MAX_PAIRS = 14
 
 
 def pair_probabilities() -> list[float]:
-    """The probability of each pair of digits, index = first digit + 3 * second, in float64."""
+    """Return the probability of each pair of digits, index = first digit + 3 * second, in float64."""
     digit = [P_ZERO, (1 - P_ZERO) / 2, (1 - P_ZERO) / 2]
     return [first * second for second in digit for first in digit]
 
 
 @functools.cache
 def upstream_codebook() -> Codebook:
-    """The dictionary, entries in the order of their codes.
+    """Return the dictionary, entries in the order of their codes.
 
     Rounding decides both order and membership, so probabilities are multiplied one after the other in float64, as
     the original does: exact arithmetic gives another dictionary. Ties go to the smaller sequence.

@@ -16,8 +16,9 @@ from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_quantized
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.inference.blockwise.experts import token_chunks, wide_names
+from qmoe_jax.inference.blockwise.experts import token_chunks
 from qmoe_jax.models.experts import ACTIVATIONS, grouped_hidden
+from qmoe_jax.parameters import expert_matrices, input_matrices
 from qmoe_jax.quantization import Quantized, add_tokens, empty_hessians, gptq, round_to_nearest
 
 Weights = dict[str, np.ndarray]
@@ -82,7 +83,7 @@ def packing_kinds(
     size, dtype = config.group_size, config.level_dtype
     if config.bits == "ternary":
         return {matrix: Ternary(codebook.name, size, dtype) for matrix, codebook in codebooks.items()}
-    return dict.fromkeys((*wide_names(model), "wo"), Uniform(config.bits, size, dtype))
+    return dict.fromkeys(expert_matrices(model), Uniform(config.bits, size, dtype))
 
 
 @partial(jax.jit, static_argnames="activation")
@@ -162,9 +163,9 @@ def compress_group(
     records: dict[str, MatrixRecord] = {}
     values: Weights = {}
     levels: dict[str, np.ndarray] = {}
-    wide = [jnp.asarray(weights[name]) for name in wide_names(model)]
+    wide = [jnp.asarray(weights[name]) for name in input_matrices(model)]
     first = None if tokens is None else _hessian(tokens, num_experts, None, model.activation)
-    for name in (*wide_names(model), "wo"):
+    for name in expert_matrices(model):
         hessian = first
         if name == "wo" and tokens is not None:
             hessian = first = None  # the first Hessian is dropped before the larger one is made
@@ -181,6 +182,6 @@ def compress_group(
         values[name] = np.asarray(quantized.values.swapaxes(1, 2))
         levels[name] = np.asarray(quantized.levels)
         if config.true_sequential and name != "wo":
-            wide[wide_names(model).index(name)] = quantized.values.swapaxes(1, 2)
+            wide[input_matrices(model).index(name)] = quantized.values.swapaxes(1, 2)
     experts = [{name: packed[name][e] for name in packed} for e in range(num_experts)]
     return CompressedGroup(experts, values, levels, records)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.parameters import STACKS
 from qmoe_jax.quantization import Grid, ternary_grid, uniform_grid
 
 PUBLISHED_SENTINEL_START = 32000
@@ -70,7 +71,7 @@ class CompressionConfig:
     @property
     def compressed_stacks(self) -> tuple[str, ...]:
         """The stacks whose experts are quantized."""
-        return tuple(stack for stack in ("encoder", "decoder") if stack != self.skip)
+        return tuple(stack for stack in STACKS if stack != self.skip)
 
     def first_sentinel(self, model: SwitchConfig) -> int:
         """The id from which on tokens are sentinels; beyond the vocabulary where they are kept.

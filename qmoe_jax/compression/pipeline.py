@@ -36,16 +36,15 @@ from qmoe_jax.compression.exact import ExactLevels, exact_values
 from qmoe_jax.compression.experts import Tokens, Weights, compress_group, packing_kinds
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.report import CompressionReport, GroupRecord
-from qmoe_jax.compression.source import checkpoint_digest, examples_digest, expert_kernel, fitted_codebooks
+from qmoe_jax.compression.source import checkpoint_digest, examples_digest, fitted_codebooks
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import write_durably
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.inference.blockwise.experts import run_experts, wide_names
+from qmoe_jax.inference.blockwise.experts import run_experts
 from qmoe_jax.inference.blockwise.layers import DecoderLayers, EncoderLayers
 from qmoe_jax.inference.blockwise.progress import Silent, Watcher
 from qmoe_jax.inference.blockwise.states import HiddenStates, plan_batches
-
-STACKS = ("encoder", "decoder")
+from qmoe_jax.parameters import STACKS, ExpertKernel, expert_kernels, expert_matrices, is_expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +69,10 @@ class Job:
         size, experts = self.config.experts_per_group, self.model.num_experts
         return [(start, min(start + size, experts)) for start in range(0, experts, size)]
 
-    def matrices(self) -> tuple[str, ...]:
-        """The matrices of an expert."""
-        return (*wide_names(self.model), "wo")
-
     def weights(self, stack: str, layer: int, start: int, stop: int) -> Weights:
         """The original matrices of a group, float32 `[expert, in, out]`."""
-        read = lambda matrix: self.reader.read(expert_kernel(stack, layer, matrix), slice(start, stop))
-        return {matrix: read(matrix).astype(np.float32) for matrix in self.matrices()}
+        read = lambda matrix: self.reader.read(ExpertKernel(stack, layer, matrix).path, slice(start, stop))
+        return {matrix: read(matrix).astype(np.float32) for matrix in expert_matrices(self.model)}
 
 
 def compress(
@@ -165,14 +160,9 @@ def _run(job: Job, examples: Sequence[Example], attachments: Mapping[str, bytes]
     layers = sum(map(job.model.num_layers, STACKS))
     sparse = sum(len(job.model.sparse_layers(stack)) for stack in job.config.compressed_stacks)
     job.watcher.begin(layers, sparse * job.model.num_experts)
-    compressed = {
-        expert_kernel(stack, layer, matrix)
-        for stack in job.config.compressed_stacks
-        for layer in job.model.sparse_layers(stack)
-        for matrix in job.matrices()
-    }
+    compressed = {kernel.path for kernel in expert_kernels(job.model, job.config.compressed_stacks)}
     try:
-        params = read_params(job.reader, [n for n in job.reader.names() if "/mlp/expert/" not in n])
+        params = read_params(job.reader, [n for n in job.reader.names() if not is_expert(n)])
         for name, content in attachments.items():
             job.writer.attach(name, content)
         _walk(job, params, examples)

@@ -7,21 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.coding import Codebook, tunstall_codebook, upstream_codebook
 from qmoe_jax.compression.calibration import Example
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.inference.blockwise.experts import wide_names
+from qmoe_jax.parameters import ExpertKernel, expert_matrices, is_expert
 from qmoe_jax.quantization import round_to_nearest
 
 GPTQ_FEWER_ZEROS = 0.045
 """How much of the weights GPTQ makes nonzero that rounding to nearest leaves zero: .040 to .051 in every layer and
 matrix of switch-mini (`report/layers.png` of the demo). A misfit by as much costs 2 % of the code's size."""
-
-
-def expert_kernel(stack: str, layer: int, matrix: str) -> str:
-    """The T5X path of an expert matrix."""
-    return f"{stack}/layers_{layer}/mlp/expert/{matrix}/kernel"
 
 
 def checkpoint_digest(reader: Reader) -> str:
@@ -56,7 +51,7 @@ def fitted_codebooks(reader: Reader, config: CompressionConfig) -> dict[str, Cod
     """
     if config.bits != "ternary":
         return {}
-    matrices = (*wide_names(reader.config), "wo")
+    matrices = expert_matrices(reader.config)
     if config.codebook == "upstream":
         return dict.fromkeys(matrices, upstream_codebook())
     code_bits = int(config.codebook.removeprefix("tunstall-"))
@@ -72,7 +67,7 @@ def _zeros_to_nearest(reader: Reader, config: CompressionConfig, matrix: str) ->
     zeros = total = 0
     for stack in config.compressed_stacks:
         for layer in reader.config.sparse_layers(stack)[:1]:
-            kernel = reader.read(expert_kernel(stack, layer, matrix), slice(0, 1)).astype(np.float32)
+            kernel = reader.read(ExpertKernel(stack, layer, matrix).path, slice(0, 1)).astype(np.float32)
             digits = round_to_nearest(kernel.swapaxes(1, 2), config.grid, group_size=config.group_size).digits
             zeros, total = zeros + int((np.asarray(digits) == 0).sum()), total + digits.size
     return zeros / max(total, 1)

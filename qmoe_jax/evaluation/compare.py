@@ -15,9 +15,10 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.evaluation.loss import Example, check_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
-from qmoe_jax.evaluation.side_by_side import STACKS, LayerComparison, SideBySide
+from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.inference.blockwise.progress import Silent, Watcher
+from qmoe_jax.parameters import STACKS
 
 
 @dataclasses.dataclass(frozen=True)

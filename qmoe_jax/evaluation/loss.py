@@ -15,7 +15,7 @@ from jax import numpy as jnp
 from jaxtyping import Float, Int
 
 from qmoe_jax.data.batching import batches
-from qmoe_jax.inference.placement import failures_told
+from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -77,7 +77,7 @@ def evaluate(
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     for batch in batches(examples, min(batch_size, len(examples))):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
-        with failures_told(params):
+        with raise_store_errors(params):
             losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         done(part.stop)

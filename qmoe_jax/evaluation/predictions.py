@@ -13,10 +13,10 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING, LOGITS
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.inference.blockwise.states import HiddenStates
-from qmoe_jax.models.layers import Embedding, Kernel
+from qmoe_jax.models.layers import Dense, Embedding
+from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 TOKENS = 512
 """Tokens whose logits are computed at a time: 66 MB of each model at T5's vocabulary."""
@@ -76,7 +76,7 @@ def _heads(pair: Pair, dtype: DTypeLike) -> tuple[Array, Array]:
 def _logits(head: Array, x: Float[Array, "token embed"], tied: bool) -> Float[Array, "token vocab"]:
     if tied:
         return Embedding(*head.shape, x.dtype).apply({"params": {"embedding": head}}, x, method="attend")
-    kernel = Kernel(head.shape[1], ("embed", "vocab"), x.dtype)
+    kernel = Dense(head.shape[1], ("embed", "vocab"), x.dtype)
     return kernel.apply({"params": {"kernel": head}}, x).astype(jnp.float32)
 
 

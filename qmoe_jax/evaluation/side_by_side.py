@@ -10,8 +10,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32, Float64
 
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.evaluation.loss import Example
 from qmoe_jax.evaluation.tensors import Pair, Weights
@@ -19,8 +17,7 @@ from qmoe_jax.inference.blockwise.experts import run_experts
 from qmoe_jax.inference.blockwise.layers import DecoderLayers, EncoderLayers, Params
 from qmoe_jax.inference.blockwise.progress import Watcher
 from qmoe_jax.inference.blockwise.states import HiddenStates, plan_batches
-
-STACKS = ("encoder", "decoder")
+from qmoe_jax.parameters import EMBEDDING, STACKS, is_expert
 
 ROWS = 4096
 """Tokens whose cosines are computed at a time: in float64, 70 MB of each model at d_model 2,080."""

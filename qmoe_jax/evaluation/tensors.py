@@ -17,13 +17,13 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING, LOGITS
 from qmoe_jax.checkpoints.params import nest, parameter_dtype
-from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.checkpoints.staging import staged
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Tensor
+from qmoe_jax.parameters import EMBEDDING, LOGITS, ExpertKernel, is_expert
 
 Weights = dict[str, Array]
 """Matrices of a range of experts by name, float32 `[expert, in, out]` as T5X has them."""
@@ -145,7 +145,7 @@ class Pair:
         """A range of a layer's experts of each, measured."""
         weights: tuple[Weights, Weights] = ({}, {})
         for name in filter(is_expert, self.names(f"{layer}/")):
-            matrix = name.split("/")[-2]
+            matrix = ExpertKernel.parse(name).matrix
             for reader, mine in zip((self.original, self.compressed), weights, strict=True):
                 array = reader.read(name, slice(experts.start, experts.stop))
                 mine[matrix] = jax.device_put(array.astype(np.float32, copy=False))

@@ -48,7 +48,7 @@ class Phase:
             "tokens_per_second": self.tokens_per_second,
         }
         if self.experts is not None:
-            waited, computed = self.experts.waited, self.experts.computed
+            waited, computed = self.experts.io_wait_seconds, self.experts.compute_seconds
             fields["milliseconds_per_token"] = {
                 "io_wait": 1e3 * waited / self.tokens,
                 "experts": 1e3 * computed / self.tokens,

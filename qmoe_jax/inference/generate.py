@@ -1,4 +1,4 @@
-"""Cached encoder-decoder generation: one compiled loop, stopped when every row has ended."""
+"""Encoder-decoder generation with key-value caches: one compiled loop that stops when every row has ended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from qmoe_jax.inference.placement import failures_told
+from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
 
 
 class _State(NamedTuple):
-    """The loop's carry: tokens written so far `[b, new]`, the last one `[b, 1]`, who has ended `[b]`, caches, key."""
+    """Loop carry: tokens so far `[b, new]`, the last token `[b, 1]`, finished rows `[b]`, caches, random key."""
 
     step: Array
     tokens: Array
@@ -27,15 +27,15 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="model")
-def read_prompt(
+def encode_prompt(
     model: SwitchTransformer, params: dict[str, Any], tokens: Int[Array, "b n"], mask: Bool[Array, "b n"]
 ) -> Float[Array, "b n embed"]:
-    """The encoder's part of `generate`."""
+    """Return the encoder output."""
     return model.apply({"params": params}, tokens, mask, method="encode")
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling"))
-def write_tokens(
+def decode_tokens(
     model: SwitchTransformer,
     params: dict[str, Any],
     encoded: Float[Array, "b n embed"],
@@ -44,7 +44,7 @@ def write_tokens(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Int[Array, "b new"]:
-    """The decoder's part of `generate`."""
+    """Return the decoder's tokens, int32, given the encoder output."""
     config, rows = model.config, encoded.shape[0]
 
     def advance(state: _State) -> _State:
@@ -58,7 +58,7 @@ def write_tokens(
         ended = state.ended | (chosen == config.eos_id)
         return _State(state.step + 1, written, chosen[:, None], ended, changed, key)
 
-    # The first step makes the caches, so it stands before the loop.
+    # The first step creates the caches, so it runs before the loop.
     start = _State(
         jnp.int32(0),
         jnp.full((rows, max_new_tokens), config.pad_id, jnp.int32),
@@ -67,8 +67,8 @@ def write_tokens(
         {},
         key,
     )
-    going = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.ended)
-    return lax.while_loop(going, advance, advance(start)).tokens
+    unfinished = lambda state: (state.step < max_new_tokens) & ~jnp.all(state.ended)
+    return lax.while_loop(unfinished, advance, advance(start)).tokens
 
 
 def generate(
@@ -81,28 +81,29 @@ def generate(
     seed: int = 0,
     encoder_mask: Bool[Array, "b n"] | None = None,
 ) -> Int[Array, "b new"]:
-    """Write `max_new_tokens` tokens for every row, greedily unless `sampling` says otherwise.
+    """Generate up to `max_new_tokens` tokens for every row, greedily unless `sampling` says otherwise.
 
     Args:
-      model: its experts dense or packed, wherever they live; for cached steps nothing may be dropped (`capacity` None).
-      params: its parameters.
-      encoder_input_tokens: int, padded with 0.
-      max_new_tokens: at least 1.
-      sampling: temperature, top-k, top-p.
-      seed: of the sampling.
-      encoder_mask: False on padding; by default where the id is 0.
+      model: a model with `capacity` None (cached steps drop no tokens), its experts dense, packed or placed.
+      params: the parameters of the model.
+      encoder_input_tokens: token ids, padded with the padding id.
+      max_new_tokens: number of tokens, at least 1.
+      sampling: temperature, top-k and top-p.
+      seed: seed of the sampling.
+      encoder_mask: False on padding; by default where the id is the padding id.
 
     Returns:
-      int32 `[b, max_new_tokens]`: the start token left out, 0 after the end token.
+      int32 `[b, max_new_tokens]`, without the start token, with the padding id after the end token.
 
     Raises:
-      CheckpointError: experts on disk that were needed cannot be read.
+      CheckpointError: an expert on disk cannot be read.
+      ValueError: `max_new_tokens` is below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = tokens != model.config.pad_id if encoder_mask is None else jnp.asarray(encoder_mask)
-    with failures_told(params):
-        encoded = read_prompt(model, params, tokens, mask)
+    with raise_store_errors(params):
+        encoded = encode_prompt(model, params, tokens, mask)
         key = jax.random.key(seed)
-        return write_tokens(model, params, encoded, mask, key, max_new_tokens, sampling).block_until_ready()
+        return decode_tokens(model, params, encoded, mask, key, max_new_tokens, sampling).block_until_ready()

@@ -1,4 +1,4 @@
-"""Checkpoints and artifacts to a model and its parameters."""
+"""Load a model and its parameters from a checkpoint or an artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.backend import platform
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement import (
@@ -24,13 +24,14 @@ from qmoe_jax.inference.placement import (
     PlacedLayer,
     PlacedSource,
     Placement,
-    Plan,
+    PlacementPlan,
     plan_placement,
     read_host_experts,
     runs_packed,
 )
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
+from qmoe_jax.parameters import ExpertKernel, is_expert
 
 
 def load_model(
@@ -40,14 +41,14 @@ def load_model(
 
     Args:
       path: a T5X, Hugging Face, upstream-QMoE or qmoe directory.
-      dtype: of the computation and of all parameters but the router's.
-      capacity: what a full expert does with further tokens; None drops none.
+      dtype: dtype of the computation and of all parameters except the router's.
+      capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts under T5X's names.
+      The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: nothing that can be read is there.
+      CheckpointError: no readable checkpoint is there.
     """
     reader = open_checkpoint(path)
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
@@ -63,26 +64,26 @@ def load_compressed(
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a compressed model with its experts packed; also opens upstream QMoE's compressed directories.
 
-    On the device, expert kernels that are ternary with levels a row become `PackedMatrix` values in the parameter
-    tree, decoded inside the matmul; those of other kinds (2 to 4 bits, or levels a group) are dequantized. Elsewhere
-    the tree holds an `expert/placed` for each layer, which calls the store that holds them: the same outputs, under
-    jit too. `qmoe_jax.expert_statistics(params)` says what a store has done.
+    On the device, expert kernels that are ternary with one pair of levels per row become `PackedMatrix` values in the
+    parameter tree, decoded inside the matmul; other kinds (2 to 4 bits, or levels per group) are dequantized. In host
+    memory or on disk, the tree holds an `expert/placed` per layer, which calls the store that holds the experts; the
+    outputs are the same, also under jit. `qmoe_jax.expert_statistics(params)` returns the store's counters.
 
     Args:
-      path: an artifact, or one of upstream's directories.
-      dtype: of the computation and of the dense parameters but the router's; on a CPU, dense kernels that are stored
-        in bfloat16 stay so, and are widened as they are read.
-      experts: where they live. "device": in its memory, as parameters. "host": in host memory, never copied to a
-        device. "disk": in the artifact, read when they are routed to. None: what fits, in this order.
-      expert_cache: bytes of host memory for experts from disk; by default a share of what is free.
-      capacity: what a full expert does with further tokens; None drops none.
+      path: an artifact, or a compressed directory of upstream QMoE.
+      dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense parameters stored
+        in bfloat16 stay so and are widened as they are read.
+      experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory, never
+        copied to a device. "disk": in the artifact, read when they are routed to. None: the first of these that fits.
+      expert_cache: bytes of host memory for experts read from disk; by default a share of the available memory.
+      capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
-      The linen module and its parameters, nested dicts under T5X's names.
+      The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
-      CheckpointError: nothing that can be read is there, it is not compressed, or its experts cannot live there.
-      ValueError: the cache has no room for one expert.
+      CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed so.
+      ValueError: the cache is too small for one expert.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
@@ -101,8 +102,8 @@ def load_compressed(
     return model, _params(reader, dtype, plan)
 
 
-def _params(reader: ArtifactReader, dtype: DTypeLike, plan: Plan) -> dict[str, Any]:
-    """The parameters of an artifact."""
+def _params(reader: ArtifactReader, dtype: DTypeLike, plan: PlacementPlan) -> dict[str, Any]:
+    """Return the parameters of an artifact, its experts placed as planned."""
     if plan.placement == "device":
         return _device_params(reader, dtype, [n for n in reader.names() if runs_packed(reader.kind(n))])
     source, activation = PlacedSource.of(reader), reader.config.activation
@@ -116,22 +117,22 @@ def _params(reader: ArtifactReader, dtype: DTypeLike, plan: Plan) -> dict[str, A
 
 
 def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placement | None) -> dict[str, Any]:
-    """The parameters of an upstream directory, whose files hold all experts of a layer together."""
+    """Return the parameters of an upstream directory, whose files hold all experts of a layer together."""
     packed = [name for name in reader.names() if is_expert(name)]
     if experts in (None, "device"):
         return _device_params(reader, dtype, packed)
     if experts == "disk":
         raise CheckpointError(
-            "cannot be left on disk",
+            "experts cannot be kept on disk",
             path=reader.path,
-            expected="a qmoe artifact, in which an expert is one range of bytes",
-            found="a directory of upstream QMoE's",
+            expected="a qmoe artifact, in which each expert is one byte range",
+            found="a directory of upstream QMoE",
             remedy="load it with experts='host' or 'device'",
         )
     layers: dict[LayerKey, dict[str, PackedMatrix]] = {}
     for name in packed:
-        stack, layer, _, _, matrix, _ = name.split("/")
-        layers.setdefault((stack, int(layer.removeprefix("layers_"))), {})[matrix] = reader.packed(name)
+        kernel = ExpertKernel.parse(name)
+        layers.setdefault((kernel.stack, kernel.layer), {})[kernel.matrix] = reader.packed(name)
     params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
     return _with_placed(params, HostExperts(layers, reader.config.activation), layers)
 
@@ -139,7 +140,7 @@ def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placemen
 def _device_params(
     reader: ArtifactReader | UpstreamReader, dtype: DTypeLike, packed: list[str]
 ) -> dict[str, Any]:
-    """Parameters with `PackedMatrix` values under the names in `packed`."""
+    """Return parameters with `PackedMatrix` values under the names in `packed`."""
     params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
     for name in packed:
         *folders, leaf = name.split("/")
@@ -152,7 +153,7 @@ def _dense_params(reader: DenseReader, dtype: DTypeLike, names: list[str]) -> di
 
 
 def _with_placed(params: dict[str, Any], store: ExpertStore, layers: Iterable[LayerKey]) -> dict[str, Any]:
-    """Parameters whose experts of these layers are in a store."""
+    """Add to the parameters, for each layer, the experts held by a store."""
     for stack, number in layers:
         node = _node(params, [stack, f"layers_{number}", "mlp", "expert"])
         node["placed"] = PlacedLayer(store, (stack, number))

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Choose the next token from logits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from jaxtyping import Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: greedily at temperature 0, else from the softmax of logits / temperature.
+    """Sampling options.
 
-    `top_k` keeps the k most likely tokens, `top_p` the smallest set whose probability reaches p; None keeps all.
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from softmax(logits / temperature).
+        top_k: keep only the k most likely tokens; None keeps all.
+        top_p: keep only the smallest set of tokens whose probability reaches p; None keeps all.
     """
 
     temperature: float = 0.0
@@ -22,7 +25,7 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Check the ranges of the options."""
         if self.temperature < 0:
             raise ValueError(f"temperature: expected at least 0, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -31,7 +34,7 @@ class Sampling:
             raise ValueError(f"top_p: expected more than 0 and at most 1, found {self.top_p}")
 
     def choose(self, logits: Float[Array, "b vocab"], key: Array) -> Int[Array, "b"]:
-        """The next token of every row, int32."""
+        """Return the next token of every row, int32."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / self.temperature

@@ -1,4 +1,4 @@
-"""T5 attention: unscaled logits, a relative position bias a stack, key-value caches for decoding."""
+"""Attention of T5: unscaled logits, one relative position bias per stack, key-value caches for decoding."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from qmoe_jax.models.layers import Kernel
+from qmoe_jax.models.layers import Dense
 
 MASKED = -1e10
-"""Added to masked logits, as flaxformer does: a query without any key attends evenly instead of giving NaN."""
+"""Added to masked logits, as in flaxformer: a query with all keys masked attends evenly instead of giving NaN."""
 
 
 def relative_position_bucket(
     distance: Int[Array, "*shape"], bidirectional: bool, buckets: int = 32, max_distance: int = 128
 ) -> Int[Array, "*shape"]:
-    """The bucket of a distance memory - query: exact when near, logarithmic to `max_distance`.
+    """Return the bucket of each distance (key position - query position).
 
-    Thresholds are integers found once in float64, so that no platform's logarithm moves a border (for 32 buckets
-    and 128 they are those of flaxformer and Hugging Face alike, at every distance).
+    Small distances have a bucket each; larger ones share logarithmic buckets up to `max_distance`. The borders are
+    integers computed in float64, so that they do not depend on a platform's logarithm; with 32 buckets and a maximum of
+    128 they equal those of flaxformer and Hugging Face at every distance.
     """
     if bidirectional:
         buckets //= 2
@@ -39,7 +40,7 @@ def relative_position_bucket(
 
 
 class RelativePositionBias(nn.Module):
-    """`rel_embedding` `[heads, bucket]`: one table for all layers of a stack."""
+    """Relative position bias `rel_embedding` `[heads, bucket]`, one table for all layers of a stack."""
 
     num_heads: int
     bidirectional: bool
@@ -51,7 +52,7 @@ class RelativePositionBias(nn.Module):
     def __call__(
         self, queries: Int[Array, "query"], keys: Int[Array, "key"]
     ) -> Float[Array, "1 heads query key"]:
-        """The bias between positions `queries` and positions `keys`."""
+        """Return the bias between query and key positions."""
         init = nn.with_logical_partitioning(
             nn.initializers.variance_scaling(1.0, "fan_avg", "uniform"), ("heads", "relpos_buckets")
         )
@@ -63,7 +64,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over `num_heads * d_kv` features (head-major), which need not be the model's width."""
+    """Multi-head attention over `num_heads * d_kv` features (head-major), which may differ from `features`."""
 
     features: int
     num_heads: int
@@ -73,10 +74,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         inner = self.num_heads * self.d_kv
         # T5 folds the usual 1/sqrt(d_kv) of the logits into the query's initial scale.
-        self.query = Kernel(inner, ("embed", "joined_kv"), self.dtype, init_variance=1 / self.d_kv)
-        self.key = Kernel(inner, ("embed", "joined_kv"), self.dtype)
-        self.value = Kernel(inner, ("embed", "joined_kv"), self.dtype)
-        self.out = Kernel(self.features, ("joined_kv", "embed"), self.dtype)
+        self.query = Dense(inner, ("embed", "joined_kv"), self.dtype, init_variance=1 / self.d_kv)
+        self.key = Dense(inner, ("embed", "joined_kv"), self.dtype)
+        self.value = Dense(inner, ("embed", "joined_kv"), self.dtype)
+        self.out = Dense(self.features, ("joined_kv", "embed"), self.dtype)
 
     def _split(self, x: Float[Array, "b n joined"]) -> Float[Array, "b n heads kv"]:
         return x.reshape(*x.shape[:2], self.num_heads, self.d_kv)
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         length: int,
         bias: Float[Array, "#b #heads 1 n"],
     ) -> Float[Array, "b 1 embed"]:
-        """Attend from the token at `position` to itself and those before it, kept in the collection "cache"."""
+        """Attend from the token at `position` to itself and earlier tokens, cached in the collection "cache"."""
         empty = jnp.zeros((x.shape[0], length, self.num_heads, self.d_kv), self.dtype)
         keys, values = self.get_variable("cache", "key", empty), self.get_variable("cache", "value", empty)
         keys = lax.dynamic_update_slice_in_dim(keys, self._split(self.key(x)), position, 1)
@@ -126,7 +127,7 @@ class Attention(nn.Module):
         memory: Float[Array, "b n embed"],
         bias: Float[Array, "#b #heads 1 n"],
     ) -> Float[Array, "b 1 embed"]:
-        """Attend from one token to `memory`, whose keys and values are computed at the first step alone."""
+        """Attend from one token to `memory`, whose keys and values are computed in the first step only."""
         if not self.has_variable("cache", "key"):
             self.put_variable("cache", "key", self._split(self.key(memory)))
             self.put_variable("cache", "value", self._split(self.value(memory)))
@@ -135,10 +136,10 @@ class Attention(nn.Module):
 
 
 def padding_bias(mask: Bool[Array, "b n"]) -> Float[Array, "b 1 1 n"]:
-    """A bias that hides the keys where `mask` is False."""
+    """Return a bias that masks the keys where `mask` is False."""
     return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
 
 
 def causal_bias(queries: Int[Array, "query"], keys: Int[Array, "key"]) -> Float[Array, "1 1 query key"]:
-    """A bias that hides keys after the query."""
+    """Return a bias that masks keys after the query."""
     return jnp.where(keys[None, :] <= queries[:, None], 0.0, MASKED)[None, None]

@@ -1,12 +1,13 @@
-"""Feed-forward experts: dense or packed matrices under the same parameter names, through one call.
+"""Feed-forward experts, dense or packed under the same parameter names.
 
-A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as T5X has it, or a `PackedMatrix`; or, where the
-experts are no arrays of the program, `expert/placed` computes them. What lies there decides: a model may keep one
-stack dense and another packed.
+A parameter `expert/wi/kernel` is either an array `[expert, in, out]`, as in T5X, or a `PackedMatrix`. Experts that are
+not arrays of the program are computed by the parameter `expert/placed`. The parameters decide: one stack may be dense
+and the other packed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,42 +19,41 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels import PackedMatrix, packed_mlp
+from pallas_kernels.matmul.epilogue import ACTIVATIONS
+from pallas_kernels.matmul.grouping import group_tokens
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.models.layers import Kernel
+from qmoe_jax.models.layers import Dense
 from qmoe_jax.models.router import GroupCapacity, Router, Routing, SequenceCapacity
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-}  # gelu: tanh form
+from qmoe_jax.parameters import input_matrices
 
 
 class DenseMLP(nn.Module):
-    """The feed-forward part of a layer without experts."""
+    """Feed-forward part of a layer without experts."""
 
     config: SwitchConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
-        """`activation(x wi) wo`, gated where the model is."""
+        """Return `activation(x wi) wo`, or `(activation(x wi_0) * (x wi_1)) wo` for gated models."""
         activation = ACTIVATIONS[self.config.activation]
-        wide = lambda name: Kernel(self.config.d_ff, ("embed", "mlp"), self.dtype, name=name)
-        hidden = (
-            activation(wide("wi_0")(x)) * wide("wi_1")(x) if self.config.gated else activation(wide("wi")(x))
-        )
-        return Kernel(self.config.d_model, ("mlp", "embed"), self.dtype, name="wo")(hidden)
+        wi = [
+            Dense(self.config.d_ff, ("embed", "mlp"), self.dtype, name=name)(x)
+            for name in input_matrices(self.config)
+        ]
+        hidden = math.prod(wi[1:], start=activation(wi[0]))
+        return Dense(self.config.d_model, ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
-class ExpertKernel(nn.Module):
-    """One matrix of every expert, whatever form its parameter has."""
+class ExpertWeights(nn.Module):
+    """One matrix of all experts, an array or packed."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
 
     @nn.compact
     def __call__(self) -> Float[Array, "expert in out"] | PackedMatrix:
-        """The parameter itself."""
+        """Return the parameter."""
         if self.has_variable("params", "kernel"):
             kernel = self.get_variable("params", "kernel")
             return kernel.unbox() if isinstance(kernel, nn.meta.AxisMetadata) else kernel
@@ -63,12 +63,12 @@ class ExpertKernel(nn.Module):
 
 def expert_hidden(
     x: Float[Array, "*row embed"],
-    wide: Sequence[Float[Array, "embed mlp"]],
+    wi: Sequence[Float[Array, "embed mlp"]],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "*row mlp"]:
-    """What an expert's second matrix reads: `activation(x wi)`, or `activation(x wi_0) * (x wi_1)`."""
-    hidden = activation(x @ wide[0])
-    for gate in wide[1:]:
+    """Return an expert's hidden activations: `activation(x wi)`, or `activation(x wi_0) * (x wi_1)`."""
+    hidden = activation(x @ wi[0])
+    for gate in wi[1:]:
         hidden = hidden * (x @ gate)
     return hidden
 
@@ -79,54 +79,44 @@ def grouped_apply(
     expert: Int[Array, "token"],
     kernels: Sequence[Float[Array, "expert _ _"]],
 ) -> Float[Array, "token out"]:
-    """`function(rows, *kernels of one expert)` on the rows of each expert, every row once, none dropped.
+    """Apply `function(rows, *matrices of one expert)` to the rows of each expert; no row is dropped.
 
-    Rows are sorted by expert and cut into blocks that belong to one expert each, so the work is `token` rows and at
-    most one partly filled block an expert, whatever the load; shapes are static.
+    Rows are sorted by expert and split into blocks of one expert each, so that the work is `token` rows plus at most
+    one partly filled block per expert, whatever the load. Shapes are static.
     """
     tokens, num_experts = x.shape[0], kernels[0].shape[0]
-    block = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
-    order = jnp.argsort(expert, stable=True)
-    counts = jnp.bincount(expert, length=num_experts)
-    blocks_of = -(-counts // block)
-    first_block = jnp.cumsum(blocks_of) - blocks_of
-    first_token = jnp.cumsum(counts) - counts
-    ranked = expert[order]
-    slot = first_block[ranked] * block + jnp.arange(tokens) - first_token[ranked]
-    num_blocks = min(tokens, num_experts) + tokens // block
-    owner = jnp.searchsorted(jnp.cumsum(blocks_of), jnp.arange(num_blocks), side="right")
-    slots = jnp.zeros((num_blocks * block, x.shape[1]), x.dtype).at[slot].set(x[order])
+    lanes = min(128, 1 << max(tokens // num_experts - 1, 0).bit_length())
+    blocks = group_tokens(expert, num_experts, lanes)
 
     def one_block(carry: None, inputs: tuple[Array, Array]) -> tuple[None, Array]:
         rows, index = inputs
         mine = (lax.dynamic_index_in_dim(kernel, index, keepdims=False).astype(x.dtype) for kernel in kernels)
         return carry, function(rows, *mine)
 
-    _, out = lax.scan(one_block, None, (slots.reshape(num_blocks, block, -1), owner))
-    out = out.reshape(num_blocks * block, -1)
-    return jnp.zeros((tokens, out.shape[1]), out.dtype).at[order].set(out[slot])
+    _, out = lax.scan(one_block, None, (blocks.spread(x), blocks.expert))
+    return blocks.collect(out)
 
 
 def grouped_hidden(
     x: Float[Array, "token embed"],
     expert: Int[Array, "token"],
-    wide: Sequence[Float[Array, "expert embed mlp"]],
+    wi: Sequence[Float[Array, "expert embed mlp"]],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "token mlp"]:
-    """`expert_hidden` of each token's own expert."""
-    return grouped_apply(lambda rows, *mine: expert_hidden(rows, mine, activation), x, expert, wide)
+    """Return the hidden activations of each token in its own expert."""
+    return grouped_apply(lambda rows, *matrices: expert_hidden(rows, matrices, activation), x, expert, wi)
 
 
 def grouped_mlp(
     x: Float[Array, "token embed"],
     expert: Int[Array, "token"],
-    wide: Sequence[Float[Array, "expert embed mlp"]],
-    narrow: Float[Array, "expert mlp embed"],
+    wi: Sequence[Float[Array, "expert embed mlp"]],
+    wo: Float[Array, "expert mlp embed"],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "token embed"]:
-    """Each token through its own expert."""
-    function = lambda rows, *mine: expert_hidden(rows, mine[:-1], activation) @ mine[-1]
-    return grouped_apply(function, x, expert, (*wide, narrow))
+    """Return each token's expert output."""
+    function = lambda rows, *matrices: expert_hidden(rows, matrices[:-1], activation) @ matrices[-1]
+    return grouped_apply(function, x, expert, (*wi, wo))
 
 
 def capacity_mlp(
@@ -134,27 +124,27 @@ def capacity_mlp(
     expert: Int[Array, "token"],
     kept: Bool[Array, "token"],
     capacity: int,
-    wide: Sequence[Float[Array, "expert embed mlp"]],
-    narrow: Float[Array, "expert mlp embed"],
+    wi: Sequence[Float[Array, "expert embed mlp"]],
+    wo: Float[Array, "expert mlp embed"],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "token embed"]:
     """Tokens through buffers of `capacity` rows an expert: batched products, as training wants them.
 
     Rows that are not `kept`, or find the buffer full, come back as zeros.
     """
-    num_experts = narrow.shape[0]
+    num_experts = wo.shape[0]
     chosen = jax.nn.one_hot(jnp.where(kept, expert, num_experts), num_experts, dtype=jnp.int32)
     place = jnp.sum((jnp.cumsum(chosen, 0) - 1) * chosen, axis=1)
     slot = jnp.where(kept & (place < capacity), expert * capacity + place, num_experts * capacity)
     slots = jnp.zeros((num_experts * capacity, x.shape[1]), x.dtype).at[slot].set(x, mode="drop")
     slots = slots.reshape(num_experts, capacity, -1)
-    hidden = expert_hidden(slots, [kernel.astype(x.dtype) for kernel in wide], activation)
-    out = (hidden @ narrow.astype(x.dtype)).reshape(num_experts * capacity, -1)
+    hidden = expert_hidden(slots, [kernel.astype(x.dtype) for kernel in wi], activation)
+    out = (hidden @ wo.astype(x.dtype)).reshape(num_experts * capacity, -1)
     return out.at[slot].get(mode="fill", fill_value=0)
 
 
 class PlacedExperts(Protocol):
-    """The experts of one layer, wherever they live: traceable, and itself a pytree."""
+    """The experts of one layer behind a call: traceable by jit, and itself a pytree."""
 
     def __call__(
         self,
@@ -164,43 +154,43 @@ class PlacedExperts(Protocol):
         *,
         num_experts: int,
     ) -> Float[Array, "token embed"]:
-        """Each token's expert output times `scale`."""
+        """Return each token's expert output times `scale`."""
         ...
 
 
 class Experts(nn.Module):
-    """The experts of one layer."""
+    """The experts of one layer: dense, packed or placed."""
 
     config: SwitchConfig
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         c = self.config
-        wide = lambda: ExpertKernel((c.num_experts, c.d_model, c.d_ff), ("expert", "embed", "expert_mlp"))
+        weights = lambda: ExpertWeights((c.num_experts, c.d_model, c.d_ff), ("expert", "embed", "expert_mlp"))
         if c.gated:
-            self.wi_0, self.wi_1 = wide(), wide()
+            self.wi_0, self.wi_1 = weights(), weights()
         else:
-            self.wi = wide()
-        self.wo = ExpertKernel((c.num_experts, c.d_ff, c.d_model), ("expert", "expert_mlp", "embed"))
+            self.wi = weights()
+        self.wo = ExpertWeights((c.num_experts, c.d_ff, c.d_model), ("expert", "expert_mlp", "embed"))
 
     def __call__(
         self, x: Float[Array, "token embed"], routing: Routing, capacity: int | None = None
     ) -> Float[Array, "token embed"]:
-        """Each token's expert output times the router's probability; a token not kept adds nothing.
+        """Return each token's expert output times its router probability, zero for dropped tokens.
 
-        `capacity` bounds the tokens an expert can have been sent; with it, dense experts are batched products.
+        `capacity` is an upper bound of the tokens per expert; given one, dense experts run as batched products.
         """
         x = x.astype(self.dtype)
         scale = jnp.where(routing.kept, routing.probability, 0.0)
         if self.has_variable("params", "placed"):
             placed: PlacedExperts = self.get_variable("params", "placed")
             return placed(x, routing.expert, scale, num_experts=self.config.num_experts)
-        wide = (self.wi_0(), self.wi_1()) if self.config.gated else (self.wi(),)
-        narrow = self.wo()
-        if isinstance(narrow, PackedMatrix):
+        wi = (self.wi_0(), self.wi_1()) if self.config.gated else (self.wi(),)
+        wo = self.wo()
+        if isinstance(wo, PackedMatrix):
             return packed_mlp(
-                wide if self.config.gated else wide[0],
-                narrow,
+                wi if self.config.gated else wi[0],
+                wo,
                 x,
                 routing.expert,
                 scale=scale,
@@ -208,14 +198,14 @@ class Experts(nn.Module):
             )
         activation = ACTIVATIONS[self.config.activation]
         if capacity is None:
-            out = grouped_mlp(x, routing.expert, wide, narrow, activation)
+            out = grouped_mlp(x, routing.expert, wi, wo, activation)
         else:
-            out = capacity_mlp(x, routing.expert, routing.kept, capacity, wide, narrow, activation)
+            out = capacity_mlp(x, routing.expert, routing.kept, capacity, wi, wo, activation)
         return out * scale.astype(self.dtype)[:, None]
 
 
 class SwitchMLP(nn.Module):
-    """Router and experts of one layer."""
+    """Feed-forward part with experts: router and experts of one layer."""
 
     config: SwitchConfig
     capacity: SequenceCapacity | GroupCapacity | None = None
@@ -226,11 +216,11 @@ class SwitchMLP(nn.Module):
         self.expert = Experts(self.config, self.dtype)
 
     def route(self, x: Float[Array, "b n embed"]) -> Routing:
-        """The router alone."""
+        """Return the routing of each token."""
         return self.router(x)
 
-    def _bound(self, batch: int, length: int) -> int | None:
-        """The most tokens an expert can be sent, where the rule gives one below `batch * length`."""
+    def _max_tokens_per_expert(self, batch: int, length: int) -> int | None:
+        """Return an upper bound of the tokens per expert if the rule gives one below `batch * length`."""
         if isinstance(self.capacity, SequenceCapacity):
             return self.capacity.tokens * batch if self.capacity.tokens < length else None
         if isinstance(self.capacity, GroupCapacity):
@@ -240,10 +230,12 @@ class SwitchMLP(nn.Module):
         return None
 
     def __call__(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
-        """Route and compute."""
+        """Route the tokens and run their experts."""
         routing = self.route(x)
         flat = Routing(*(part.reshape(-1) for part in routing))
-        out = self.expert(x.reshape(-1, x.shape[-1]), flat, self._bound(*x.shape[:2])).reshape(x.shape)
+        out = self.expert(
+            x.reshape(-1, x.shape[-1]), flat, self._max_tokens_per_expert(*x.shape[:2])
+        ).reshape(x.shape)
         if isinstance(self.capacity, SequenceCapacity) and self.capacity.dropped == "input":
             passed = x.astype(self.dtype) * routing.probability.astype(self.dtype)[..., None]
             return jnp.where(routing.kept[..., None], out, passed)

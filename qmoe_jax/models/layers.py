@@ -1,4 +1,4 @@
-"""The plain layers of T5: a matrix, the RMS norm, the token embedding."""
+"""Plain layers of T5: dense layer, RMS norm, token embedding."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from pallas_kernels.backend import platform
 from pallas_kernels.dense_matmul import dense_matmul
 
 FEW_TOKENS = 32
-"""Up to as many, a CPU multiplies by a kernel in bfloat16 sooner than XLA, which widens it into memory first."""
+"""Number of tokens up to which, on a CPU, a product that widens bfloat16 weights as it reads them beats XLA, which
+first widens them in memory."""
 
 
-class Kernel(nn.Module):
-    """A matrix without bias, `kernel` `[in, out]`, with the logical axes T5X names.
+class Dense(nn.Module):
+    """Dense layer without bias: `x @ kernel`, with parameter `kernel` `[in, out]` initialized as T5X does.
 
-    It is initialized with variance `init_variance / in`.
+    Attributes:
+        features: size of the output axis.
+        axes: logical names of the axes, as in T5X.
+        dtype: dtype of the computation.
+        init_variance: variance of the initial values times the input size.
     """
 
     features: int
@@ -30,34 +35,34 @@ class Kernel(nn.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Multiply in `dtype`.
 
-        A kernel kept in bfloat16 for a computation in float32 is widened as it is read, where tokens are so few that
-        reading it is what takes the time.
+        A kernel stored in bfloat16 is widened to float32 as it is read where tokens are so few that reading it
+        dominates.
         """
         init = nn.initializers.variance_scaling(self.init_variance, "fan_in", "truncated_normal")
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(init, self.axes), (x.shape[-1], self.features)
         )
         x = x.astype(self.dtype)
-        if _better_narrow(x, kernel):
+        if _widen_while_reading(x, kernel):
             rows = dense_matmul(x.reshape(-1, x.shape[-1]), kernel)
             return rows.reshape(*x.shape[:-1], self.features)
         return x @ kernel.astype(self.dtype)
 
 
-def _better_narrow(x: Array, kernel: Array) -> bool:
+def _widen_while_reading(x: Array, kernel: Array) -> bool:
     few = x.size // x.shape[-1] <= FEW_TOKENS
     return (x.dtype, kernel.dtype) == (jnp.float32, jnp.bfloat16) and few and platform() == "cpu"
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: no mean, no bias; statistics in float32, the product with `scale` in `dtype`."""
+    """Layer norm of T5, without mean and bias; statistics in float32, the product with `scale` in `dtype`."""
 
     epsilon: float = 1e-6
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """Divide by the root of the mean square."""
+        """Divide by the root mean square and multiply by `scale`."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],))
         x = x.astype(jnp.float32)
@@ -66,7 +71,7 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding `[vocab, embed]`, shared by both stacks, and the logits of tied models."""
+    """Token embedding `[vocab, embed]`, shared by both stacks; also the output projection of tied models."""
 
     vocab_size: int
     features: int
@@ -77,12 +82,12 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.vocab_size, self.features))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
-        """Look tokens up. An id beyond the vocabulary gives NaN, never another token's row."""
+        """Return the rows of `tokens`; an id outside the vocabulary gives NaN, never another token's row."""
         rows = jnp.take(self.embedding, tokens, axis=0, mode="fill", fill_value=jnp.nan)
         return rows.astype(self.dtype)
 
     def attend(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Logits against the embedding, scaled by `features ** -0.5`, in float32."""
+        """Return logits against the embedding, scaled by `features ** -0.5`, in float32."""
         table = self.embedding.astype(self.dtype)
         logits = jnp.matmul(x.astype(self.dtype), table.T, preferred_element_type=jnp.float32)
         return logits * self.features**-0.5

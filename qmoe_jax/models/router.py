@@ -1,4 +1,4 @@
-"""The Switch router: top-1 in float32, expert capacity in each of the three meanings in use, auxiliary losses."""
+"""Switch router: top-1 routing in float32, expert capacity under each of the rules in use, auxiliary losses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from jax import Array
 from jax import numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from qmoe_jax.models.layers import Kernel
+from qmoe_jax.models.layers import Dense
 
 
 @dataclasses.dataclass(frozen=True)
 class SequenceCapacity:
-    """Hugging Face's rule: each sequence sends an expert at most `tokens` tokens, first come first served.
+    """Capacity rule of Hugging Face: each sequence sends an expert at most `tokens` tokens, in order.
 
-    A token over it adds nothing ("zero": transformers 4.52 and 5.18 or later) or its normalized input times the
-    router's probability ("input": transformers up to 4.51).
+    Attributes:
+        tokens: capacity per sequence and expert.
+        dropped: output of a token beyond the capacity: "zero" (transformers 4.52, and 5.18 or later), or "input", its
+            normalized input times the router probability (transformers up to 4.51).
     """
 
     tokens: int
@@ -28,10 +30,16 @@ class SequenceCapacity:
 
 @dataclasses.dataclass(frozen=True)
 class GroupCapacity:
-    """flaxformer's rule: the flattened batch is cut in groups of at most `max_group_size` tokens.
+    """Capacity rule of flaxformer: the flattened batch is split into groups with a capacity per expert each.
 
-    In each group an expert takes `max(round(factor * tokens / experts), minimum)` tokens, first come first served;
-    a token over it adds nothing. `replicas` is the number of data-parallel replicas an expert partition has.
+    In each group an expert takes `max(round(factor * tokens / experts), minimum)` tokens, in order; the output of
+    further tokens is zero.
+
+    Attributes:
+        factor: capacity factor.
+        minimum: least capacity per group and expert.
+        max_group_size: upper bound of the tokens per group.
+        replicas: number of data-parallel replicas of an expert partition.
     """
 
     factor: float
@@ -40,9 +48,10 @@ class GroupCapacity:
     replicas: int = 1
 
     def group_size(self, tokens: int, num_experts: int) -> int:
-        """Tokens a group: the number of groups is the smallest that divides `tokens`, and that experts divide.
+        """Return the tokens per group.
 
-        `tokens` is first rounded up to a multiple of experts * replicas, as flaxformer pads.
+        The number of groups is the smallest that divides `tokens` and is a multiple of experts * replicas; `tokens` is
+        first rounded up to such a multiple, as flaxformer pads.
         """
         shards = num_experts * self.replicas
         tokens = -(-tokens // shards) * shards
@@ -52,7 +61,7 @@ class GroupCapacity:
         return tokens // groups
 
     def per_expert(self, tokens: int, num_experts: int) -> int:
-        """Tokens an expert takes of a group of `tokens`."""
+        """Return the capacity of an expert in a group of `tokens`."""
         return max(round(self.factor * tokens / num_experts), self.minimum)
 
 
@@ -60,7 +69,7 @@ CapacityRule = SequenceCapacity | GroupCapacity
 
 
 class Routing(NamedTuple):
-    """The router's choice for each token: expert, its probability, and whether the expert has room."""
+    """Routing of each token: its expert, the router probability, and whether it is within the expert's capacity."""
 
     expert: Int[Array, "*token"]
     probability: Float[Array, "*token"]
@@ -68,7 +77,7 @@ class Routing(NamedTuple):
 
 
 def position_in_expert(expert: Int[Array, "group token"], num_experts: int) -> Int[Array, "group token"]:
-    """How many earlier tokens of the group chose the same expert."""
+    """Return the number of earlier tokens of the group that chose the same expert."""
     chosen = jax.nn.one_hot(expert, num_experts, dtype=jnp.int32)
     return jnp.take_along_axis(jnp.cumsum(chosen, 1) - 1, expert[..., None], 2)[..., 0]
 
@@ -76,7 +85,7 @@ def position_in_expert(expert: Int[Array, "group token"], num_experts: int) -> I
 def within_capacity(
     expert: Int[Array, "b n"], num_experts: int, rule: CapacityRule | None
 ) -> Bool[Array, "b n"]:
-    """Which tokens find room at their expert under `rule`; all of them without one."""
+    """Return which tokens are within their expert's capacity under `rule`; all of them if it is None."""
     if rule is None:
         return jnp.ones(expert.shape, bool)
     if isinstance(rule, SequenceCapacity):
@@ -88,15 +97,15 @@ def within_capacity(
 
 
 class RouterWeights(nn.Module):
-    """The linear part; a module of its own because T5X stores it as `router_weights/w/kernel`."""
+    """Linear part of the router, a separate module because T5X names its parameter `router_weights/w/kernel`."""
 
     num_experts: int
 
     def setup(self) -> None:
-        self.w = Kernel(self.num_experts, ("embed", "unmodeled"), jnp.float32)
+        self.w = Dense(self.num_experts, ("embed", "unmodeled"), jnp.float32)
 
     def __call__(self, x: Float[Array, "*token embed"]) -> Float[Array, "*token expert"]:
-        """Router logits, float32."""
+        """Return router logits, float32."""
         return self.w(x)
 
 
@@ -110,7 +119,7 @@ class Router(nn.Module):
         self.router_weights = RouterWeights(self.num_experts)
 
     def __call__(self, x: Float[Array, "b n embed"]) -> Routing:
-        """Choose an expert for each token; "router_logits" is sown among the intermediates."""
+        """Choose an expert per token; sows "router_logits" into the collection "intermediates"."""
         logits = self.router_weights(x)
         self.sow("intermediates", "router_logits", logits)
         probabilities = jax.nn.softmax(logits, axis=-1)
@@ -121,7 +130,10 @@ class Router(nn.Module):
 
 
 def load_balancing_loss(logits: Float[Array, "group token expert"]) -> Float[Array, ""]:
-    """Experts * sum over experts of (share of tokens x mean probability), averaged over groups (Switch, eq. 4)."""
+    """Return the load-balancing loss (Switch Transformer, eq. 4), averaged over groups.
+
+    It is experts * sum over experts of (share of tokens * mean router probability).
+    """
     probabilities = jax.nn.softmax(logits, axis=-1)
     num_experts = logits.shape[-1]
     chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts)
@@ -129,5 +141,5 @@ def load_balancing_loss(logits: Float[Array, "group token expert"]) -> Float[Arr
 
 
 def router_z_loss(logits: Float[Array, "*token expert"]) -> Float[Array, ""]:
-    """Mean squared log-partition (ST-MoE, eq. 5)."""
+    """Return the mean squared log-partition function of the router (ST-MoE, eq. 5)."""
     return jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))

@@ -1,4 +1,4 @@
-"""The Switch Transformer: T5's encoder-decoder, its feed-forward parts dense or routed, parameters named as T5X's."""
+"""Switch Transformer: T5's encoder-decoder with dense or routed feed-forward parts and T5X's parameter names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.models.attention import Attention, RelativePositionBias, causal_bias, padding_bias
 from qmoe_jax.models.experts import DenseMLP, SwitchMLP
-from qmoe_jax.models.layers import Embedding, Kernel, RMSNorm
+from qmoe_jax.models.layers import Dense, Embedding, RMSNorm
 from qmoe_jax.models.router import CapacityRule, Routing
 
 
 class Block(nn.Module):
-    """What encoder and decoder blocks share: the pre-norm feed-forward part, dense or with experts."""
+    """Base of encoder and decoder blocks: the pre-norm feed-forward part, dense or with experts."""
 
     config: SwitchConfig
     sparse: bool
@@ -38,21 +38,21 @@ class Block(nn.Module):
             self.mlp = DenseMLP(self.config, self.dtype)
 
     def mlp_input(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
-        """What the feed-forward part reads: the normed residual stream."""
+        """Return the normalized input of the feed-forward part."""
         return self.pre_mlp_layer_norm(x)
 
     def route(self, x: Float[Array, "b n embed"]) -> tuple[Float[Array, "b n embed"], Routing]:
-        """The normed input of a sparse block's experts, and the router's choice."""
+        """Return the normalized input of a sparse block's experts and its routing."""
         normed = self.mlp_input(x)
         return normed, self.mlp.route(normed)
 
     def feed_forward(self, x: Float[Array, "b n embed"]) -> Float[Array, "b n embed"]:
-        """Add the feed-forward part."""
+        """Return `x` plus the feed-forward part."""
         return x + self.mlp(self.mlp_input(x))
 
 
 class EncoderBlock(Block):
-    """Self-attention and feed-forward."""
+    """Block of self-attention and feed-forward."""
 
     def setup(self) -> None:
         super().setup()
@@ -62,19 +62,19 @@ class EncoderBlock(Block):
     def attend(
         self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]
     ) -> Float[Array, "b n embed"]:
-        """Add self-attention."""
+        """Return `x` plus self-attention."""
         normed = self.pre_attention_layer_norm(x)
         return x + self.attention(normed, normed, bias)
 
     def __call__(
         self, x: Float[Array, "b n embed"], bias: Float[Array, "#b heads n n"]
     ) -> Float[Array, "b n embed"]:
-        """The whole block."""
+        """Return the output of the block."""
         return self.feed_forward(self.attend(x, bias))
 
 
 class DecoderBlock(Block):
-    """Causal self-attention, cross-attention and feed-forward."""
+    """Block of causal self-attention, cross-attention and feed-forward."""
 
     def setup(self) -> None:
         super().setup()
@@ -90,7 +90,7 @@ class DecoderBlock(Block):
         bias: Float[Array, "#b heads m m"],
         cross_bias: Float[Array, "b 1 1 n"],
     ) -> Float[Array, "b m embed"]:
-        """Add self-attention and cross-attention."""
+        """Return `x` plus self-attention and cross-attention."""
         normed = self.pre_self_attention_layer_norm(x)
         x = x + self.self_attention(normed, normed, bias)
         return x + self.encoder_decoder_attention(self.pre_cross_attention_layer_norm(x), encoded, cross_bias)
@@ -102,7 +102,7 @@ class DecoderBlock(Block):
         bias: Float[Array, "#b heads m m"],
         cross_bias: Float[Array, "b 1 1 n"],
     ) -> Float[Array, "b m embed"]:
-        """The whole block."""
+        """Return the output of the block."""
         return self.feed_forward(self.attend(x, encoded, bias, cross_bias))
 
     def step(
@@ -114,7 +114,7 @@ class DecoderBlock(Block):
         bias: Float[Array, "#b heads 1 l"],
         cross_bias: Float[Array, "b 1 1 n"],
     ) -> Float[Array, "b 1 embed"]:
-        """The whole block for one token, with key-value caches of `length` tokens."""
+        """Return the output of the block for one token, with key-value caches of `length` tokens."""
         normed = self.pre_self_attention_layer_norm(x)
         x = x + self.self_attention.step(normed, position, length, bias)
         normed = self.pre_cross_attention_layer_norm(x)
@@ -135,7 +135,7 @@ def _relative_position_bias(
 
 
 class Encoder(nn.Module):
-    """The encoder stack."""
+    """Encoder stack."""
 
     config: SwitchConfig
     capacity: CapacityRule | None = None
@@ -151,12 +151,12 @@ class Encoder(nn.Module):
         self.encoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
 
     def bias(self, mask: Bool[Array, "b n"]) -> Float[Array, "b heads n n"]:
-        """Position bias and padding mask, the same for every layer."""
+        """Return position bias plus padding mask, the same for every layer."""
         positions = jnp.arange(mask.shape[1])
         return self.relpos_bias(positions, positions) + padding_bias(mask)
 
     def __call__(self, x: Float[Array, "b n embed"], mask: Bool[Array, "b n"]) -> Float[Array, "b n embed"]:
-        """All blocks and the final norm."""
+        """Return the output of all blocks and the final norm."""
         bias = self.bias(mask)
         for block in self.layers:
             x = block(x, bias)
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack, with the output head of untied models."""
+    """Decoder stack, with the output projection of untied models."""
 
     config: SwitchConfig
     capacity: CapacityRule | None = None
@@ -179,22 +179,22 @@ class Decoder(nn.Module):
         ]
         self.decoder_norm = RMSNorm(c.layer_norm_epsilon, self.dtype)
         if not c.tied:
-            self.logits_dense = Kernel(c.vocab_size, ("embed", "vocab"), self.dtype)
+            self.logits_dense = Dense(c.vocab_size, ("embed", "vocab"), self.dtype)
 
     def bias(self, length: int) -> Float[Array, "1 heads m m"]:
-        """Position bias and causal mask, the same for every layer."""
+        """Return position bias plus causal mask, the same for every layer."""
         positions = jnp.arange(length)
         return self.relpos_bias(positions, positions) + causal_bias(positions, positions)
 
     def head(self, x: Float[Array, "b m embed"]) -> Float[Array, "b m embed"] | Float[Array, "b m vocab"]:
-        """The final norm, and the logits of an untied model."""
+        """Apply the final norm and, in untied models, the output projection."""
         x = self.decoder_norm(x)
         return x if self.config.tied else self.logits_dense(x).astype(jnp.float32)
 
     def __call__(
         self, x: Float[Array, "b m embed"], encoded: Float[Array, "b n embed"], mask: Bool[Array, "b n"]
     ) -> Float[Array, "b m _"]:
-        """All blocks and the head."""
+        """Return the output of all blocks and the head."""
         bias, cross_bias = self.bias(x.shape[1]), padding_bias(mask)
         for block in self.layers:
             x = block(x, encoded, bias, cross_bias)
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         position: Int[Array, ""],
         length: int,
     ) -> Float[Array, "b 1 _"]:
-        """All blocks and the head for the token at `position`."""
+        """Return the output of all blocks and the head for the token at `position`."""
         keys = jnp.arange(length)
         bias = self.relpos_bias(position[None], keys) + causal_bias(position[None], keys)
         cross_bias = padding_bias(mask)
@@ -218,10 +218,15 @@ class Decoder(nn.Module):
 
 
 class SwitchTransformer(nn.Module):
-    """A Switch Transformer.
+    """Switch Transformer (arXiv 2101.03961).
 
-    Its parameter tree carries T5X's own names, so a T5X checkpoint loads by the identity. Expert kernels may be
-    `PackedMatrix` values under the same names. `capacity` says what a full expert does; None drops nothing.
+    The parameter tree has T5X's names, so that T5X checkpoints load unchanged. Expert kernels may be `PackedMatrix`
+    values under the same names.
+
+    Attributes:
+        config: the architecture.
+        capacity: rule for tokens beyond an expert's capacity; None drops none.
+        dtype: dtype of the computation.
     """
 
     config: SwitchConfig
@@ -243,13 +248,13 @@ class SwitchTransformer(nn.Module):
     def encode(
         self, tokens: Int[Array, "b n"], mask: Bool[Array, "b n"] | None = None
     ) -> Float[Array, "b n embed"]:
-        """Encoder output after the final norm; `mask` is False on padding, by default where the id is 0."""
+        """Return the encoder output after the final norm; `mask` is False on padding, by default at the padding id."""
         return self.encoder(self.token_embedder(tokens), self._mask(tokens, mask))
 
     def decode(
         self, tokens: Int[Array, "b m"], encoded: Float[Array, "b n embed"], mask: Bool[Array, "b n"]
     ) -> Float[Array, "b m vocab"]:
-        """Logits of all decoder positions at once, float32."""
+        """Return the logits of all decoder positions, float32."""
         return self._logits(self.decoder(self.token_embedder(tokens), encoded, mask))
 
     def decode_step(
@@ -260,7 +265,7 @@ class SwitchTransformer(nn.Module):
         position: Int[Array, ""],
         length: int,
     ) -> Float[Array, "b 1 vocab"]:
-        """Logits after one more token, with caches of `length` tokens in the collection "cache"."""
+        """Return the logits after one more token, with caches of `length` tokens in the collection "cache"."""
         x = self.decoder.step(self.token_embedder(token), encoded, mask, position, length)
         return self._logits(x)
 
@@ -270,6 +275,6 @@ class SwitchTransformer(nn.Module):
         decoder_input_tokens: Int[Array, "b m"],
         encoder_mask: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b m vocab"]:
-        """Logits, float32: decoder tokens (beginning with the start token) given the encoder's."""
+        """Return float32 logits of the decoder tokens (beginning with the start token) given the encoder tokens."""
         mask = self._mask(encoder_input_tokens, encoder_mask)
         return self.decode(decoder_input_tokens, self.encode(encoder_input_tokens, mask), mask)

@@ -1,16 +1,22 @@
-"""GPTQ over the experts of a layer: columns rounded in turn, each making up for the errors before it.
+"""GPTQ over the experts of a layer; `reference.py` has the textbook form, to be read first.
 
-With H = Lᵀ C L (`factorization.py`: L unit lower triangular, C diagonal) and the deviation D = W - Q, the error
-tr(D H Dᵀ) is the sum of squares of L Dᵀ, weighted by C. Row i of L Dᵀ depends on the columns up to i alone:
+Columns are quantized in order, each compensating the error accumulated so far. With H = Lᵀ C L (`factorization.py`: L
+unit lower triangular, C diagonal) and the deviation D = W - Q, the error tr(D H Dᵀ) is the sum of squares of L Dᵀ,
+weighted by C. Row i of L Dᵀ depends on the columns up to i alone:
 
-    (L Dᵀ)_i = pull_i + w_i - q_i,    pull_i = Σ_{j<i} L_ij (w_j - q_j)
+    (L Dᵀ)_i = error_feedback_i + w_i - q_i,    error_feedback_i = Σ_{j<i} L_ij (w_j - q_j)
 
-so the best q_i is the grid's value for the target w_i + pull_i. That is GPTQ: this target is the weight that it
-has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like this nothing is inverted, and the
+so the best q_i is the grid's value for the target w_i + error_feedback_i. That is GPTQ: this target is the weight that
+it has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like this nothing is inverted, and the
 weights of later columns are not rewritten after every block.
 
-Here weights lie transposed, [in, out], so that a column is contiguous, and columns are taken in blocks
-(`pallas_kernels.quantize_block` rounds one): the pull of all earlier columns on a block is a few matrix products.
+Inside, weights lie transposed, [in, out], so that a column is contiguous, and columns are taken in blocks
+(`pallas_kernels.quantize_block` quantizes one): the feedback of all earlier columns on a block is a few matrix
+products.
+
+Activation order (`factorize(activation_order=True)`) is a permutation of the problem: columns are taken by falling
+diagonal of the Hessian, the factor is that of the permuted Hessian, groups are of neighbours in this order, and
+results are put back into the order of the weights at the end. Only `_quantize_expert` knows of it.
 """
 
 from __future__ import annotations
@@ -34,7 +40,7 @@ from qmoe_jax.quantization.quantized import Quantized
 AnyArray = jax.Array | np.ndarray
 Index = Int[Array, ""]
 Levels = Float[Array, "group out 2"]
-RoundBlock = Callable[..., RoundedBlock]
+QuantizeBlock = Callable[..., RoundedBlock]
 
 _dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
 
@@ -49,27 +55,25 @@ def gptq(
     group_size: int | None = None,
     activation_order: bool = False,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
-    """Quantizes the weights of several experts so that their outputs change least; float32 at full precision.
+    """Quantize the weights of several experts so that their outputs change least; float32 at full precision.
 
-    An expert whose Hessian is zero (no tokens) or cannot be factored is rounded to nearest and flagged in
-    `fallback`; the others are not affected. Beside its arguments and results this takes three arrays of the
-    Hessians' size and two of the weights'.
+    An expert whose Hessian is zero (no tokens) or cannot be factored is rounded to nearest and flagged in `fallback`;
+    the others are not affected. Beside its arguments and results this takes three arrays of the Hessians' size and
+    two of the weights'.
 
     Args:
       w: the weights, any float type, finite.
       hessian: XᵀX of each expert's inputs, symmetric, at any positive scale, not damped.
       grid: the levels and digits.
-      damping: share of the mean of the Hessian's diagonal that is added to it.
-      block_size: columns between two looks back at all earlier ones. It changes the result only with groups.
+      damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal.
+      block_size: columns per block. It changes the result only with groups.
       group_size: columns that share levels, found when their first column is reached; None: the whole row.
-      activation_order: round the columns of the largest diagonal first. Groups then follow this order.
+      activation_order: quantize the columns of the largest diagonal first. Groups then follow this order.
       backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
-      interpret: run its Pallas kernel in interpret mode, anywhere.
 
     Raises:
-      ValueError: shapes that do not fit each other, or an option out of its range.
+      ValueError: the shapes do not fit each other, or an option is out of range.
       NotImplementedError: `backend` cannot run here.
     """
     experts, _, width = w.shape
@@ -88,11 +92,10 @@ def gptq(
         block_size=block_size,
         group_size=group_size,
         backend=backend,
-        interpret=interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend", "interpret"))
+@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend"))
 def gptq_with_factor(
     w: Float[AnyArray, "expert out in"],
     factor: Factor,
@@ -101,12 +104,11 @@ def gptq_with_factor(
     block_size: int = 128,
     group_size: int | None = None,
     backend: str | None = None,
-    interpret: bool = False,
 ) -> Quantized:
-    """`gptq` on Hessians factored before: for several grids, or rates, over the same ones.
+    """Run `gptq` on factored Hessians: for several grids over the same ones, and for `relative_error`.
 
     Raises:
-      ValueError: a block or group size below 1.
+      ValueError: a block or group size is below 1.
       NotImplementedError: `backend` cannot run here.
     """
     if block_size < 1 or (group_size is not None and group_size < 1):
@@ -115,16 +117,12 @@ def gptq_with_factor(
         )
     width = w.shape[2]
     schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
-    round_block = functools.partial(
-        quantize_block, rounding=grid.rounding, backend=backend, interpret=interpret
-    )
-    quantize_expert = functools.partial(
-        _quantize_expert, grid=grid, schedule=schedule, round_block=round_block
-    )
-    values, digits, levels, error, column_group = jax.vmap(quantize_expert)(
+    quantize = functools.partial(quantize_block, grid=grid, backend=backend)
+    quantize_expert = functools.partial(_quantize_expert, grid=grid, schedule=schedule, quantize=quantize)
+    values, digits, levels, error, group_index = jax.vmap(quantize_expert)(
         jnp.asarray(w, jnp.float32), factor.lower, factor.curvature, factor.order
     )
-    return Quantized(values, digits, levels, error, factor.fallback, column_group)
+    return Quantized(values, digits, levels, error, factor.fallback, group_index)
 
 
 def _quantize_expert(
@@ -135,7 +133,7 @@ def _quantize_expert(
     *,
     grid: Grid,
     schedule: GroupSchedule,
-    round_block: RoundBlock,
+    quantize: QuantizeBlock,
 ) -> tuple[
     Float[Array, "out in"],
     UInt8[Array, "out in"],
@@ -143,16 +141,17 @@ def _quantize_expert(
     Float[Array, ""],
     Int32[Array, "in"],
 ]:
-    """Values, digits, levels, error and the columns' groups."""
+    """Return values, digits, levels, error and the group of each column, in the order of the weights."""
     width, size = schedule.width, schedule.group_size
     ordered = w if order is None else w[:, order]
-    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule, round_block)
-    values = join_groups(grid.dequantize(split_groups(digits, size), levels[:, :, None]), width)
-    column_group = jnp.arange(width, dtype=jnp.int32) // size
+    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule, quantize)
+    pair = jnp.unstack(levels[:, :, None], axis=-1)
+    values = join_groups(grid.value(split_groups(digits, size), pair), width)
+    group_index = jnp.arange(width, dtype=jnp.int32) // size
     if order is not None:
         position = jnp.argsort(order)
-        values, digits, column_group = values[:, position], digits[:, position], column_group[position]
-    return values, digits, levels, error, column_group
+        values, digits, group_index = values[:, position], digits[:, position], group_index[position]
+    return values, digits, levels, error, group_index
 
 
 def _quantize_columns(
@@ -161,14 +160,14 @@ def _quantize_columns(
     curvature: Float[Array, "in"],
     grid: Grid,
     schedule: GroupSchedule,
-    round_block: RoundBlock,
+    quantize: QuantizeBlock,
 ) -> tuple[UInt8[Array, "out in"], Float[Array, "out group 2"], Float[Array, ""]]:
-    """Digits, levels and error, the columns taken as they stand."""
+    """Return digits, levels and error, with the columns quantized in the order in which they stand."""
     out, width = w.shape
     size, padding = schedule.block_size, schedule.padded_width - schedule.width
     lower = jnp.eye(schedule.padded_width).at[:width, :width].set(lower)
     curvature = jnp.pad(curvature, (0, padding))
-    group = jnp.arange(schedule.padded_width) // schedule.group_size
+    group_index = jnp.arange(schedule.padded_width) // schedule.group_size
     # The deviations of the columns that are done, and the weights of the others.
     state = jnp.pad(w.T, [(0, padding), (0, 0)])
     levels = grid.find_levels(w)[None] if schedule.whole_row else jnp.zeros((schedule.padded_groups, out, 2))
@@ -181,13 +180,13 @@ def _quantize_columns(
             find = functools.partial(_find_levels, block, state, lower, levels, grid=grid, schedule=schedule)
             levels = lax.cond(schedule.finds_levels(block), find, lambda: levels)
         take = functools.partial(lax.dynamic_slice_in_dim, start_index=block * size, slice_size=size)
-        digits, deviation, error = round_block(
+        digits, deviation, error = quantize(
             take(state),
-            _pull(block, state, lower, size, size),
+            _error_feedback(block, state, lower, size, size),
             take(take(lower), axis=1),
             take(curvature),
             levels=levels,
-            group=take(group),
+            group_index=take(group_index),
         )
         state = lax.dynamic_update_slice_in_dim(state, deviation, block * size, axis=0)
         return (state, levels), (digits, error.sum())
@@ -198,14 +197,14 @@ def _quantize_columns(
     return digits, levels[: schedule.num_groups].swapaxes(0, 1), 0.5 * errors.sum()
 
 
-def _pull(
+def _error_feedback(
     block: Index, state: Float[Array, "in out"], lower: Float[Array, "in in"], block_size: int, length: int
 ) -> Float[Array, "{length} out"]:
-    """What the deviations of all columns before a block ask of the `length` columns from its start on."""
+    """Return the feedback of all columns before a block on the `length` columns from its start on."""
 
-    def add(earlier: Index, pull: Float[Array, "length out"]) -> Float[Array, "length out"]:
+    def add(earlier: Index, feedback: Float[Array, "length out"]) -> Float[Array, "length out"]:
         factor = lax.dynamic_slice(lower, (block * block_size, earlier * block_size), (length, block_size))
-        return pull + _dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
+        return feedback + _dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
 
     return lax.fori_loop(0, block, add, jnp.zeros((length, state.shape[1])))
 
@@ -219,16 +218,16 @@ def _find_levels(
     grid: Grid,
     schedule: GroupSchedule,
 ) -> Levels:
-    """Finds the levels of the groups that begin in a block, from the weights as they stand at its start.
+    """Find the levels of the groups that begin in a block, from the weights that GPTQ holds at its start.
 
-    As they stand: moved to where, not yet rounded, they make up in full for the columns before the block, so that
-    L Dᵀ = 0 from there on. These are the weights that GPTQ holds when it has updated all later columns.
+    Those weights are updated for all columns before the block: moved to where, not yet quantized, they compensate
+    these columns in full, so that L Dᵀ = 0 from there on.
     """
-    span, size, count = schedule.span, schedule.group_size, schedule.groups_a_block
+    span, size, count = schedule.span, schedule.group_size, schedule.groups_per_block
     start, first = block * schedule.block_size, schedule.first_group(block)
-    pull = _pull(block, state, lower, schedule.block_size, span)
+    feedback = _error_feedback(block, state, lower, schedule.block_size, span)
     factor = lax.dynamic_slice(lower, (start, start), (span, span))
     moved = lax.dynamic_slice_in_dim(state, start, span)
-    moved += solve_triangular(factor, pull, lower=True, unit_diagonal=True)
+    moved += solve_triangular(factor, feedback, lower=True, unit_diagonal=True)
     members = lax.dynamic_slice_in_dim(moved, first * size - start, count * size).reshape(count, size, -1)
     return lax.dynamic_update_slice_in_dim(levels, grid.find_levels(members.swapaxes(1, 2)), first, axis=0)

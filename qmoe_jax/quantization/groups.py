@@ -1,4 +1,4 @@
-"""Groups of columns that share levels: which column is in which, and when GPTQ finds their levels."""
+"""Groups of columns that share levels, and the schedule by which GPTQ finds their levels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Index = TypeVar("Index", int, jax.Array)
 
 
 def split_groups(x: Shaped[Array, "*row in"], group_size: int) -> Shaped[Array, "*row group {group_size}"]:
-    """The columns by group; the last group is filled up with zeros."""
+    """Return the columns by group; the last group is filled up with zeros."""
     *rows, width = x.shape
     groups = -(-width // group_size)
     padded = jnp.pad(x, [(0, 0)] * len(rows) + [(0, groups * group_size - width)])
@@ -21,19 +21,18 @@ def split_groups(x: Shaped[Array, "*row in"], group_size: int) -> Shaped[Array, 
 
 
 def join_groups(x: Shaped[Array, "*row group size"], width: int) -> Shaped[Array, "*row {width}"]:
-    """The first `width` columns of the groups side by side: the inverse of `split_groups`."""
+    """Return the first `width` columns of the groups side by side: the inverse of `split_groups`."""
     *rows, groups, size = x.shape
     return x.reshape(*rows, groups * size)[..., :width]
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupSchedule:
-    """When GPTQ, going through `width` columns in blocks of `block_size`, finds the levels of which group.
+    """The blocks in which GPTQ, going through `width` columns in blocks of `block_size`, finds levels of groups.
 
-    A group as wide as the matrix gets its levels before the first block. Otherwise, as upstream: when the
-    first column of a group is reached, from the weights as they stood at the start of that block. A block
-    finds as many groups as can begin in any block, from the first that begins in it on; those of them that
-    begin later are found again in their own block.
+    A group as wide as the matrix gets its levels before the first block. Otherwise, as upstream: when the first column
+    of a group is reached, from the weights at the start of that block. A block finds as many groups as can begin in
+    any block, from the first that begins in it on; those of them that begin later are found again in their own block.
     """
 
     width: int
@@ -42,35 +41,35 @@ class GroupSchedule:
 
     @property
     def whole_row(self) -> bool:
-        """Whether there is only one group."""
+        """True if there is only one group."""
         return self.group_size >= self.width
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the matrix."""
+        """Number of blocks of the matrix."""
         return -(-self.width // self.block_size)
 
     @property
     def num_groups(self) -> int:
-        """Groups of the matrix."""
+        """Number of groups of the matrix."""
         return -(-self.width // self.group_size)
 
     @property
-    def groups_a_block(self) -> int:
-        """Groups that a block finds."""
+    def groups_per_block(self) -> int:
+        """Number of groups that a block finds."""
         return -(-self.block_size // self.group_size)
 
     @property
     def span(self) -> int:
-        """Columns from the start of a block to the end of the last group that it finds, at most."""
+        """Largest number of columns from the start of a block to the end of the last group that it finds."""
         lead = max(
             self.first_group(b) * self.group_size - b * self.block_size for b in self._finding_blocks()
         )
-        return lead + self.groups_a_block * self.group_size
+        return lead + self.groups_per_block * self.group_size
 
     @property
     def padded_width(self) -> int:
-        """Columns with padding, so that every block and every span lies within."""
+        """Number of columns with padding, so that every block and every span lies within."""
         padded_width = self.num_blocks * self.block_size
         if self.whole_row:
             return padded_width
@@ -78,15 +77,15 @@ class GroupSchedule:
 
     @property
     def padded_groups(self) -> int:
-        """Groups with padding, so that all that a block finds lie within."""
-        return self.first_group(max(self._finding_blocks())) + self.groups_a_block
+        """Number of groups with padding, so that all groups that a block finds lie within."""
+        return self.first_group(max(self._finding_blocks())) + self.groups_per_block
 
     def first_group(self, block: Index) -> Index:
-        """The first group that begins in this block or later."""
+        """Return the first group that begins in this block or later."""
         return -(-block * self.block_size // self.group_size)
 
     def finds_levels(self, block: Index) -> bool | jax.Array:
-        """Whether a group begins in this block."""
+        """Return True if a group begins in this block."""
         return self.first_group(block) * self.group_size < (block + 1) * self.block_size
 
     def _finding_blocks(self) -> list[int]:

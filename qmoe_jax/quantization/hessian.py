@@ -1,4 +1,4 @@
-"""The Hessians of a layer's experts: sums of x xᵀ over the tokens that were routed to each."""
+"""Hessians of a layer's experts: sums of x xᵀ over the tokens that were routed to each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import pytree
 
@@ -23,14 +23,14 @@ TILE = 256
 @pytree.register(leaves=("sums", "counts"), static=())
 @dataclasses.dataclass(frozen=True)
 class Hessians:
-    """XᵀX of each expert over the tokens seen so far, and how many they were."""
+    """XᵀX of each expert over the tokens seen so far, and their number."""
 
     sums: Float[Array, "expert in in"]
     counts: Int32[Array, "expert"]
 
 
 def empty_hessians(num_experts: int, width: int) -> Hessians:
-    """The Hessians of no tokens: zeros, 4 * num_experts * width**2 bytes."""
+    """Return the Hessians of no tokens: zeros, 4 * num_experts * width**2 bytes."""
     return Hessians(jnp.zeros((num_experts, width, width), jnp.float32), jnp.zeros(num_experts, jnp.int32))
 
 
@@ -39,27 +39,25 @@ def add_tokens(
     hessians: Hessians,
     x: Float[AnyArray, "token in"],
     expert_index: Int[AnyArray, "token"],
-    mask: Bool[AnyArray, "token"] | None = None,
 ) -> Hessians:
-    """Adds the tokens of a batch to the sums of their experts.
+    """Add the tokens of a batch to the sums of their experts.
 
-    However uneven the routing, each token is multiplied once: the tokens are sorted by expert and taken in
-    tiles, each of one expert. Beside the sums, which are updated in place (**the argument is given away**: go
-    on with what is returned), it takes `TILE * in` floats of tokens and one [in, in] product.
+    However uneven the routing, each token is multiplied once: the tokens are sorted by expert and taken in tiles, each
+    of one expert. Beside the sums, which are updated in place (**the argument is donated**: use the returned
+    Hessians), it takes `TILE * in` floats of tokens and one [in, in] product.
 
     Args:
       hessians: the sums so far.
       x: inputs of the layer, any float type; products and sums are float32 at full precision.
-      expert_index: the expert of each token. Tokens of experts outside 0 .. expert - 1 are left out, so a
-        group of experts can be given all tokens with its first expert's number subtracted.
-      mask: where false, the token is left out (special tokens, tokens over the cap).
+      expert_index: the expert of each token. Tokens of experts outside 0 .. expert - 1 are ignored, so a group of
+        experts can be given all tokens with its first expert's number subtracted.
     """
     num_experts = hessians.counts.shape[0]
     if x.shape[0] == 0:
         return hessians
     tile = min(TILE, x.shape[0])
     known = (expert_index >= 0) & (expert_index < num_experts)
-    expert = jnp.where(known if mask is None else known & mask, expert_index, num_experts)
+    expert = jnp.where(known, expert_index, num_experts)
     by_expert = jnp.argsort(expert)
     counts = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     first_token = jnp.cumsum(counts) - counts
@@ -76,11 +74,3 @@ def add_tokens(
 
     sums = lax.fori_loop(0, end_tile[-1], add_tile, hessians.sums)
     return Hessians(sums, hessians.counts + counts)
-
-
-def upstream_hessian(hessians: Hessians) -> Float[Array, "expert in in"]:
-    """The Hessians at upstream QMoE's scale: n/2 XᵀX over n tokens (it divides by 2/n).
-
-    The factor cancels in GPTQ but for the absolute floor of the damping, `DAMPING_FLOOR`.
-    """
-    return hessians.sums * (hessians.counts / 2).astype(jnp.float32)[:, None, None]

@@ -1,4 +1,4 @@
-"""Rounding to nearest: each weight by itself, without a Hessian."""
+"""Round-to-nearest: each weight by itself, without a Hessian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyArray = jax.Array | np.ndarray
 def round_to_nearest(
     w: Float[AnyArray, "expert out in"], grid: Grid, group_size: int | None = None
 ) -> Quantized:
-    """Quantizes each weight to the digit that the grid gives it with curvature 1.
+    """Quantize each weight to the digit that the grid gives it with curvature 1.
 
     Args:
       w: the weights, any float type; the arithmetic is float32.
@@ -28,7 +28,7 @@ def round_to_nearest(
       group_size: columns that share levels; None: the whole row. The last group may be smaller.
 
     Raises:
-      ValueError: a group size below 1.
+      ValueError: the group size is below 1.
     """
     if group_size is not None and group_size < 1:
         raise ValueError(f"round_to_nearest: group_size must be None or >= 1, found {group_size}.")
@@ -37,13 +37,14 @@ def round_to_nearest(
     w = jnp.asarray(w, jnp.float32)
     groups = split_groups(w, size)
     levels = grid.find_levels(groups)
-    digits = grid.quantize(groups, levels[..., None, :], jnp.float32(1))
-    values = join_groups(grid.dequantize(digits, levels[..., None, :]), width)
+    pair = jnp.unstack(levels[..., None, :], axis=-1)
+    digits = grid.digit(groups, pair, jnp.float32(1))
+    values = join_groups(grid.value(digits, pair), width)
     return Quantized(
         values=values,
         digits=join_groups(digits, width),
         levels=levels,
         error=0.5 * jnp.sum((w - values) ** 2, axis=(1, 2)),
         fallback=jnp.zeros(num_experts, bool),
-        column_group=jnp.broadcast_to(jnp.arange(width) // size, (num_experts, width)),
+        group_index=jnp.broadcast_to(jnp.arange(width) // size, (num_experts, width)),
     )

@@ -1,7 +1,7 @@
-"""GPTQ as the textbook has it, in NumPy, one expert and one column at a time.
+"""Textbook GPTQ in NumPy, one expert and one column at a time.
 
-Cholesky, inverse, Cholesky; every column updates all that follow it in its block, every block all that follow it.
-Slow and plain, it shares nothing with `gptq.py`, so that tests and benchmarks can hold that against it.
+Cholesky, inverse, Cholesky; every column updates all that follow it in its block, every block all blocks that follow.
+Slow and plain, it shares nothing with `gptq.py`, which tests and benchmarks compare with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def gptq_reference(
     group_size: int | None = None,
     activation_order: bool = False,
 ) -> tuple[Float[np.ndarray, "out in"], UInt8[np.ndarray, "out in"]]:
-    """Values and digits of one expert; `bits` None is ternary. The arithmetic is in the type of `w`.
+    """Return values and digits of one expert; `bits` None is ternary. The arithmetic is in the type of `w`.
 
     Raises:
       numpy.linalg.LinAlgError: the damped Hessian is not positive definite.
@@ -47,7 +47,7 @@ def gptq_reference(
 
 
 def _upper_factor(hessian: Float[np.ndarray, "in in"], damping: float) -> Float[np.ndarray, "in in"]:
-    """U with UᵀU the inverse of the damped Hessian."""
+    """Return U with UᵀU the inverse of the damped Hessian."""
     damped = hessian + max(damping * np.diagonal(hessian).mean(), 1e-6) * np.eye(
         len(hessian), dtype=hessian.dtype
     )
@@ -56,7 +56,7 @@ def _upper_factor(hessian: Float[np.ndarray, "in in"], damping: float) -> Float[
 
 
 def _levels(w: np.ndarray, bits: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(minimum, maximum) of each row, or (step, zero point)."""
+    """Return (minimum, maximum) of each row, or (step, zero point)."""
     low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
     zeros = (low == 0) & (high == 0)
     low[zeros], high[zeros] = -1, 1
@@ -69,7 +69,7 @@ def _levels(w: np.ndarray, bits: int | None) -> tuple[np.ndarray, np.ndarray]:
 def _round(
     column: np.ndarray, levels: tuple[np.ndarray, np.ndarray], bits: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Digits and values of one column."""
+    """Return digits and values of one column."""
     if bits is None:
         low, high = levels
         digits = np.where((column > high / 2) & (high > 0), 2, np.where((column < low / 2) & (low < 0), 1, 0))

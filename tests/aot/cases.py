@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +13,19 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from benchmarks.samples import random_digits
 from pallas_kernels import backend, tuning
+from pallas_kernels.matmul.op import OP
+from pallas_kernels.matmul.pallas import gather, separate
+from pallas_kernels.unpack import pallas as unpack
 from qmoe_jax.coding import encode, tunstall_codebook, upstream_codebook
 from tests.aot import compiler, cubin
 
 EXPERTS = 8
 SHAPES = {"base-128": (768, 3072), "c-2048": (2080, 6144)}  # d_model, d_ff
+CONFIGS: dict[str, Any] = {  # the configuration of each kernel with one main loop, by its name
+    "packed_matmul_separate": separate.Config,
+    "packed_matmul_gather": gather.Config,
+    "unpack": unpack.Config,
+}
 CODEBOOKS = {"tunstall-8": tunstall_codebook(), "upstream": upstream_codebook()}
 
 
@@ -40,7 +47,7 @@ def cases() -> Iterator[Case]:
 
     Each codebook in bfloat16 at both shapes; float32 with the smaller table at the larger shape.
     """
-    ops = (("matvec", 1), ("matmul", 128), ("unpack", 0), ("matmul", 1024), ("mlp", 1), ("mlp", 1024))
+    ops = (("matmul", 1), ("matmul", 128), ("unpack", 0), ("matmul", 1024), ("mlp", 1), ("mlp", 1024))
     runs = [("pallas", *op) for op in ops]
     if jax_triton_refusal() is None:
         runs += [("jax_triton", *op) for op in ops[:2]]
@@ -59,7 +66,7 @@ def cases() -> Iterator[Case]:
 def jax_triton_refusal() -> str | None:
     """Return why jax-triton cannot compile for an absent GPU, or None if it can."""
     with compiler.absent(compiler.GPUS["sm_90"]):
-        return backend.refusal("matvec", "jax_triton")
+        return backend.refusal(OP, "jax_triton")
 
 
 def packed_shapes(codebook: str, rows: int, width: int, levels: str = "bfloat16") -> pk.PackedMatrix:
@@ -126,7 +133,6 @@ def _program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     x = jax.ShapeDtypeStruct((case.tokens, d_model), case.dtype)
     index = jax.ShapeDtypeStruct((case.tokens,), jnp.int32)
     function, arguments = {
-        "matvec": (pk.packed_matvec, (wi, x, index)),
         "matmul": (pk.packed_matmul, (wi, x, index)),
         "unpack": (functools.partial(pk.unpack, dtype=jnp.dtype(case.dtype)), (wi,)),
         "mlp": (pk.packed_mlp, (wi, wo, x, index)),
@@ -139,23 +145,23 @@ def _weights_per_pass(case: Case, kernel: str) -> float | None:
 
     None for the kernels that use tensor cores, which have several loops.
     """
-    kinds = {"packed_matvec": "matvec", "packed_matmul": "gather", "unpack": "decode"}
-    if (kind := kinds.get(kernel.split("__", 1)[0])) is None:
+    if (config := CONFIGS.get(kernel.split("__", 1)[0])) is None:
         return None
-    tile = _jax_triton_tile(case.op) if case.backend == "jax_triton" else _pallas_tile(case, kind)
+    tile = _jax_triton_tile(config.kind) if case.backend == "jax_triton" else _pallas_tile(case, config)
     return tile * weights_per_codeword(case.codebook)
 
 
-def _pallas_tile(case: Case, kind: str) -> float:
+def _pallas_tile(case: Case, config: Any) -> float:
     """Return codewords times tokens per iteration of a warp, for the configuration chosen on this GPU."""
     d_model, d_ff = SHAPES[case.shape]
-    problem = tuning.Problem.of(kind, packed_shapes(case.codebook, d_ff, d_model), case.dtype, case.tokens)
+    packed = packed_shapes(case.codebook, d_ff, d_model)
     with compiler.absent(compiler.GPUS[case.gpu]):
-        config: Any = tuning.choose(problem)
-    return config.tile * getattr(config, "rows", 1) * getattr(config, "lanes", 1) / config.warps
+        chosen = tuning.choose(config, tuning.Problem.of(config.kind, packed, case.dtype, case.tokens))
+    return chosen.tile * getattr(chosen, "rows", 1) * getattr(chosen, "lanes", 1) / chosen.warps
 
 
-def _jax_triton_tile(op: str) -> int:
+def _jax_triton_tile(route: str) -> int:
     """Return the same for jax-triton's kernels, which have one warp per program."""
-    module = importlib.import_module(f"pallas_kernels.{op}.jax_triton")
-    return module.TILE * getattr(module, "LANES", 1)
+    from pallas_kernels.matmul import jax_triton
+
+    return jax_triton.SEPARATE_TILE if route == "separate" else jax_triton.GATHER_TILE * jax_triton.LANES

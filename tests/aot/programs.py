@@ -18,6 +18,7 @@ import pallas_kernels as pk
 from pallas_kernels.backend import triton_parameters
 from qmoe_jax import SwitchConfig
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.quantization import ternary_grid
 from tests.aot import cases, compiler
 
 H100 = compiler.GPUS["sm_90"]
@@ -94,17 +95,17 @@ def compression() -> dict[str, list[dict[str, object]]]:
     array, (width, rows) = jax.ShapeDtypeStruct, cases.SHAPES["c-2048"]
     columns = array((16, 128, rows), jnp.float32)
     factor = array((16, 128, 128), jnp.float32), array((16, 128), jnp.float32)
-    levels, group = array((16, 1, rows, 2), jnp.float32), array((128,), jnp.int32)
+    levels, group_index = array((16, 1, rows, 2), jnp.float32), array((128,), jnp.int32)
 
-    def block(w, pull, lower, curvature, levels, group):
+    def block(w, error_feedback, lower, curvature, levels, group_index):
         return pk.quantize_block(
             w,
-            pull,
+            error_feedback,
             lower,
             curvature,
             levels=levels,
-            group=group,
-            rounding=pk.TernaryRounding(),
+            group_index=group_index,
+            grid=ternary_grid(),
             backend="pallas",
         )
 
@@ -112,7 +113,7 @@ def compression() -> dict[str, list[dict[str, object]]]:
         return pk.encode_rows(digits, cases.CODEBOOKS["tunstall-8"].encode_table, backend="pallas")
 
     programs = {
-        "quantize_block": (block, (columns, columns, *factor, levels, group)),
+        "quantize_block": (block, (columns, columns, *factor, levels, group_index)),
         "encode_rows": (encode, (array((4, rows, width), jnp.uint8),)),
     }
     return {name: described(*program) for name, program in programs.items()}

@@ -11,7 +11,7 @@ import pytest
 
 from qmoe_jax.artifact import ArtifactReader, Kind, dequantize, measure
 from qmoe_jax.checkpoints.reader import Reader
-from qmoe_jax.coding import Encoded, decode
+from qmoe_jax.coding import EncodedRows, decode
 from qmoe_jax.files.errors import CheckpointError
 from tests.helpers import artifact_samples as samples
 
@@ -77,7 +77,9 @@ def test_packed_matrices_decode_to_the_same(artifact_of: ArtifactOf, name: str) 
     for index, expected in enumerate(reader.read(WI, slice(1, 5))):
         offsets = np.asarray(packed.row_offsets[index])
         digits = np.asarray(
-            decode(Encoded(np.asarray(packed.codes[index])[: offsets[-1]], offsets), codebook, packed.width)
+            decode(
+                EncodedRows(np.asarray(packed.codes[index])[: offsets[-1]], offsets), codebook, packed.width
+            )
         )
         table = np.pad(np.asarray(packed.levels[index], np.float32), ((0, 0), (1, 0)))
         weights = np.take_along_axis(table, digits.astype(np.intp), 1)
@@ -126,7 +128,7 @@ def test_a_layer_left_uncompressed_lies_in_dense(tmp_path: pathlib.Path) -> None
     kind, rng = samples.KINDS["ternary"], np.random.default_rng(0)
     kernels = {
         matrix: {"kernel": rng.standard_normal((5, width, out), np.float32)}
-        for matrix, (out, width) in samples.expert_matrices(samples.CONFIG).items()
+        for matrix, (out, width) in samples.expert_shapes(samples.CONFIG).items()
     }
     tree = samples.dense_tree()
     tree["decoder"]["layers_0"] = {"mlp": {"expert": kernels}}

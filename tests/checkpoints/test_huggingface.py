@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from qmoe_jax.checkpoints import CheckpointError, convert, open_dense
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.files.torch_writer import save_torch
+from qmoe_jax.parameters import is_expert
 from tests.helpers.checkpoint_samples import (
     BFLOAT16,
     DATA,

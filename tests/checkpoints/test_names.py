@@ -4,9 +4,9 @@ import pytest
 
 from qmoe_jax.checkpoints.architecture import expected_shapes
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.config import PRESETS
 from qmoe_jax.files.safetensors import open_safetensors
+from qmoe_jax.parameters import is_expert
 from tests.helpers.checkpoint_samples import DATA
 
 MODELS = ("hf_tiny_a", "hf_tiny_fullsparse")

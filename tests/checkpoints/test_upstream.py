@@ -10,12 +10,12 @@ import pytest
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader, open_upstream
 from qmoe_jax.checkpoints.upstream.writer import write_upstream
-from qmoe_jax.coding import Encoded, decode, upstream_codebook
+from qmoe_jax.coding import EncodedRows, decode, upstream_codebook
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 from qmoe_jax.files.torch_writer import save_torch
+from qmoe_jax.parameters import is_expert
 from tests.helpers.checkpoint_samples import BFLOAT16, DATA, rewrite_json
 
 GOLDEN = DATA / "upstream_ckpt_tiny_a"
@@ -102,7 +102,7 @@ def test_packs_without_coding_again(reader: UpstreamReader, dense: dict[str, np.
         np.testing.assert_array_equal(np.asarray(packed.codes)[i, : codes.size], codes.view(np.uint16))
         np.testing.assert_array_equal(np.asarray(packed.row_offsets)[i], offsets)
         np.testing.assert_array_equal(np.asarray(packed.levels)[i], levels.reshape(-1, 2))
-        digits = decode(Encoded(codes.view(np.uint16), offsets), upstream_codebook(), packed.width)
+        digits = decode(EncodedRows(codes.view(np.uint16), offsets), upstream_codebook(), packed.width)
         np.testing.assert_array_equal(digits, dense[f"{prefix}.tern"])
     with pytest.raises(ValueError, match="no expert kernel"):
         reader.packed("encoder/encoder_norm/scale")

@@ -36,7 +36,7 @@ def test_upstream_trie_is_the_originals(facts):
     assert sha256(rows) == facts["trie_sha256"]
 
 
-def test_upstream_probabilities_and_lengths(facts):
+def test_upstream_probabilities_and_lengths_are_the_originals(facts):
     assert [repr(p) for p in pair_probabilities()] == facts["pair_probs"]
     lengths, counts = np.unique(upstream_codebook().lengths // 2, return_counts=True)
     assert dict(zip(map(str, lengths), counts, strict=True)) == facts["count_by_len_pairs"]
@@ -83,20 +83,21 @@ def test_tunstall_codes_are_in_the_order_of_probability():
         ({"max_length": 0}, "max_length: expected at least 1, found 0"),
     ],
 )
-def test_tunstall_refuses_what_is_out_of_range(arguments, message):
+def test_tunstall_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tunstall_codebook(**arguments)
 
 
 @pytest.mark.parametrize("codebook", [tunstall_codebook(), upstream_codebook()], ids=lambda c: c.name)
-def test_storage_keeps_a_codebook(codebook):
-    again = Codebook.from_arrays("again", {k: v.copy() for k, v in codebook.to_arrays().items()})
+def test_a_codebook_of_stored_arrays_is_the_same(codebook):
+    names = ("lengths", "digits", "symbol_digits")
+    again = Codebook.from_arrays("again", {name: np.copy(getattr(codebook, name)) for name in names})
     assert again == codebook
     assert hash(again) == hash(codebook)
     assert again != tunstall_codebook(0.9)
 
 
-def test_the_digest_is_stable():
+def test_the_digest_of_a_codebook_is_stable():
     """Artifacts hold it: a change of this value is a change of the format."""
     assert tunstall_codebook(0.885).digest.startswith("de3c8fb97279adb9")
 
@@ -111,7 +112,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message, arrays", [(m, a) for m, a in BROKEN.items()], ids=list(BROKEN))
-def test_what_is_no_codebook_is_refused(message, arrays):
+def test_arrays_that_are_not_a_codebook_are_refused(message, arrays):
     lengths, digits = arrays
     arrays = {"lengths": np.array(lengths), "digits": np.array(digits), "symbol_digits": np.array(1)}
     with pytest.raises(ValueError, match=message):

@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from qmoe_jax.coding import (
     CorruptStream,
-    Encoded,
+    EncodedRows,
     decode,
-    digit_frequencies,
     encode,
     entropy_bits,
-    fitted_p_zero,
     tunstall_codebook,
     upstream_codebook,
 )
@@ -35,10 +33,10 @@ BACKENDS = ["cpu", "reference"]
 every_codebook = pytest.mark.parametrize("make", CODEBOOKS.values(), ids=CODEBOOKS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
-# The compiled walk takes any shape at once; a jitted one compiles anew for each, so it gets few of them.
+# Few shapes: the op is compiled for each.
 matrices = st.tuples(
-    st.integers(1, 20),
-    st.integers(1, 150),
+    st.sampled_from([1, 2, 7, 20]),
+    st.sampled_from([1, 2, 31, 150]),
     st.sampled_from([0.0, 0.3, 0.885, 0.99, 1.0]),
     st.integers(0, 2**32),
 )
@@ -52,7 +50,7 @@ def random_digits(rows: int, width: int, p_zero: float, seed: int) -> np.ndarray
 @every_codebook
 @settings(deadline=None, max_examples=40)
 @given(matrix=matrices)
-def test_round_trip(make, matrix):
+def test_decoding_undoes_encoding(make, matrix):
     codebook, digits = make(), random_digits(*matrix)
     encoded = encode(digits, codebook)
     assert encoded.codes.dtype == codebook.code_dtype
@@ -112,19 +110,14 @@ def test_published_layers_have_upstreams_digests(shape, data):
 @pytest.mark.parametrize("p_zero, most", [(0.8, 0.98), (0.885, 0.71), (0.95, 0.40)])
 def test_fitted_byte_codewords_come_near_the_entropy(p_zero, most):
     digits = random_digits(64, 4096, p_zero, seed=2)
-    frequencies = digit_frequencies(digits)
-    rate = 8 * len(encode(digits, tunstall_codebook(fitted_p_zero(frequencies))).codes) / digits.size
+    frequencies = np.bincount(digits.reshape(-1), minlength=3) / digits.size
+    rate = 8 * len(encode(digits, tunstall_codebook(float(frequencies[0]))).codes) / digits.size
     assert entropy_bits(frequencies) < rate < most
 
 
-def test_statistics():
-    digits = np.array([[0, 0, 1, 2]], np.uint8)
-    assert digit_frequencies(digits).tolist() == [0.5, 0.25, 0.25]
-    assert entropy_bits(digit_frequencies(digits)) == 1.5
+def test_the_entropy_of_known_frequencies():
+    assert entropy_bits(np.array([0.5, 0.25, 0.25])) == 1.5
     assert entropy_bits(np.array([1.0, 0, 0])) == 0
-    assert fitted_p_zero(digit_frequencies(np.zeros((2, 2), np.uint8))) == 0.999
-    with pytest.raises(ValueError, match="at least one digit"):
-        digit_frequencies(np.zeros((0, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +127,7 @@ def test_statistics():
         (np.zeros((3, 0), np.uint8), r"at least one row and column of digits, found \(3, 0\)"),
     ],
 )
-def test_what_is_not_ternary_is_refused(digits, message):
+def test_digits_that_are_not_ternary_are_refused(digits, message):
     with pytest.raises(ValueError, match=message):
         encode(digits, tunstall_codebook())
 
@@ -163,7 +156,7 @@ DAMAGE = {
 def test_corrupt_streams_are_refused_by_row_and_position(backend, message, damage):
     codebook = tunstall_codebook()
     codes, offsets = damage(*encode(random_digits(3, 70, 0.8, seed=3), codebook))
-    damaged = Encoded(codes.astype(np.uint8), offsets.astype(np.int32))
+    damaged = EncodedRows(codes.astype(np.uint8), offsets.astype(np.int32))
     with pytest.raises(CorruptStream, match=message):
         decode(damaged, codebook, 70, backend=backend)
 
@@ -183,7 +176,7 @@ def test_damage_raises_or_decodes_to_digits(make, seed, flips, cut, moved):
         offsets[rng.integers(0, 5)] += rng.integers(-60, 60)
     for backend in BACKENDS:
         try:
-            digits = decode(Encoded(codes, offsets), codebook, 50, backend=backend)
+            digits = decode(EncodedRows(codes, offsets), codebook, 50, backend=backend)
         except CorruptStream as refusal:
             assert str(refusal).startswith("row")
         else:

@@ -9,9 +9,9 @@ import pytest
 
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.params import read_params
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.data import batches
 from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.parameters import is_expert
 
 LOGITS = "decoder/logits_dense/kernel"
 EMBEDDING = "token_embedder/embedding"

@@ -17,12 +17,12 @@ from qmoe_jax.artifact import (
     PackedExpertMatrix,
     Ternary,
     Uniform,
-    expert_matrices,
     num_groups,
     pack_matrix,
 )
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.parameters import expert_shapes
 
 CONFIG = SwitchConfig(
     d_model=20, d_ff=36, d_kv=4, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, num_experts=5,
@@ -77,7 +77,7 @@ def random_matrix(
 
 def random_experts(kind: Kind, stack: str, layer: int, start: int, stop: int) -> list[Expert]:
     rng = np.random.default_rng([len(stack), layer, start])
-    shapes = expert_matrices(CONFIG)
+    shapes = expert_shapes(CONFIG)
     return [
         {name: random_matrix(kind, shape, rng) for name, shape in shapes.items()} for _ in range(start, stop)
     ]

@@ -17,10 +17,11 @@ from qmoe_jax.checkpoints.architecture import expected_shapes
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
 from qmoe_jax.checkpoints.huggingface.writer import write_huggingface
-from qmoe_jax.checkpoints.reader import DenseReader, is_expert
+from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.tensor import ArrayTensor
 from qmoe_jax.files.torch_writer import save_torch
+from qmoe_jax.parameters import is_expert
 
 DATA = Path(__file__).parent.parent / "golden"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -1,5 +1,6 @@
 """Random packed experts beside the dense weights that they stand for."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -52,3 +53,15 @@ def products(sample_: Sample, x, expert_index) -> tuple[np.ndarray, np.ndarray]:
     weights = sample_.weights[np.asarray(expert_index)]
     x = np.asarray(x, np.float64)
     return np.einsum("toi,ti->to", weights, x), np.einsum("toi,ti->to", np.abs(weights), np.abs(x))
+
+
+def corrupted(packed: PackedMatrix, seed: int) -> PackedMatrix:
+    """Random codes, many beyond the table where their type can hold such; random offsets, negative and beyond."""
+    rng = np.random.default_rng(seed)
+    top = np.iinfo(packed.codes.dtype).max
+    codes = rng.integers(0, top, packed.codes.shape, endpoint=True).astype(packed.codes.dtype)
+    offsets = packed.row_offsets
+    if seed % 2:
+        capacity = packed.codes.shape[1]
+        offsets = rng.integers(-capacity, 2 * capacity, offsets.shape).astype(np.int32)
+    return dataclasses.replace(packed, codes=codes, row_offsets=offsets)

@@ -14,7 +14,7 @@ def tied(data):
 
 
 @pytest.mark.parametrize("key", ["in0", "in1"])
-def test_greedy_is_hugging_faces(tied, key):
+def test_greedy_generation_equals_hugging_face(tied, key):
     (model, params), golden = tied
     expected = golden[f"{key}.generate16"][:, 1:]
     found = qj.generate(model, params, golden[f"{key}.input_ids"], max_new_tokens=16)
@@ -38,7 +38,7 @@ def test_rows_of_a_padded_batch_do_not_see_each_other(tied):
         np.testing.assert_array_equal(together[i], qj.generate(model, params, row[None], max_new_tokens=8)[0])
 
 
-def test_after_the_end_token_there_is_padding(tied):
+def test_padding_follows_the_end_token(tied):
     (model, params), golden = tied
     forced = {**params, "decoder": {**params["decoder"], "decoder_norm": {"scale": jnp.zeros(64)}}}
     tokens = golden["in0.input_ids"]  # zero logits everywhere: token 0, which ends nothing
@@ -63,19 +63,19 @@ def test_after_the_end_token_there_is_padding(tied):
         (qj.Sampling(0.0), {3}),
     ],
 )
-def test_sampling_draws_from_what_it_should(sampling, allowed):
+def test_sampling_draws_only_allowed_tokens(sampling, allowed):
     logits = jnp.log(jnp.tile(jnp.array([0.03, 0.05, 0.3, 0.62]), (400, 1)))
     drawn = np.asarray(sampling.choose(logits, jax.random.key(0)))
     assert set(drawn.tolist()) == allowed
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_sampling_without_a_meaning_is_refused(options):
+def test_sampling_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         qj.Sampling(**options)
 
 
-def test_no_tokens_are_refused(tied):
+def test_generating_zero_tokens_is_refused(tied):
     (model, params), golden = tied
     with pytest.raises(ValueError, match="max_new_tokens"):
         qj.generate(model, params, golden["in0.input_ids"], max_new_tokens=0)

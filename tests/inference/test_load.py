@@ -13,7 +13,7 @@ def packed_in(params) -> int:
     return sum(isinstance(leaf, PackedMatrix) for leaf in leaves)
 
 
-def test_upstreams_compressed_model_runs_packed(data, relative):
+def test_a_compressed_model_of_upstream_runs_packed(data, relative):
     model, params = qj.load_compressed(data / "upstream_ckpt_tiny_a")
     assert packed_in(params) == 8  # wi and wo of four sparse layers
     golden = np.load(data / "upstream_ckpt_tiny_a_refs.npz")
@@ -23,7 +23,7 @@ def test_upstreams_compressed_model_runs_packed(data, relative):
     assert relative(logits, golden[f"dense_f32.{key}.logits"]) <= 2e-4
 
 
-def test_packed_equals_dequantized(artifact, relative):
+def test_packed_logits_equal_dequantized_logits(artifact, relative):
     path, examples = artifact
     (model, params), (dense, dense_params) = qj.load_compressed(path), qj.load_model(path)
     assert (packed_in(params), packed_in(dense_params)) == (8, 0)
@@ -32,7 +32,7 @@ def test_packed_equals_dequantized(artifact, relative):
     assert relative(packed_logits, dense.apply({"params": dense_params}, encoder, decoder)) <= 1e-4
 
 
-def test_one_packed_layer_equals_its_dequantized_self(artifact, relative):
+def test_one_packed_layer_equals_the_dequantized_layer(artifact, relative):
     from qmoe_jax.models.switch import EncoderBlock
 
     path, _ = artifact
@@ -46,7 +46,7 @@ def test_one_packed_layer_equals_its_dequantized_self(artifact, relative):
     assert relative(packed, dense) <= 1e-5
 
 
-def test_packed_generates_what_dequantized_does(artifact):
+def test_packed_generation_equals_dequantized_generation(artifact):
     path, examples = artifact
     (model, params), (dense, dense_params) = qj.load_compressed(path), qj.load_model(path)
     tokens = np.stack([encoder for encoder, _ in examples[:3]])
@@ -61,7 +61,7 @@ def test_a_dense_checkpoint_is_refused_by_name(data):
         qj.load_compressed(data / "hf_tiny_a")
 
 
-def test_the_router_stays_float32(data):
+def test_the_router_is_loaded_in_float32(data):
     _, params = qj.load_model(data / "hf_tiny_a", dtype="bfloat16")
     layer = params["encoder"]["layers_1"]["mlp"]
     assert layer["router"]["router_weights"]["w"]["kernel"].dtype == "float32"

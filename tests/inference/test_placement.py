@@ -44,7 +44,7 @@ def batch_of(examples):
 
 
 @every_placement
-def test_logits_are_the_same(artifact, expected, options, relative):
+def test_logits_are_the_same_in_every_placement(artifact, expected, options, relative):
     path, examples = artifact
     model, params = qj.load_compressed(path, **options)
     for apply, logits in zip(ways_to_apply(model), expected[0], strict=True):
@@ -52,7 +52,7 @@ def test_logits_are_the_same(artifact, expected, options, relative):
 
 
 @every_placement
-def test_generated_tokens_are_the_same(artifact, expected, options):
+def test_generated_tokens_are_the_same_in_every_placement(artifact, expected, options):
     path, examples = artifact
     model, params = qj.load_compressed(path, **options)
     found = qj.generate(model, params, batch_of(examples)[0], max_new_tokens=8)
@@ -65,7 +65,7 @@ def test_the_loss_is_the_same_while_experts_are_evicted(artifact, expected):
     assert qj.evaluate(model, params, examples).loss == pytest.approx(expected[2], rel=1e-6)
 
 
-def test_in_bfloat16(artifact, relative):
+def test_placed_experts_compute_in_float32_for_a_bfloat16_model(artifact, relative):
     path, examples = artifact
     encoder, decoder = batch_of(examples)
     found, wanted = (
@@ -79,24 +79,24 @@ def test_in_bfloat16(artifact, relative):
 
 
 @pytest.mark.parametrize("options", [{"experts": "host"}, {"experts": "disk", "expert_cache": 3 * EXPERT}])
-def test_an_accelerator_is_handed_the_experts(artifact, expected, monkeypatch, relative, options):
+def test_an_accelerator_gets_the_routed_experts_packed(artifact, expected, monkeypatch, relative, options):
     path, examples = artifact
     model, params = qj.load_compressed(path, **options)
     monkeypatch.setattr("qmoe_jax.inference.placement.layer.platform", lambda: "gpu")
     logits = ways_to_apply(model)[1]({"params": params}, *batch_of(examples))
     assert relative(logits, expected[0][1]) <= 1e-5
     assert qj.expert_statistics(params).calls == 4
-    assert qj.expert_statistics(params).computed == 0
+    assert qj.expert_statistics(params).compute_seconds == 0
 
 
-def test_upstreams_directory_runs_from_host_memory(data, relative):
+def test_a_directory_of_upstream_runs_from_host_memory(data, relative):
     path = data / "upstream_ckpt_tiny_a"
     (model, params), (_, placed) = qj.load_compressed(path), qj.load_compressed(path, experts="host")
     tokens = np.arange(2, 22)[None], np.arange(0, 6)[None]
     assert (
         relative(model.apply({"params": placed}, *tokens), model.apply({"params": params}, *tokens)) <= 1e-5
     )
-    with pytest.raises(qj.CheckpointError, match="cannot be left on disk"):
+    with pytest.raises(qj.CheckpointError, match="cannot be kept on disk"):
         qj.load_compressed(path, experts="disk")
 
 
@@ -109,25 +109,29 @@ def test_kinds_that_do_not_run_packed_are_refused_by_name(data, artifact, tmp_pa
     assert not stores_of(params)
 
 
-def test_statistics_count_every_use(artifact):
+def test_statistics_count_every_lookup(artifact):
     path, examples = artifact
     model, params = qj.load_compressed(path, experts="disk")
     tokens = batch_of(examples)
     model.apply({"params": params}, *tokens)
     first = qj.expert_statistics(params).to_json()
     assert first["calls"] == 4
-    assert 4 <= first["reads"] == first["uses"] <= 32
+    assert 4 <= first["reads"] == first["lookups"] <= 32
     assert first["evictions"] == first["hits"] == 0
     model.apply({"params": params}, *tokens)
     again = qj.expert_statistics(params)
-    assert (again.reads, again.hits, again.uses) == (first["reads"], first["uses"], 2 * first["uses"])
+    assert (again.reads, again.hits, again.lookups) == (
+        first["reads"],
+        first["lookups"],
+        2 * first["lookups"],
+    )
     assert again.hit_rate == 0.5
     assert "from memory (50.0%)" in str(again)
     again.reset()
-    assert (again.uses, again.placement) == (0, "disk")
+    assert (again.lookups, again.placement) == (0, "disk")
 
 
-def test_the_cache_keeps_to_its_budget_and_gives_up_the_oldest(artifact):
+def test_the_cache_stays_within_its_budget_and_evicts_the_oldest(artifact):
     path, examples = artifact
     model, params = qj.load_compressed(path, experts="disk", expert_cache=3 * EXPERT)
     statistics = qj.expert_statistics(params)
@@ -136,7 +140,7 @@ def test_the_cache_keeps_to_its_budget_and_gives_up_the_oldest(artifact):
     assert statistics.evictions == statistics.reads - 3
 
 
-def test_an_expert_used_again_outlives_one_that_was_not(artifact):
+def test_the_least_recently_used_expert_is_evicted(artifact):
     path, _ = artifact
     store = stores_of(qj.load_compressed(path, experts="disk", expert_cache=2 * EXPERT)[1])[0]
     use = lambda expert: run_one(store, expert)
@@ -156,8 +160,8 @@ def run_one(store, expert):
     return y
 
 
-def test_a_budget_below_one_expert_is_refused_with_what_it_takes(artifact):
-    with pytest.raises(ValueError, match=r"at least [\d,]+ bytes \(room for one expert\), found 10"):
+def test_a_cache_below_one_expert_is_refused_with_the_size_of_one(artifact):
+    with pytest.raises(ValueError, match=r"at least [\d,]+ bytes \(one expert\), found 10"):
         qj.load_compressed(artifact[0], experts="disk", expert_cache=10)
 
 
@@ -176,7 +180,7 @@ def test_compiled_programs_do_not_keep_experts_in_memory(artifact):
     assert store() is None
 
 
-def test_two_generations_at_once(artifact, expected):
+def test_two_generations_share_a_store_at_once(artifact, expected):
     path, examples = artifact
     model, params = qj.load_compressed(path, experts="disk", expert_cache=2 * EXPERT)
     found = {}
@@ -196,13 +200,13 @@ def test_two_generations_at_once(artifact, expected):
 @pytest.mark.parametrize(
     ("memory", "placement"), [(1 << 30, "device"), (100_000, "disk")], ids=["much memory", "little memory"]
 )
-def test_without_a_word_what_fits_is_chosen(artifact, monkeypatch, memory, placement):
+def test_the_default_placement_is_the_first_that_fits(artifact, monkeypatch, memory, placement):
     monkeypatch.setattr(choose, "available_memory", lambda: memory)
     plan = choose.plan_placement(qj.open_checkpoint(artifact[0]), "float32")
     assert plan.placement == placement
 
 
-def test_beside_a_small_device_memory_experts_stay_on_the_host(artifact, monkeypatch):
+def test_experts_that_exceed_device_memory_stay_in_host_memory(artifact, monkeypatch):
     monkeypatch.setattr(choose, "device_memory", lambda: 4 << 20)
     monkeypatch.setattr(choose, "dense_bytes", lambda reader, dtype: 3 << 20)
     monkeypatch.setattr(choose, "available_memory", lambda: 1 << 30)
@@ -245,7 +249,7 @@ class TestFaults:
         ],
         ids=["truncated", "almost empty", "longer", "deleted", "a folder"],
     )
-    def test_the_error_names_the_file_and_all_is_well_when_it_is_back(
+    def test_a_damaged_file_is_named_and_generation_works_once_it_is_restored(
         self, running, expected, damage, problem
     ):
         generate, file, _ = running
@@ -259,7 +263,7 @@ class TestFaults:
         file.write_bytes(content)
         np.testing.assert_array_equal(generate(), expected[1])
 
-    def test_counts_that_are_not_those_of_the_codewords_are_found(self, running):
+    def test_counts_that_do_not_match_the_codewords_are_found(self, running):
         generate, file, _ = running
         content = bytearray(file.read_bytes())
         header = 8 + int.from_bytes(content[:8], "little")
@@ -268,7 +272,7 @@ class TestFaults:
         with pytest.raises(qj.CheckpointError, match=r"(?s)is damaged.*counts that add up"):
             generate()
 
-    def test_a_direct_call_tells_the_file_too(self, running, artifact):
+    def test_a_call_outside_generate_also_names_the_file(self, running, artifact):
         _, file, params = running
         file.unlink()
         model, _ = qj.load_compressed(artifact[0])

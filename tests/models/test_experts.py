@@ -40,7 +40,7 @@ def plainly(x, expert, wide, narrow):
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 64])
 @pytest.mark.parametrize("matrices", [1, 2])
-def test_grouped_experts_are_each_tokens_own(tokens, matrices):
+def test_grouped_experts_equal_one_expert_per_token(tokens, matrices):
     x, expert, wide, narrow = random_experts(tokens, matrices=matrices)
     found = jax.jit(lambda *a: grouped_mlp(*a, jax.nn.relu))(x, expert, wide, narrow)
     np.testing.assert_allclose(found, plainly(x, expert, wide, narrow), rtol=1e-4, atol=1e-5)
@@ -52,7 +52,7 @@ def test_capacity_buffers_agree_where_all_fit():
     np.testing.assert_allclose(found, grouped_mlp(x, expert, wide, narrow, jax.nn.relu), rtol=1e-4, atol=1e-5)
 
 
-def test_capacity_buffers_leave_out_what_is_not_kept():
+def test_capacity_buffers_leave_out_dropped_tokens():
     x, expert, wide, narrow = random_experts(40)
     kept = jnp.arange(40) % 3 > 0
     found = capacity_mlp(x, expert, kept, 40, wide, narrow, jax.nn.relu)
@@ -72,14 +72,14 @@ def parameter_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", ["switch_base_tiny_f32", "switch_c_tiny_f32"])
-def test_the_parameter_tree_is_t5xs(data, name):
+def test_the_parameter_tree_equals_t5x(data, name):
     from qmoe_jax.checkpoints.open import open_dense
 
     reader = open_dense(data / "t5x" / name / "checkpoint_1000")
     assert parameter_shapes(reader.config) == {n: reader.shape(n) for n in reader.names()}
 
 
-def test_gated_experts_have_two_first_matrices():
+def test_gated_experts_have_two_input_matrices():
     shapes = parameter_shapes(dataclasses.replace(TINY, gated=True, activation="gelu"))
     assert shapes["encoder/layers_0/mlp/wi_1/kernel"] == (12, 20)
     assert shapes["decoder/layers_0/mlp/expert/wi_0/kernel"] == (3, 12, 20)
@@ -87,7 +87,7 @@ def test_gated_experts_have_two_first_matrices():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_position_buckets_begin_where_t5s_do(bidirectional):
+def test_position_buckets_begin_where_those_of_t5_do(bidirectional):
     first = {
         True: [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 23, 32, 46, 64, 91],
         False: [*range(17), 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113],
@@ -97,7 +97,7 @@ def test_position_buckets_begin_where_t5s_do(bidirectional):
     assert buckets.max() == len(first) - 1
 
 
-def test_an_id_beyond_the_vocabulary_is_not_another_token():
+def test_an_id_beyond_the_vocabulary_gives_nan():
     params = nn.meta.unbox(
         SwitchTransformer(TINY).init(jax.random.key(0), jnp.ones((1, 3), int), jnp.ones((1, 3), int))[
             "params"

@@ -28,7 +28,7 @@ def hugging_face_inputs(golden, key):
 
 @pytest.mark.parametrize("name", ["hf_tiny_a", "hf_tiny_fullsparse"])
 @pytest.mark.parametrize("key", ["in0", "in1", "in2", "pad0"])
-def test_hugging_face_logits(data, relative, name, key):
+def test_logits_equal_hugging_face(data, relative, name, key):
     golden = np.load(data / name / "refs_transformers_5.23.0.npz")
     config, params = load(data / name)
     encoder, decoder, mask = hugging_face_inputs(golden, key)
@@ -38,7 +38,7 @@ def test_hugging_face_logits(data, relative, name, key):
 
 
 @pytest.mark.parametrize("key", ["in0", "pad0"])
-def test_router_choices_are_hugging_faces(data, key):
+def test_router_choices_equal_hugging_face(data, key):
     golden = np.load(data / "hf_tiny_a" / "refs_transformers_5.23.0.npz")
     config, params = load(data / "hf_tiny_a")
     encoder, decoder, mask = hugging_face_inputs(golden, key)
@@ -70,7 +70,7 @@ def test_hugging_face_drops_tokens_beyond_capacity(data, relative, tokens, key, 
 
 
 @pytest.mark.parametrize("name", ["switch_base_tiny_f32", "switch_c_tiny_f32"])
-def test_flaxformer_logits(data, relative, name):
+def test_logits_equal_flaxformer(data, relative, name):
     golden = np.load(data / "t5x" / name / "io.npz")
     config, params = load(data / "t5x" / name / "checkpoint_1000")
     model = SwitchTransformer(config)

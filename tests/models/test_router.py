@@ -32,7 +32,7 @@ def test_group_capacity_follows_flaxformer(tokens, experts, rule, size, capacity
     assert rule.per_expert(size, experts) == capacity
 
 
-def test_group_capacity_drops_the_last_to_come():
+def test_group_capacity_drops_the_last_tokens():
     rule = GroupCapacity(factor=1.0, minimum=1)
     expert = jnp.zeros((1, 8), jnp.int32)  # two groups of 4, 2 experts: each group keeps 2
     kept = within_capacity(expert, 2, rule)
@@ -40,7 +40,7 @@ def test_group_capacity_drops_the_last_to_come():
 
 
 @pytest.mark.parametrize("name", ["switch_base_tiny_f32", "switch_c_tiny_f32"])
-def test_losses_are_flaxformers(data, name):
+def test_auxiliary_losses_equal_flaxformer(data, name):
     golden = np.load(data / "t5x" / name / "io.npz")
     keys = [key for key in golden.files if key.endswith("router_logits")]
     assert len(keys) >= 4

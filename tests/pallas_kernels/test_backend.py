@@ -1,17 +1,18 @@
-"""A named backend runs or says why not; without a name the platform's list is walked, and passing one over is said."""
+"""A named backend runs or raises with its reason; without a name the platform's backends are tried in order."""
 
 import sys
 import types
 import warnings
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels as pk
 from pallas_kernels import backend
+from pallas_kernels.matmul.op import OP as MATMUL
+from pallas_kernels.mlp.op import OP as MLP
 from tests.helpers import packed_samples as samples
+from tests.helpers.lowering import for_an_h100
 
 
 @pytest.fixture
@@ -23,23 +24,23 @@ def operands():
 @pytest.fixture
 def without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_warned", set())
 
 
 def test_a_cpu_takes_the_cpu_kernels():
-    assert backend.choose("matvec") == "cpu"
+    assert backend.choose_backend(MATMUL) == "cpu"
 
 
 def test_a_gpu_takes_the_pallas_kernels(monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    assert backend.choose("matmul") == "pallas"
-    assert "arrays are on gpu" in backend.refusal("matmul", "cpu")
+    assert backend.choose_backend(MATMUL) == "pallas"
+    assert "the default platform is gpu" in backend.refusal(MATMUL, "cpu")
 
 
 def on_a_gpu(monkeypatch, **versions):
     """A machine with a GPU, and these versions of jax, triton and jax-triton (None: not installed)."""
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
-    monkeypatch.setattr(backend, "_said", set())
+    monkeypatch.setattr(backend, "_warned", set())
     monkeypatch.setattr(backend, "_version", lambda package: versions.get(package.replace("-", "_")))
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     if versions.get("jax_triton"):
@@ -59,99 +60,103 @@ def without_triton_under_pallas(monkeypatch):
 def test_a_gpu_takes_jax_triton_where_pallas_has_no_triton(monkeypatch):
     on_a_gpu(monkeypatch, **TRIED_TOGETHER)
     with pytest.warns(UserWarning, match="'pallas' kernels are not used.*has no Triton backend under Pallas"):
-        assert backend.choose("matvec") == "jax_triton"
+        assert backend.choose_backend(MATMUL) == "jax_triton"
 
 
 @pytest.mark.usefixtures("without_triton_under_pallas")
-def test_a_gpu_with_neither_takes_the_reference_and_says_both_reasons(monkeypatch):
+def test_a_gpu_with_neither_takes_the_reference_and_warns_of_both_reasons(monkeypatch):
     on_a_gpu(monkeypatch, jax="0.13.0")
-    with pytest.warns(UserWarning) as said:
-        assert backend.choose("matmul") == "reference"
-    assert ["'pallas'" in str(w.message) for w in said] == [True, False]
-    assert "triton and jax-triton cannot be found: pip install" in str(said[1].message)
+    with pytest.warns(UserWarning) as warnings_given:
+        assert backend.choose_backend(MATMUL) == "reference"
+    assert ["'pallas'" in str(w.message) for w in warnings_given] == [True, False]
+    assert "triton and jax-triton not installed: pip install" in str(warnings_given[1].message)
 
 
 @pytest.mark.parametrize(
     "versions, reason",
     [
-        ({"jax": "0.11.2", "triton": "3.8.0"}, "jax-triton cannot be found: pip install"),
-        ({**TRIED_TOGETHER, "triton": "3.6.0"}, r"jax-triton 0.4.1 goes with triton>=3.7,<3.9, found 3.6.0"),
+        ({"jax": "0.11.2", "triton": "3.8.0"}, "jax-triton not installed: pip install"),
+        ({**TRIED_TOGETHER, "triton": "3.6.0"}, r"jax-triton 0.4.1 requires triton>=3.7,<3.9, found 3.6.0"),
         (
             {**TRIED_TOGETHER, "jax": "0.12.0.1"},
-            r"jax-triton 0.4.1 goes with jax>=0.11,<0.12, found 0.12.0.1",
+            r"jax-triton 0.4.1 requires jax>=0.11,<0.12, found 0.12.0.1",
         ),
     ],
 )
-def test_jax_triton_says_which_versions_it_lacks(monkeypatch, versions, reason):
+def test_jax_triton_names_the_versions_that_it_requires(monkeypatch, versions, reason):
     on_a_gpu(monkeypatch, **versions)
     with pytest.raises(NotImplementedError, match=f"backend 'jax_triton' cannot run: .*{reason}"):
-        backend.choose("matvec", "jax_triton")
+        backend.choose_backend(MATMUL, "jax_triton")
 
 
 def test_jax_triton_that_cannot_be_imported_says_why(monkeypatch):
     on_a_gpu(monkeypatch, **TRIED_TOGETHER)
     monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert "jax-triton 0.4.1 cannot be imported" in backend.refusal("matvec", "jax_triton")
+    assert "jax-triton 0.4.1 cannot be imported" in backend.refusal(MATMUL, "jax_triton")
 
 
 def test_a_program_for_an_absent_gpu_takes_the_kernels_for_it():
-    h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
-        assert backend.choose("matvec") == "pallas"
-    assert backend.choose("matvec") == "cpu"
+    with for_an_h100():
+        assert backend.choose_backend(MATMUL) == "pallas"
+    assert backend.choose_backend(MATMUL) == "cpu"
 
 
 def test_another_platform_takes_the_reference(monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: "tpu")
-    assert backend.choose("mlp") == "reference"
+    assert backend.choose_backend(MLP) == "reference"
 
 
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("pallas", "for NVIDIA GPUs.*interpret=True"),
-        ("jax_triton", "for NVIDIA GPUs and arrays are on cpu"),
-        ("cuda", "no backend of that name, only reference"),
+        ("pallas", "requires an NVIDIA GPU; the default platform is cpu"),
+        ("jax_triton", "requires an NVIDIA GPU; the default platform is cpu"),
+        ("cuda", "unknown backend; the backends are reference, pallas"),
     ],
 )
 def test_a_named_backend_never_falls_back(operands, name, reason):
-    with pytest.raises(NotImplementedError, match=f"matvec: backend '{name}' cannot run: .*{reason}"):
-        pk.packed_matvec(*operands, backend=name)
+    with pytest.raises(NotImplementedError, match=f"packed_matmul: backend '{name}' cannot run: .*{reason}"):
+        pk.packed_matmul(*operands, backend=name)
 
 
-def test_interpret_needs_the_pallas_backend(operands):
-    with pytest.raises(NotImplementedError, match="interpret=True needs backend='pallas'"):
-        pk.packed_matvec(*operands, interpret=True)
+def test_interpret_mode_is_never_the_default():
+    assert all("pallas_interpret" not in order for order in backend.ORDER.values())
+    assert backend.choose_backend(MATMUL, "pallas_interpret") == "pallas_interpret"
 
 
-def test_without_numba_the_reference_runs_and_that_is_said_once(without_numba):
+def test_a_function_in_place_of_a_name_is_the_implementation(operands):
+    packed, x, expert_index = operands
+    twos = lambda packed, x, expert_index: jnp.full((x.shape[0], packed.rows), 2, x.dtype)
+    assert (pk.packed_matmul(packed, x, expert_index, backend=twos) == 2).all()
+
+
+def test_without_numba_the_reference_runs_with_one_warning(without_numba):
     with pytest.warns(
-        UserWarning, match="'cpu' kernels are not used, 'reference' instead: numba cannot be imported"
+        UserWarning, match="'cpu' kernels are not used, 'reference' is used instead: numba cannot be imported"
     ):
-        assert backend.choose("matvec") == "reference"
+        assert backend.choose_backend(MATMUL) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.choose("matmul") == "reference"
+        assert backend.choose_backend(MATMUL) == "reference"
 
 
 def test_without_numba_the_cpu_backend_says_why(without_numba):
     with pytest.raises(NotImplementedError, match="numba cannot be imported"):
-        backend.choose("matvec", "cpu")
+        backend.choose_backend(MATMUL, "cpu")
 
 
-@pytest.mark.parametrize("op", [pk.packed_matvec, pk.packed_matmul])
-def test_operands_that_do_not_fit_are_refused(operands, op):
+def test_operands_that_do_not_fit_are_refused(operands):
     packed, x, expert_index = operands
     with pytest.raises(ValueError, match=r"expected x of shape \[t, 9\], found \(1, 8\)"):
-        op(packed, x[:, 1:], expert_index)
+        pk.packed_matmul(packed, x[:, 1:], expert_index)
     with pytest.raises(ValueError, match="expected x in float32 or bfloat16, found float16"):
-        op(packed, x.astype(jnp.float16), expert_index)
+        pk.packed_matmul(packed, x.astype(jnp.float16), expert_index)
 
 
 def test_an_activation_that_is_not_known_is_refused(operands):
     packed, x, expert_index = operands
     wo = samples.sample(samples.CODEBOOKS["tunstall-8"](), (1, 9, 2)).packed
-    with pytest.raises(ValueError, match=r"expected an activation of .*found 'tanh'"):
+    with pytest.raises(ValueError, match=r"expected an activation among .*found 'tanh'"):
         pk.packed_mlp(packed, wo, x, expert_index, None, "tanh")
     with pytest.raises(ValueError, match=r"expected wi for 1 experts of 9 rows, found \(1, 2\)"):
         pk.packed_mlp(packed, packed, x, expert_index)

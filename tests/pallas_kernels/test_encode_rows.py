@@ -11,23 +11,20 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.encode_rows.pallas import encode_rows as encode
+from pallas_kernels.encode_rows.pallas import encode_rows
 from qmoe_jax.coding import Codebook
 from tests.helpers import packed_samples as samples
-from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
+from tests.helpers.bounds import checked_kernels, ran, strays, traced
+from tests.helpers.kernel_contract import BACKENDS
+from tests.helpers.lowering import kernels, lowered_for_cuda
 
-BACKENDS = {
-    "reference": {"backend": "reference"},
-    "cpu": {"backend": "cpu"},
-    "pallas": {"backend": "pallas", "interpret": True},
-}
 # Every codebook on a shape that is no multiple of anything, the first one also on a single digit.
 CASES = {
     "tunstall-8-one": ("tunstall-8", (1, 1, 1)),
     **{name: (name, (3, 7, 131)) for name in samples.CODEBOOKS},
 }
 
-every_backend = pytest.mark.parametrize("chosen", BACKENDS.values(), ids=BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_codebook = pytest.mark.parametrize("book", samples.CODEBOOKS)
 
 
@@ -57,7 +54,6 @@ def random_digits(shape: tuple[int, ...], p_zero=0.8, seed=0) -> np.ndarray:
 def assert_encoded(found: pk.EncodedRows, digits: np.ndarray, codebook: Codebook) -> None:
     """The codes of every row, zeros behind the last."""
     assert found.codes.dtype == codebook.code_dtype
-    assert found.fits.all()
     for codes, offsets, matrix in zip(*map(np.asarray, found), digits, strict=True):
         rows = [greedy(row, codebook) for row in matrix]
         np.testing.assert_array_equal(np.diff(offsets), [len(row) for row in rows])
@@ -67,9 +63,9 @@ def assert_encoded(found: pk.EncodedRows, digits: np.ndarray, codebook: Codebook
 
 @every_backend
 @pytest.mark.parametrize("book, shape", CASES.values(), ids=CASES)
-def test_codes_and_offsets(chosen, book, shape):
+def test_codes_are_those_of_a_greedy_encoder(backend, book, shape):
     codebook, digits = samples.CODEBOOKS[book](), random_digits(shape)
-    assert_encoded(pk.encode_rows(digits, codebook.encode_table, **chosen), digits, codebook)
+    assert_encoded(pk.encode_rows(digits, codebook.encode_table, backend=backend), digits, codebook)
 
 
 @every_backend
@@ -79,13 +75,13 @@ def test_codes_and_offsets(chosen, book, shape):
     seed=st.integers(0, 2**32),
     book=st.sampled_from(["tunstall-8", "upstream"]),
 )
-def test_any_digits(chosen, p_zero, seed, book):
+def test_codes_are_right_for_any_digits(backend, p_zero, seed, book):
     """Of one shape, which each backend compiles once."""
     codebook, digits = samples.CODEBOOKS[book](), random_digits((2, 33, 45), p_zero, seed)
-    assert_encoded(pk.encode_rows(digits, codebook.encode_table, **chosen), digits, codebook)
+    assert_encoded(pk.encode_rows(digits, codebook.encode_table, backend=backend), digits, codebook)
 
 
-def test_what_it_writes_unpacks_to_the_digits():
+def test_encoded_rows_unpack_to_their_digits():
     codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 9, 70))
     codes, row_offsets = pk.encode_rows(digits, codebook.encode_table)
     levels = np.broadcast_to(np.float32([1, 2]), (2, 9, 2))
@@ -95,28 +91,14 @@ def test_what_it_writes_unpacks_to_the_digits():
 
 
 @every_backend
-def test_a_capacity_that_does_not_suffice_shows(chosen):
-    codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 40, 50))
-    digits[0] = 0
-    whole = pk.encode_rows(digits, codebook.encode_table, **chosen)
-    capacity = int(whole.row_offsets[0, -1])  # what the zeros take
-    assert whole.codes.shape == (2, 40 * 50)
-    found = pk.encode_rows(digits, codebook.encode_table, capacity=capacity, **chosen)
-    assert found.fits.tolist() == [True, False]
-    np.testing.assert_array_equal(found.row_offsets, whole.row_offsets)
-    np.testing.assert_array_equal(found.codes, whole.codes[:, :capacity])
-
-
-@every_backend
-def test_any_leading_axes_and_vmap(chosen):
+def test_leading_axes_and_vmap_encode_each_matrix_by_itself(backend):
     codebook, digits = samples.CODEBOOKS["tunstall-8"](), random_digits((2, 3, 4, 11))
-    run = functools.partial(pk.encode_rows, table=codebook.encode_table, **chosen)
+    run = functools.partial(pk.encode_rows, table=codebook.encode_table, backend=backend)
     stacked, mapped = run(digits), jax.jit(jax.vmap(run))(digits)
     assert stacked.codes.shape == (2, 3, 4 * 11)
     for layer in range(2):
         for expert in range(3):
             alone = run(digits[layer, expert])
-            assert alone.fits.shape == ()
             for found in (stacked, mapped):
                 same = jax.tree.map(
                     lambda a, b, e=(layer, expert): (a[e] == b).all(), tuple(found), tuple(alone)
@@ -126,42 +108,53 @@ def test_any_leading_axes_and_vmap(chosen):
 
 @every_backend
 @pytest.mark.parametrize("book", ["tunstall-8", "upstream"])
-def test_bytes_that_are_no_digits_count_as_twos(chosen, book):
+def test_bytes_above_two_count_as_two(backend, book):
     codebook = samples.CODEBOOKS[book]()
     noise = np.random.default_rng(0).integers(0, 256, (2, 5, 67), dtype=np.uint8)
     noise[0] = 255
-    found = pk.encode_rows(noise, codebook.encode_table, **chosen)
+    found = pk.encode_rows(noise, codebook.encode_table, backend=backend)
     assert_encoded(found, np.minimum(noise, 2), codebook)
 
 
 @every_codebook
-def test_it_lowers_to_two_triton_kernels(book):
+def test_encoding_lowers_to_two_triton_kernels(book):
     codebook = samples.CODEBOOKS[book]()
-    run = functools.partial(encode, capacity=5000)
-    program = lowered_for_cuda(run, random_digits((2, 96, 200)), codebook.encode_table)
+    program = lowered_for_cuda(encode_rows, random_digits((2, 96, 200)), codebook.encode_table)
     assert kernels(program) == 2
     assert 'name = "encode_rows_count"' in program
     assert 'name = "encode_rows_write"' in program
 
 
 @pytest.mark.parametrize(
-    "digits, capacity, message",
+    "digits, message",
     [
-        (np.zeros((2, 0), np.uint8), None, r"uint8 digits \[..., row, width\], found uint8 \(2, 0\)"),
-        (np.zeros((2, 3), np.int32), None, "found int32"),
-        (np.zeros((2, 3), np.uint8), 0, "a capacity of at least 1, found 0"),
-        (jax.ShapeDtypeStruct((1 << 20, 1 << 12), jnp.uint8), None, "may take 4294967296 codewords"),
+        (np.zeros((2, 0), np.uint8), r"uint8 digits \[..., row, width\], found uint8 \(2, 0\)"),
+        (np.zeros((2, 3), np.int32), "found int32"),
+        (jax.ShapeDtypeStruct((1 << 20, 1 << 12), jnp.uint8), "may take 4294967296 codewords"),
     ],
 )
-def test_what_it_cannot_encode_is_refused(monkeypatch, digits, capacity, message):
+def test_arrays_that_are_not_digits_and_too_many_codewords_are_refused(monkeypatch, digits, message):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # as outside the tests
     table = samples.CODEBOOKS["tunstall-8"]().encode_table
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(pk.encode_rows, capacity=capacity), digits, table)
+        jax.eval_shape(pk.encode_rows, digits, table)
 
 
 def test_digits_between_two_and_four_gib_are_refused():
     table = samples.CODEBOOKS["tunstall-8"]().encode_table
     digits = jax.ShapeDtypeStruct((3, 1 << 18, 1 << 12), jnp.uint8)
     with pytest.raises(NotImplementedError, match="digits of 3,221,225,472 bytes"):
-        jax.eval_shape(functools.partial(encode, capacity=8), digits, table)
+        jax.eval_shape(encode_rows, digits, table)
+
+
+@pytest.mark.parametrize("book", ["upstream", "tunstall-8"])
+def test_no_byte_leads_the_kernel_out_of_an_array(book):
+    table = samples.CODEBOOKS[book]().encode_table
+    noise = np.random.default_rng(0).integers(0, 256, (2, 37, 19), dtype=np.uint8)
+    traced.clear()
+    with checked_kernels():
+        codes, row_offsets = ran(jax.jit(lambda d: encode_rows(d, table, interpret=True)), noise)
+    assert traced == {"load", "store"}
+    assert strays == []
+    assert codes.max() < len(table.code)
+    assert row_offsets[:, -1].min() > 37

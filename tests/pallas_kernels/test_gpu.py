@@ -3,29 +3,26 @@
 `make gpu` runs these. Sums on tensor cores are rounded towards zero between steps, hence the wider bound there.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import backend, tuning
-from pallas_kernels.matmul.pallas import packed_matmul as matmul
-from pallas_kernels.matmul.routes import Overrides
+from pallas_kernels import backend
+from pallas_kernels.matmul.op import OP as MATMUL
+from pallas_kernels.mlp.op import OP as MLP
+from pallas_kernels.unpack.op import OP as UNPACK
 from tests.helpers import packed_samples as samples
+from tests.helpers.kernel_contract import assert_products, pallas_route
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="no CUDA device: jax sees none here"),
 ]
 
-ROUTES = {
-    "separate": (tuning.RouteConfig(10**9, 10**9), 1e-6),
-    "gathered": (tuning.RouteConfig(0, 10**9), 1e-6),
-    "dense": (tuning.RouteConfig(0, 0), 2e-5),
-}
+# Route: the bound on its products.
+ROUTES = {"separate": 1e-6, "gather": 1e-6, "tensor_core": 2e-5}
 SHAPES = {"single": (1, 1, 1), "odd": (3, 37, 131), "c-2048 rows": (2, 96, 6144), "base-128": (4, 768, 3072)}
 
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -33,49 +30,42 @@ every_codebook = pytest.mark.parametrize("book", samples.CODEBOOKS)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-def assert_products(found, sample, x, expert_index, bound):
-    exact, magnitude = samples.products(sample, x, expert_index)
-    rounding = jnp.finfo(x.dtype).eps / 2 * np.abs(exact)
-    assert found.dtype == x.dtype
-    assert (np.abs(np.asarray(found, np.float64) - exact) <= bound * magnitude + rounding + 1e-30).all()
-
-
 def test_the_pallas_kernels_are_the_default_here():
-    for op in ("matvec", "matmul", "mlp", "unpack"):
-        assert backend.choose(op) == "pallas"
+    for op in (MATMUL, MLP, UNPACK):
+        assert backend.choose_backend(op) == "pallas"
 
 
-@pytest.mark.parametrize("route, bound", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("route, bound", ROUTES.items())
 @every_codebook
 @every_dtype
-def test_every_way_and_codebook(route, bound, book, dtype):
+def test_every_route_with_every_codebook(route, bound, book, dtype):
     sample = samples.sample(samples.CODEBOOKS[book](), (3, 70, 201))
     x, expert_index = samples.tokens(sample, 77, dtype=dtype)
-    run = jax.jit(functools.partial(matmul, overrides=Overrides(route=route)))
-    assert_products(run(sample.packed, x, expert_index), sample, x, expert_index, bound)
+    found = jax.jit(pallas_route(route))(sample.packed, x, expert_index)
+    assert_products(found, sample, x, expert_index, bound=bound)
 
 
-@pytest.mark.parametrize("route, bound", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("route, bound", ROUTES.items())
 @every_shape
 @pytest.mark.parametrize("levels", ["float32", "bfloat16"])
-def test_every_way_and_shape(route, bound, shape, levels):
+def test_every_route_at_every_shape(route, bound, shape, levels):
     sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), shape, levels=levels)
     x, expert_index = samples.tokens(sample, 130)
-    run = jax.jit(functools.partial(matmul, overrides=Overrides(route=route)))
-    assert_products(run(sample.packed, x, expert_index), sample, x, expert_index, bound)
+    found = jax.jit(pallas_route(route))(sample.packed, x, expert_index)
+    assert_products(found, sample, x, expert_index, bound=bound)
 
 
-@pytest.mark.parametrize("op", [pk.packed_matvec, pk.packed_matmul], ids=["matvec", "matmul"])
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
-def test_public_products(op, count):
+def test_the_public_product_of_any_number_of_tokens(count):
     sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (3, 37, 131))
     x, expert_index = samples.tokens(sample, count)
-    assert_products(op(sample.packed, x, expert_index, backend="pallas"), sample, x, expert_index, 2e-5)
+    found = pk.packed_matmul(sample.packed, x, expert_index, backend="pallas")
+    assert_products(found, sample, x, expert_index, bound=2e-5)
 
 
 @every_codebook
 @every_dtype
-def test_unpack_is_exact(book, dtype):
+def test_unpacked_weights_are_exact(book, dtype):
     sample = samples.sample(samples.CODEBOOKS[book](), (3, 37, 1131))
     found = pk.unpack(sample.packed, dtype, backend="pallas")
     assert (np.asarray(found, np.float64) == sample.weights).all()
@@ -83,7 +73,7 @@ def test_unpack_is_exact(book, dtype):
 
 @pytest.mark.parametrize("activation, gated", [("relu", False), ("gelu", True)])
 @pytest.mark.parametrize("count", [1, 20, 600])
-def test_an_expert_as_the_reference_has_it(activation, gated, count, relative):
+def test_an_expert_matches_the_reference(activation, gated, count, relative):
     book = samples.CODEBOOKS["tunstall-8"]()
     wi, gate = (samples.sample(book, (4, 200, 96), seed=seed).packed for seed in range(2))
     wo = samples.sample(book, (4, 96, 200), seed=2).packed

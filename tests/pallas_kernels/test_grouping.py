@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouping import group_tokens, lanes_for
+from pallas_kernels.matmul.grouping import group_tokens, lanes_for
 
 GROUP = jax.jit(group_tokens, static_argnums=(1, 2))
 

@@ -11,6 +11,13 @@ from pallas_kernels import DecodeTable
 from tests.helpers import packed_samples as samples
 
 
+def table_of(words: list[np.ndarray]) -> DecodeTable:
+    lengths = np.array([len(word) for word in words], np.int32)
+    return DecodeTable.from_digits(
+        lengths, np.stack([np.pad(word, (0, lengths.max() - len(word))) for word in words])
+    )
+
+
 def words_of(table: DecodeTable, count: int) -> list[list[int]]:
     """The codewords back from the entries."""
     words = []
@@ -30,7 +37,7 @@ def test_entries_hold_the_codewords(longest):
     rng = np.random.default_rng(longest)
     words = [rng.integers(0, 3, rng.integers(1, longest, endpoint=True)).astype(np.uint8) for _ in range(50)]
     words.append(np.full(longest, 2, np.uint8))
-    table = DecodeTable.from_words(words)
+    table = table_of(words)
     assert words_of(table, 51) == [word.tolist() for word in words]
     assert table.field_bits == longest.bit_length()
     assert table.field_bits + table.slots * (table.field_bits + 2) <= 32
@@ -46,7 +53,7 @@ def test_codewords_too_long_for_an_entry_are_refused():
     with pytest.raises(
         ValueError, match="codewords of 32768 digits do not fit a 32-bit entry: at most 32767"
     ):
-        DecodeTable.from_words([np.ones(32768, np.uint8)])
+        table_of([np.ones(32768, np.uint8)])
 
 
 @pytest.fixture
@@ -60,6 +67,24 @@ def test_a_packed_matrix_is_a_pytree(packed):
     assert jax.tree.all(jax.tree.map(np.array_equal, packed, again))
     shapes = jax.tree.map(lambda array: array.shape, packed)  # anything may stand where the arrays were
     assert shapes.levels == (2, 3, 2)
+
+
+def test_a_packed_matrix_has_a_shape_and_bytes(packed):
+    assert packed.shape == (2, 3, 40)
+    assert packed.nbytes == packed.codes.nbytes + 2 * 4 * 4 + 2 * 3 * 2 * 2
+
+
+@pytest.mark.parametrize("index", [slice(1, 2), np.array([1, 0, 1])], ids=["slice", "array"])
+@pytest.mark.parametrize("arrays", [np.asarray, jax.numpy.asarray], ids=["numpy", "jax"])
+def test_indexing_a_packed_matrix_selects_experts(packed, index, arrays):
+    chosen = jax.tree.map(arrays, packed)[index]
+    assert chosen.num_experts == len(np.arange(2)[index])
+    np.testing.assert_array_equal(pk.unpack(chosen), np.asarray(pk.unpack(packed))[index])
+
+
+def test_a_packed_matrix_is_not_iterable(packed):
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(packed)
 
 
 def broken(packed, **arrays):

@@ -1,4 +1,4 @@
-"""Every way through the Pallas products gives the same as dense float64, whatever its configuration."""
+"""Every route of the Pallas product matches dense float64, whatever its configuration."""
 
 import functools
 
@@ -7,31 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
-from pallas_kernels.epilogue import Epilogue
-from pallas_kernels.matmul.pallas import packed_matmul as matmul
-from pallas_kernels.matmul.routes import Overrides, route_for
-from pallas_kernels.matmul.tensor_core import _bfloat16_parts
-from pallas_kernels.matvec.pallas import matvec
-from pallas_kernels.mlp.pallas import packed_mlp as mlp
+import pallas_kernels as pk
+from pallas_kernels.matmul.epilogue import Epilogue
+from pallas_kernels.matmul.pallas import gather, separate, tensor_core
+from pallas_kernels.matmul.routes import Overrides, packed_matmul, route_for
+from pallas_kernels.mlp.pallas import packed_mlp
 from tests.helpers import packed_samples as samples
-from tests.pallas_kernels.test_contract import assert_products
-from tests.pallas_kernels.test_lowering import kernels, lowered_for_cuda
+from tests.helpers.kernel_contract import PALLAS_ROUTES, assert_products, pallas_route
+from tests.helpers.lowering import kernels, lowered_for_cuda
 
-# A row for each way: how tokens are made to take it, and the kernel that then runs.
-ROUTES = {
-    "separate": (tuning.RouteConfig(10**9, 10**9), "packed_matvec"),
-    "gathered": (tuning.RouteConfig(0, 10**9), "packed_matmul"),
-    "dense": (tuning.RouteConfig(0, 0), "packed_matmul_tensor_core"),
-}
 CONFIGS = {
-    "matvec": tuning.MatvecConfig(rows=2, tile=16, warps=1),
-    "gather": tuning.GatherConfig(tile=16, lanes=8, warps=1),
-    "tensor_core": tuning.TensorCoreConfig(
-        rows=16, tile=16, lanes=16, columns=32, warps=4, stages=2, programs=2
-    ),
+    "separate": separate.Config(rows=2, tile=16, warps=1),
+    "gather": gather.Config(tile=16, lanes=8, warps=1),
+    "tensor_core": tensor_core.Config(rows=16, tile=16, lanes=16, columns=32, warps=4, stages=2, programs=2),
 }
-every_route = pytest.mark.parametrize("route, kernel", ROUTES.values(), ids=ROUTES)
+every_route = pytest.mark.parametrize("route, kernel", PALLAS_ROUTES.values(), ids=PALLAS_ROUTES)
+on_tensor_cores = pallas_route("tensor_core", interpret=True, **CONFIGS)
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +31,12 @@ def sample():
     return samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 37, 83))
 
 
-def run(function, route, **static):
-    return functools.partial(function, overrides=Overrides(route=route, **CONFIGS), **static)
-
-
 @pytest.mark.parametrize("book", ["upstream", "tunstall-12-dense"])
-def test_tables_of_other_shapes_on_tensor_cores(book):
-    """The other ways meet all codebooks in the contract of the ops."""
+def test_other_codebooks_on_tensor_cores(book):
+    """The other routes meet all codebooks in test_contract."""
     sample = samples.sample(samples.CODEBOOKS[book](), (2, 5, 131))
     x, expert_index = samples.tokens(sample, 9)
-    found = run(matmul, ROUTES["dense"][0], interpret=True)(sample.packed, x, expert_index)
+    found = on_tensor_cores(sample.packed, x, expert_index)
     assert_products(found, sample, x, expert_index)
 
 
@@ -58,24 +45,26 @@ def test_tables_of_other_shapes_on_tensor_cores(book):
 def test_dtypes_of_tokens_and_levels_on_tensor_cores(dtype, levels):
     sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 37, 83), levels=levels)
     x, expert_index = samples.tokens(sample, 50, dtype=dtype)
-    found = run(matmul, ROUTES["dense"][0], interpret=True)(sample.packed, x, expert_index)
+    found = on_tensor_cores(sample.packed, x, expert_index)
     assert_products(found, sample, x, expert_index)
 
 
-def test_all_tokens_on_one_expert(sample):
+def test_all_tokens_on_one_expert_on_tensor_cores(sample):
     x, _ = samples.tokens(sample, 40)
     expert_index = jnp.full(40, 2, jnp.int32)
-    found = run(matmul, ROUTES["dense"][0], interpret=True)(sample.packed, x, expert_index)
+    found = on_tensor_cores(sample.packed, x, expert_index)
     assert_products(found, sample, x, expert_index)
 
 
 @every_route
 def test_an_epilogue_is_applied_to_float32_sums(sample, route, kernel, relative):
     x, expert_index = samples.tokens(sample, 12, dtype="bfloat16")
-    way = route_for(sample.packed, x.dtype, expert_index, Overrides(route=route, **CONFIGS), interpret=True)
+    chosen = route_for(
+        sample.packed, x.dtype, expert_index, Overrides(route=route, **CONFIGS), interpret=True
+    )
     gate, scale = jnp.full((12, 37), 0.5), jnp.linspace(0.1, 1, 12)
-    epilogue = Epilogue(way.enter(gate), way.enter_scale(scale), "relu")
-    found = way.leave(way.product(sample.packed, way.enter(x), epilogue, jnp.float32))
+    epilogue = Epilogue(chosen.enter(gate), chosen.enter_scale(scale), "relu")
+    found = chosen.leave(chosen.product(sample.packed, chosen.enter(x), epilogue, jnp.float32))
     exact, _ = samples.products(sample, x, expert_index)
     assert relative(found, np.maximum(exact, 0) * 0.5 * np.asarray(scale)[:, None]) < 1e-6
 
@@ -83,27 +72,32 @@ def test_an_epilogue_is_applied_to_float32_sums(sample, route, kernel, relative)
 @every_route
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_expert_lowers_to_one_kernel_a_matrix(route, kernel, gated, dtype):
+def test_an_expert_lowers_to_one_kernel_per_matrix(route, kernel, gated, dtype):
     book = samples.CODEBOOKS["tunstall-8"]()
     wi, wo = samples.sample(book, (4, 96, 64)).packed, samples.sample(book, (4, 64, 96)).packed
     wide = (wi, wi) if gated else (wi,)
     x, index, scale = jnp.ones((64, 64), dtype), jnp.zeros(64, jnp.int32), jnp.ones(64)
-    function = run(mlp, route, activation="gelu" if gated else "relu")
+    overrides = Overrides(route=route, **CONFIGS)
+    function = functools.partial(packed_mlp, activation="gelu" if gated else "relu", overrides=overrides)
     program = lowered_for_cuda(function, wide, wo, x, index, scale)
     assert kernels(program) == program.count(f'name = "{kernel}"') == len(wide) + 1
 
 
-def test_the_default_way_follows_the_tokens_an_expert():
+def test_the_default_route_follows_the_tokens_per_expert():
     packed = samples.sample(samples.CODEBOOKS["tunstall-8"](), (2, 8, 64)).packed
-    for count, kernel in ((3, "packed_matvec"), (4, "packed_matmul"), (128, "packed_matmul_tensor_core")):
-        program = lowered_for_cuda(matmul, packed, jnp.ones((count, 64)), jnp.zeros(count, jnp.int32))
+    for count, kernel in (
+        (3, "packed_matmul_separate"),
+        (4, "packed_matmul_gather"),
+        (128, "packed_matmul_tensor_core"),
+    ):
+        program = lowered_for_cuda(packed_matmul, packed, jnp.ones((count, 64)), jnp.zeros(count, jnp.int32))
         assert f'name = "{kernel}"' in program
 
 
 def test_float32_is_the_sum_of_three_bfloat16_exactly():
     rng = np.random.default_rng(0)
     x = np.float32(rng.standard_normal(10000) * 10.0 ** rng.integers(-20, 20, 10000)).reshape(100, 100)
-    parts = [np.asarray(part, np.float64) for part in jax.jit(_bfloat16_parts)(jnp.asarray(x))]
+    parts = [np.asarray(part, np.float64) for part in jax.jit(tensor_core.bfloat16_parts)(jnp.asarray(x))]
     assert (sum(parts) == x).all()
 
 
@@ -125,7 +119,7 @@ TOKENS = jax.ShapeDtypeStruct((1, 30), jnp.float32), jax.ShapeDtypeStruct((1,), 
 )
 def test_codes_of_two_to_four_gib_are_read_in_pairs(capacity, element):
     """Between them 32-bit offsets of single bytes would pass 31 bits; below they do not, above they are 64-bit."""
-    program = lowered_for_cuda(matvec, large(capacity), *TOKENS)
+    program = lowered_for_cuda(packed_matmul, large(capacity), *TOKENS)
     call = next(line for line in program.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line)
     operands = call.rsplit(" : (", 1)[1]
     assert operands.startswith(f"tensor<3x{capacity if element == 'ui8' else capacity // 2}x{element}>")
@@ -133,7 +127,7 @@ def test_codes_of_two_to_four_gib_are_read_in_pairs(capacity, element):
 
 def test_codes_of_two_to_four_gib_need_an_even_capacity():
     with pytest.raises(NotImplementedError, match="pad the codes to an even capacity"):
-        jax.eval_shape(matvec, large(2**30 + 1), *TOKENS)
+        jax.eval_shape(packed_matmul, large(2**30 + 1), *TOKENS)
 
 
 def test_pairs_of_codes_are_the_same_codes(sample, monkeypatch):
@@ -145,4 +139,5 @@ def test_pairs_of_codes_are_the_same_codes(sample, monkeypatch):
     )
     monkeypatch.setattr("pallas_kernels.tiles.SIGNED_OFFSETS", 16)
     x, expert_index = samples.tokens(sample, 5)
-    assert_products(matvec(even, x, expert_index, interpret=True), sample, x, expert_index)
+    found = pk.packed_matmul(even, x, expert_index, backend=pallas_route("separate", interpret=True))
+    assert_products(found, sample, x, expert_index)

@@ -13,22 +13,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.cpu.product import product
-from pallas_kernels.cpu.token_blocks import grouped
+from pallas_kernels.cpu.packed_product import packed_product
+from pallas_kernels.cpu.token_blocks import expert_blocks
 from tests.helpers import packed_samples as samples
-from tests.pallas_kernels.test_contract import BACKENDS, OPS
-
-
-def corrupted(packed: pk.PackedMatrix, seed: int) -> pk.PackedMatrix:
-    """Random codes, many beyond the table where their type can hold such; random offsets, negative and beyond."""
-    rng = np.random.default_rng(seed)
-    top = np.iinfo(packed.codes.dtype).max
-    codes = rng.integers(0, top, packed.codes.shape, endpoint=True).astype(packed.codes.dtype)
-    offsets = packed.row_offsets
-    if seed % 2:
-        capacity = packed.codes.shape[1]
-        offsets = rng.integers(-capacity, 2 * capacity, offsets.shape).astype(np.int32)
-    return dataclasses.replace(packed, codes=codes, row_offsets=offsets)
+from tests.helpers.kernel_contract import BACKENDS, IMPLEMENTATIONS
 
 
 def runs(book: str):
@@ -36,14 +24,16 @@ def runs(book: str):
     sample = samples.sample(samples.CODEBOOKS[book](), (3, 5, 70))
     x, _ = samples.tokens(sample, 20)
     for seed in range(4):
-        yield corrupted(sample.packed, seed), x, jnp.asarray(np.arange(20) % 5 - 1, jnp.int32)
+        yield samples.corrupted(sample.packed, seed), x, jnp.asarray(np.arange(20) % 5 - 1, jnp.int32)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("book", ["tunstall-8", "tunstall-10"])
-def test_products_of_corrupt_streams_agree(op, book):
+def test_products_of_corrupt_streams_agree(book):
     for packed, x, expert_index in runs(book):
-        found = [np.asarray(op(packed, x, expert_index, **chosen)) for chosen in BACKENDS.values()]
+        found = [
+            np.asarray(pk.packed_matmul(packed, x, expert_index, backend=backend))
+            for backend in IMPLEMENTATIONS.values()
+        ]
         assert np.isfinite(found).all()
         if (np.diff(packed.row_offsets) >= 0).all():  # where rows overlap, what they hold is not defined
             for other in found[1:]:
@@ -53,10 +43,10 @@ def test_products_of_corrupt_streams_agree(op, book):
 @pytest.mark.parametrize("book", ["tunstall-8", "tunstall-10"])
 def test_corrupt_streams_unpack_to_levels(book):
     for packed, _, _ in runs(book):
-        for name, chosen in BACKENDS.items():
-            dense = np.asarray(pk.unpack(packed, **chosen))
+        for backend in BACKENDS:
+            dense = np.asarray(pk.unpack(packed, backend=backend))
             levels = np.concatenate([np.zeros((3, 5, 1)), np.asarray(packed.levels, np.float32)], -1)
-            assert (dense[..., None] == levels[:, :, None, :]).any(-1).all(), name
+            assert (dense[..., None] == levels[:, :, None, :]).any(-1).all(), backend
 
 
 def at_the_end_of_a_page(array: np.ndarray) -> np.ndarray:
@@ -76,12 +66,12 @@ def at_the_end_of_a_page(array: np.ndarray) -> np.ndarray:
 def test_the_cpu_kernel_reads_nothing_behind_its_arrays():
     packed, _ = samples.sample(samples.CODEBOOKS["tunstall-8"](), (2, 4, 70))
     for seed in range(4):
-        damaged = corrupted(packed, seed)
+        damaged = samples.corrupted(packed, seed)
         arrays = ("codes", "row_offsets", "levels")
         copies = {name: at_the_end_of_a_page(getattr(damaged, name)) for name in arrays}
         table = dataclasses.replace(packed.table, entries=at_the_end_of_a_page(packed.table.entries))
         damaged = dataclasses.replace(damaged, table=table, **copies)
         for tokens in (1, 5, 20, 50):
-            blocks = grouped(np.ones(tokens, np.int32))
-            x = at_the_end_of_a_page(blocks.spread(np.ones((tokens, 70), np.float32)))
-            assert np.isfinite(product(damaged, blocks, x)).all()
+            blocks = expert_blocks(np.ones(tokens, np.int32))
+            x = at_the_end_of_a_page(blocks.dispatch(np.ones((tokens, 70), np.float32)))
+            assert np.isfinite(packed_product(damaged, blocks, x)).all()

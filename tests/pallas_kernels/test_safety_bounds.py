@@ -1,8 +1,4 @@
-"""Every load and store of the Pallas kernels is checked against its array: random codes, offsets, tables, experts.
-
-Interpret mode clamps an index out of range, so finite outputs alone would not show one: here `plt.load` and
-`plt.store` say how many elements lie outside.
-"""
+"""Every load and store of the Pallas kernels stays in its array: random codes, offsets, tables and experts."""
 
 import dataclasses
 
@@ -16,60 +12,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 import pallas_kernels as pk
-from pallas_kernels.matmul.pallas import packed_matmul as matmul
-from pallas_kernels.matvec.pallas import matvec
-from pallas_kernels.mlp.pallas import packed_mlp as mlp
-from pallas_kernels.unpack.pallas import unpack as decode
+from pallas_kernels.mlp.pallas import packed_mlp
+from pallas_kernels.unpack.pallas import unpack
 from tests.helpers import packed_samples as samples
+from tests.helpers.bounds import checked_kernels, ran, strays, traced
+from tests.helpers.kernel_contract import PALLAS_ROUTES, pallas_route
 
 EXPERTS, D_MODEL, D_FF, TOKENS = 2, 11, 21, 3
-BOOK = samples.CODEBOOKS["tunstall-12-dense"]()  # two words an entry
-
-traced: set[str] = set()
-strays: list[tuple[str, int]] = []
-
-
-def outside(at, mask) -> jax.Array:
-    """How many of the elements that `ref.at[...]` names, under the mask, do not exist."""
-    indexer = at.transforms[-1]
-    slices = [index for index in indexer.indices if isinstance(index, pl.Slice)]
-    inside = jnp.bool_(True)
-    for index, size in zip(indexer.indices, indexer.shape, strict=True):
-        if isinstance(index, pl.Slice):
-            axes = [-1 if other is index else 1 for other in slices]
-            places = (index.start + jnp.arange(index.size) * index.stride).reshape(axes)
-        else:
-            places = index
-        inside &= (places >= 0) & (places < size)
-    return jnp.sum(~inside if mask is None else mask & ~inside)
-
-
-def checked(name, function):
-    def run(at, *values, mask=None, **options):
-        traced.add(name)
-        count = outside(at, mask)
-        report = lambda: jax.debug.callback(lambda count: strays.append((name, int(count))), count)
-        jax.lax.cond(count > 0, report, lambda: None)
-        return function(at, *values, mask=mask, **options)
-
-    return run
+BOOK = samples.CODEBOOKS["tunstall-12-dense"]()  # two words per entry
 
 
 @pytest.fixture(scope="module", autouse=True)
 def checking():
-    """Kernels traced in this module report."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("load", "store"):
-            patch.setattr(plt, name, checked(name, getattr(plt, name)))
+    with checked_kernels():
         yield
-
-
-def ran(run, *operands) -> list[np.ndarray]:
-    """The outputs; what was found outside is in `strays`."""
-    strays.clear()
-    outputs = jax.block_until_ready(run(*operands))
-    jax.effects_barrier()
-    return [np.asarray(output) for output in jax.tree.leaves(outputs)]
 
 
 @jax.jit
@@ -77,10 +33,9 @@ def everything(wi, wo, x, expert_index):
     """All kernels of the ops."""
     scale = jnp.ones(x.shape[0])
     return (
-        matvec(wi, x, expert_index, interpret=True),
-        matmul(wi, x, expert_index, interpret=True),
-        mlp((wi,), wo, x, expert_index, scale, activation="relu", interpret=True),
-        decode(wi, jnp.dtype("float32"), interpret=True),
+        *(pallas_route(route, interpret=True)(wi, x, expert_index) for route in PALLAS_ROUTES),
+        packed_mlp((wi,), wo, x, expert_index, scale, activation="relu", interpret=True),
+        unpack(wi, jnp.dtype("float32"), interpret=True),
     )
 
 

@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import pallas_kernels as pk
 from tests.helpers import packed_samples as samples
-from tests.pallas_kernels.test_contract import BACKENDS, OPS, assert_products
+from tests.helpers.kernel_contract import IMPLEMENTATIONS, PALLAS_ROUTES, assert_products, pallas_route
+from tests.helpers.lowering import TRITON_CALL, for_an_h100
 
-TRITON_CALL = "__gpu$xla.gpu.triton"
-
-every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_implementation = pytest.mark.parametrize("backend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 @pytest.fixture(scope="module")
@@ -27,43 +25,43 @@ def operands():
     return sample, *samples.tokens(sample, 8)
 
 
-@every_op
-@pytest.mark.parametrize("chosen", BACKENDS.values(), ids=BACKENDS)
-def test_vmap_over_tokens_and_experts_at_once(op, chosen, operands):
+@every_implementation
+def test_vmap_over_tokens_and_experts_at_once(backend, operands):
     sample, x, expert_index = operands
     halves = x.reshape(2, 4, -1), expert_index.reshape(2, 4)
-    run = jax.vmap(functools.partial(op, **chosen), in_axes=(None, 0, 0))
+    run = jax.vmap(functools.partial(pk.packed_matmul, backend=backend), in_axes=(None, 0, 0))
     found = jax.jit(run)(sample.packed, *halves)
     assert_products(found.reshape(8, -1), sample, x, expert_index)
 
 
-@every_op
-def test_inside_scan_and_cond(op, operands):
+@every_implementation
+def test_a_product_inside_scan_and_cond(backend, operands):
     sample, x, expert_index = operands
+    run = functools.partial(pk.packed_matmul, backend=backend)
 
     def step(carry, token):
-        there = functools.partial(op, sample.packed, token[0][None], token[1][None])
+        there = functools.partial(run, sample.packed, token[0][None], token[1][None])
         return carry + 1, jax.lax.cond(carry >= 0, there, lambda: jnp.zeros((1, 6)))
 
     _, found = jax.jit(lambda *tokens: jax.lax.scan(step, 0, tokens))(x, expert_index)
     assert_products(found[:, 0], sample, x, expert_index)
 
 
-@every_op
-def test_exported_for_a_cpu_it_runs_the_reference(op, operands):
+@pytest.mark.parametrize("route", ["reference-separate", "reference-grouped"])
+def test_a_reference_exported_for_a_cpu_runs(route, operands):
     sample, x, expert_index = operands
-    run = jax.jit(functools.partial(op, backend="reference"))
+    run = jax.jit(functools.partial(pk.packed_matmul, backend=IMPLEMENTATIONS[route]))
     exported = exchanged(export.export(run, platforms=["cpu"])(sample.packed, x, expert_index))
     assert_products(exported.call(sample.packed, x, expert_index), sample, x, expert_index)
 
 
-@every_op
-def test_exported_for_a_gpu_it_holds_the_kernel(op, operands):
+@pytest.mark.parametrize("route", PALLAS_ROUTES)
+def test_a_product_exported_for_a_gpu_holds_the_kernel(route, operands):
     sample, x, expert_index = operands
-    h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    run = jax.jit(functools.partial(pk.packed_matmul, backend=pallas_route(route)))
     allowed = [export.DisabledSafetyCheck.custom_call(TRITON_CALL)]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
-        exporting = export.export(jax.jit(op), platforms=["cuda"], disabled_checks=allowed)
+    with for_an_h100():
+        exporting = export.export(run, platforms=["cuda"], disabled_checks=allowed)
         exported = exchanged(exporting(sample.packed, x, expert_index))
     assert exported.platforms == ("cuda",)
     assert f"@{TRITON_CALL}" in exported.mlir_module()
@@ -71,11 +69,12 @@ def test_exported_for_a_gpu_it_holds_the_kernel(op, operands):
         exported.call(sample.packed, x, expert_index)
 
 
-@every_op
-def test_the_cpu_kernels_belong_to_their_process_and_are_not_exported(op, operands):
+def test_the_cpu_kernels_belong_to_their_process_and_are_not_exported(operands):
     sample, x, expert_index = operands
     with pytest.raises(ValueError, match="custom calls whose targets have no compatibility guarantees"):
-        export.export(jax.jit(functools.partial(op, backend="cpu")))(sample.packed, x, expert_index)
+        export.export(jax.jit(functools.partial(pk.packed_matmul, backend="cpu")))(
+            sample.packed, x, expert_index
+        )
 
 
 def exchanged(exported: export.Exported) -> export.Exported:
@@ -91,8 +90,9 @@ SHARDED = """
 import functools, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from tests.helpers import packed_samples as samples
 import pallas_kernels as pk
+from tests.helpers import packed_samples as samples
+from tests.helpers.kernel_contract import IMPLEMENTATIONS
 
 mesh = Mesh(np.array(jax.devices()), ("shard",))
 sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 6, 50))
@@ -105,17 +105,16 @@ def one_shard(op, packed, x, expert_index):
     y = op(packed, x, expert_index - first)
     return jax.lax.psum(jnp.where(mine[:, None], y, 0), "shard")
 
-for name, op in (("matvec", pk.packed_matvec), ("matmul", pk.packed_matmul)):
-    wanted = op(sample.packed, x, expert_index, backend="reference")
-    for backend in ({"backend": "cpu"}, {"backend": "reference"}, {"backend": "pallas", "interpret": True}):
-        run = functools.partial(op, **backend)
-        shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        experts = shard(functools.partial(one_shard, run), in_specs=(by_expert, P(), P()), out_specs=P())
-        tokens = shard(run, in_specs=(P(), P("shard"), P("shard")), out_specs=P("shard"))
-        for axis, sharded in (("experts", experts), ("tokens", tokens)):
-            found = jax.jit(sharded)(sample.packed, x, expert_index)
-            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=f"{name} {backend} {axis}")
-            print(name, backend["backend"], axis)
+wanted = pk.packed_matmul(sample.packed, x, expert_index, backend="reference")
+for name, backend in IMPLEMENTATIONS.items():
+    run = functools.partial(pk.packed_matmul, backend=backend)
+    shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    experts = shard(functools.partial(one_shard, run), in_specs=(by_expert, P(), P()), out_specs=P())
+    tokens = shard(run, in_specs=(P(), P("shard"), P("shard")), out_specs=P("shard"))
+    for axis, sharded in (("experts", experts), ("tokens", tokens)):
+        found = jax.jit(sharded)(sample.packed, x, expert_index)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=f"{name} {axis}")
+        print(name, axis)
 """
 
 
@@ -136,8 +135,7 @@ def sharded() -> list[str]:
     return done.stdout.splitlines()
 
 
-@every_op
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("axis", ["experts", "tokens"])
-def test_shard_map(sharded, op, backend, axis):
-    assert f"{op.__name__.removeprefix('packed_')} {backend} {axis}" in sharded
+def test_products_under_shard_map(sharded, name, axis):
+    assert f"{name} {axis}" in sharded

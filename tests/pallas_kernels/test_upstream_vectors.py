@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from qmoe_jax.coding import Encoded, pack, upstream_codebook
-from tests.pallas_kernels.test_contract import BACKENDS
+from qmoe_jax.coding import EncodedRows, pack, upstream_codebook
+from tests.helpers.kernel_contract import BACKENDS, IMPLEMENTATIONS
 
 CASES = ("iid885_96x3072", "iid885_32x2080", "iid50_64x1024", "rowdensity_64x1536")
 
@@ -17,13 +17,13 @@ def bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def packed(codes, row_offsets, levels, width: int) -> pk.PackedMatrix:
     """One expert; upstream interleaves the levels."""
-    streams = [Encoded(codes, row_offsets)]
+    streams = [EncodedRows(codes, row_offsets)]
     return pack(streams, bfloat16(levels).reshape(1, -1, 2), upstream_codebook(), width)
 
 
-@pytest.mark.parametrize("chosen", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_matvec(chosen, case, data):
+def test_products_match_upstreams(backend, case, data):
     with np.load(data / "pack_vectors.npz") as vectors, np.load(data / "matvec_vectors.npz") as products:
         digits, codes, offsets = (vectors[f"{case}.{name}"] for name in ("tern", "w_comp", "row_off"))
         levels, x, exact, rounded = (
@@ -31,21 +31,21 @@ def test_matvec(chosen, case, data):
         )
     matrix = packed(codes, offsets, levels, digits.shape[1])
     x, expert = bfloat16(x)[None], np.zeros(1, np.int32)
-    found = np.asarray(pk.packed_matvec(matrix, x.astype(np.float32), expert, **chosen), np.float64)[0]
+    found = np.asarray(pk.packed_matmul(matrix, x.astype(np.float32), expert, backend=backend), np.float64)[0]
     table = np.pad(np.asarray(matrix.levels[0], np.float64), ((0, 0), (1, 0)))
     weights = np.take_along_axis(table, digits.astype(np.int64), 1)
     assert (np.abs(found - exact) <= 1e-6 * (np.abs(weights) @ np.abs(x[0].astype(np.float64)))).all()
-    found = np.asarray(pk.packed_matvec(matrix, x, expert, **chosen))[0]
+    found = np.asarray(pk.packed_matmul(matrix, x, expert, backend=backend))[0]
     off_by = np.abs(found.view(np.int16).astype(int) - rounded.view(np.int16).astype(int))
     assert off_by.max() <= 1  # units in the last place of a bfloat16: the sums are in another order
 
 
-@pytest.mark.parametrize("chosen", BACKENDS.values(), ids=BACKENDS)
-def test_linear_layer(chosen, data):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_linear_layer_matches_upstreams(backend, data):
     """Rows without zeros, minima or maxima too, whose zeros upstream codes as one of the levels."""
     with np.load(data / "sub1linear_make.npz") as layer:
         matrix = packed(layer["w_comp"], layer["row_off"], layer["ter_minmax_bf16"], layer["W"].shape[1])
-        assert (np.asarray(pk.unpack(matrix, **chosen)[0]) == layer["W_dequant"]).all()
+        assert (np.asarray(pk.unpack(matrix, backend=backend)[0]) == layer["W_dequant"]).all()
         x, wanted = bfloat16(layer["x_bf16"]), bfloat16(layer["y_bf16"])
-    found = np.asarray(pk.packed_matmul(matrix, x, np.zeros(len(x), np.int32), **chosen))
+    found = np.asarray(pk.packed_matmul(matrix, x, np.zeros(len(x), np.int32), backend=backend))
     np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), rtol=2**-7, atol=1e-6)

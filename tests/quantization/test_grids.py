@@ -1,4 +1,4 @@
-"""The grids' numerics, against upstream's quantizer."""
+"""The numerics of the grids, against upstream's quantizer."""
 
 import jax
 import jax.numpy as jnp
@@ -22,31 +22,28 @@ def test_levels_and_values_are_upstreams_bit_for_bit(bits, compile):
     np.testing.assert_array_equal(levels, np.stack([zero, scale] if bits == "1.5" else [scale, zero], -1))
 
     def round_trip(w, levels):
-        return grid.dequantize(grid.quantize(w, levels[:, None], ONE), levels[:, None])
+        pair = jnp.unstack(levels[:, None], axis=-1)
+        return grid.value(grid.digit(w, pair, ONE), pair)
 
     np.testing.assert_array_equal(compile(round_trip)(w, levels), VECTORS[f"b{bits}_sym0.q"])
 
 
 def test_ternary_thresholds_are_strict():
-    levels = jnp.array([-2.0, 4.0])
+    levels = jnp.array([-2.0]), jnp.array([4.0])
     w = jnp.array([2.0, 2.0001, -1.0, -1.0001, 0.0])
-    np.testing.assert_array_equal(ternary_grid().quantize(w, levels[None], ONE), [0, 2, 0, 1, 0])
+    np.testing.assert_array_equal(ternary_grid().digit(w, levels, ONE), [0, 2, 0, 1, 0])
 
 
 def test_ternary_never_uses_a_level_of_zero():
     """Error feedback may move a weight of a row without positive weights above zero."""
-    np.testing.assert_array_equal(
-        ternary_grid().quantize(jnp.array([0.1]), jnp.array([[-1.0, 0.0]]), ONE), [0]
-    )
-    np.testing.assert_array_equal(
-        ternary_grid().quantize(jnp.array([-0.1]), jnp.array([[0.0, 1.0]]), ONE), [0]
-    )
+    low, high = jnp.array([-1.0, 0.0]), jnp.array([0.0, 1.0])
+    np.testing.assert_array_equal(ternary_grid().digit(jnp.array([0.1, -0.1]), (low, high), ONE), [0, 0])
 
 
 def test_uniform_rounds_half_to_even_and_clips():
-    levels = jnp.array([[1.0, 1.0]])
+    levels = jnp.array([1.0]), jnp.array([1.0])
     w = jnp.array([-9.0, -0.5, 0.5, 1.5, 9.0])
-    np.testing.assert_array_equal(uniform_grid(bits=2).quantize(w, levels, ONE), [0, 1, 1, 3, 3])
+    np.testing.assert_array_equal(uniform_grid(bits=2).digit(w, levels, ONE), [0, 1, 1, 3, 3])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -55,11 +52,10 @@ def test_a_compiled_division_is_correctly_rounded(bits):
     rng = np.random.default_rng(0)
     step = (rng.random((256, 1), np.float32) + np.float32(0.1)).repeat(64, 1)
     w = step * (rng.integers(0, 3, step.shape) + 0.5).astype(np.float32)
-    levels = jnp.stack([step[:, 0], jnp.zeros(256)], -1)
-    digits = jax.jit(uniform_grid(bits=bits).quantize)(w, levels[:, None], ONE)
+    digits = jax.jit(uniform_grid(bits=bits).digit)(w, (step[:, :1], jnp.zeros((256, 1))), ONE)
     np.testing.assert_array_equal(digits, np.clip(np.round(w / step), 0, 2**bits - 1))
 
 
-def test_other_widths_are_refused():
+def test_a_uniform_grid_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"bits must be 2, 3 or 4, found 8"):
         uniform_grid(bits=8)

@@ -24,7 +24,7 @@ def test_each_group_is_found_last_in_the_block_of_its_first_column(width, block_
         if schedule.whole_row or not begins:
             continue
         first = schedule.first_group(block)
-        last = first + schedule.groups_a_block
+        last = first + schedule.groups_per_block
         assert last <= schedule.padded_groups
         assert start <= first * group_size
         assert last * group_size <= start + schedule.span <= schedule.padded_width

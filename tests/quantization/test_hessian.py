@@ -1,4 +1,4 @@
-"""Hessians of routed tokens, streamed."""
+"""Hessians of routed tokens, summed batch by batch."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qmoe_jax.quantization import add_tokens, empty_hessians, upstream_hessian
+from qmoe_jax.quantization import add_tokens, empty_hessians
 from qmoe_jax.quantization import hessian as hessian_module
 from tests.helpers import golden
 
@@ -26,11 +26,12 @@ def by_hand(x, expert, experts):
 
 
 @pytest.mark.parametrize("name", ["x2d", "x2d_bf16"])
-def test_upstreams_hessian(name):
+def test_the_sums_are_upstreams_hessian_but_for_its_factor(name):
+    """Upstream divides by 2/n over n tokens."""
     x = VECTORS["x2d"] if name == "x2d" else VECTORS["x2d_bf16bits"].view(ml_dtypes.bfloat16)
     hessians = add_tokens(empty_hessians(1, x.shape[1]), x, np.zeros(len(x), np.int32))
     want = VECTORS[f"H_{name}"]
-    np.testing.assert_allclose(upstream_hessian(hessians)[0], want, atol=5e-7 * np.abs(want).max(), rtol=0)
+    np.testing.assert_allclose(hessians.sums[0] * (len(x) / 2), want, atol=5e-7 * np.abs(want).max(), rtol=0)
 
 
 def test_upstreams_factor_of_three_dimensions_is_only_a_factor():
@@ -53,7 +54,7 @@ def test_each_expert_gets_its_tokens(tile, monkeypatch):
     assert not hessians.sums[4].any()
 
 
-def test_batches_add_up():
+def test_hessians_of_batches_add_up():
     x, expert = routed()
     hessians = empty_hessians(5, 12)
     for part in np.array_split(np.arange(700), 3):
@@ -63,12 +64,12 @@ def test_batches_add_up():
     np.testing.assert_allclose(hessians.sums, by_hand(x, expert, 5), rtol=2e-6, atol=1e-4)
 
 
-def test_masked_tokens_and_other_experts_are_left_out():
+def test_tokens_of_other_experts_are_ignored():
     x, expert = routed()
-    mask = np.arange(700) % 3 > 0
-    x[~mask] = np.nan  # whatever a padding token holds
-    hessians = add_tokens(empty_hessians(2, 12), x, expert - 1, mask)
-    kept = np.where(mask, expert - 1, -1)
+    padding = np.arange(700) % 3 == 0
+    x[padding] = np.nan  # whatever a padding token holds
+    kept = np.where(padding, -1, expert - 1)
+    hessians = add_tokens(empty_hessians(2, 12), x, kept)
     np.testing.assert_array_equal(hessians.counts, [(kept == 0).sum(), (kept == 1).sum()])
     np.testing.assert_allclose(hessians.sums, by_hand(x, kept, 2), rtol=2e-6, atol=1e-4)
 

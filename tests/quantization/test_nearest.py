@@ -29,7 +29,7 @@ def test_a_group_is_rounded_like_a_matrix_of_its_own(width, group_size):
         alone = round_to_nearest(w[:, :, columns], uniform_grid(bits=3))
         np.testing.assert_array_equal(q.values[:, :, columns], alone.values)
         np.testing.assert_array_equal(q.levels[:, :, group], alone.levels[:, :, 0])
-        assert (q.column_group[:, columns] == group).all()
+        assert (q.group_index[:, columns] == group).all()
     assert q.levels.shape == (2, 3, group + 1, 2)
 
 

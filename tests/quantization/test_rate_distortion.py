@@ -17,7 +17,7 @@ from tests.helpers import golden
 W, H = golden.vectors["A.W"], golden.hessian("A")
 
 
-def test_rate_zero_is_ternary():
+def test_a_rate_of_zero_is_the_ternary_grid():
     free, plain = gptq(W, H, rate_distortion_grid(0.0)), gptq(W, H, ternary_grid())
     np.testing.assert_array_equal(free.digits, plain.digits)
     np.testing.assert_array_equal(free.levels, plain.levels)
@@ -28,7 +28,7 @@ def test_each_digit_has_the_least_cost():
     grid = rate_distortion_grid(rate, bits)
     w = np.linspace(-3, 3, 101, dtype=np.float32)
     low, high = -2.0, 1.5
-    digits = grid.quantize(jnp.asarray(w), jnp.array([[low, high]]), jnp.float32(curvature))
+    digits = grid.digit(jnp.asarray(w), (jnp.array([low]), jnp.array([high])), jnp.float32(curvature))
     cost = np.stack([curvature * (w - v) ** 2 + rate * b for v, b in zip((0, low, high), bits, strict=True)])
     np.testing.assert_allclose(cost[digits, np.arange(101)], cost.min(0), rtol=1e-5)
     assert set(np.asarray(digits)) == {0, 1, 2}
@@ -52,7 +52,7 @@ def test_a_new_rate_needs_no_new_compilation():
     assert gptq_with_factor._cache_size() == before
 
 
-def test_levels_are_scaled():
+def test_levels_are_the_scaled_extremes():
     q = round_to_nearest(W, rate_distortion_grid(0.0, level_scale=1.25))
     np.testing.assert_allclose(q.levels, 1.25 * round_to_nearest(W, ternary_grid()).levels, rtol=1e-6)
 
@@ -67,6 +67,6 @@ def test_levels_are_scaled():
         ((1.0, (0.1, 2.0, 2.0), 0.0), "level_scale must be finite and > 0, found 0.0"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments, message):
+def test_rates_bits_and_scales_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         rate_distortion_grid(*arguments)

@@ -14,6 +14,7 @@ import numpy as np
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.parameters import STACKS
 
 MODEL_TYPE = "switch_transformers"
 
@@ -73,7 +74,7 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
 def contradictions(stated: Mapping[str, Any], config: SwitchConfig) -> list[str]:
     """What `stated` says otherwise than the tensors, a sentence each."""
     told = {key: getattr(config, field) for key, field in _SIZES.items()}
-    for stack in ("encoder", "decoder"):
+    for stack in STACKS:
         told[f"num_sparse_{stack}_layers"] = len(config.sparse_layers(stack))
     return [
         f"config.json says {key} {stated[key]}, the tensors say {value}"
@@ -88,7 +89,7 @@ def config_json(config: SwitchConfig, dtype: np.dtype) -> dict[str, Any]:
     Raises:
         CheckpointError: the sparse layers are in no pattern that a sparse step describes.
     """
-    stacks = {stack: _sparse_step(config, stack) for stack in ("encoder", "decoder")}
+    stacks = {stack: _sparse_step(config, stack) for stack in STACKS}
     return {
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         "model_type": MODEL_TYPE,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from qmoe_jax.checkpoints.architecture import STACKS, attention_blocks
+from qmoe_jax import parameters
+from qmoe_jax.checkpoints.architecture import attention_blocks
+from qmoe_jax.parameters import LOGITS, STACKS
 
 _PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _HUGGINGFACE_ATTENTION = {
@@ -32,7 +34,7 @@ class Place:
 
 def _patterns() -> dict[str, str]:
     """T5X name -> Hugging Face name, `*` for the layer and, after it, for the expert."""
-    table = {"token_embedder/embedding": EMBEDDING, "decoder/logits_dense/kernel": HEAD}
+    table = {parameters.EMBEDDING: EMBEDDING, LOGITS: HEAD}
     for stack in STACKS:
         layer, block = f"{stack}/layers_*", f"{stack}.block.*"
         feed_forward = f"{block}.layer.{_FEED_FORWARD_LAYER[stack]}"
@@ -79,9 +81,9 @@ def to_t5x(name: str) -> Place | None:
     """
     name = name.replace("/", ".")  # as an early conversion script wrote them into its index
     if name in EMBEDDING_COPIES:
-        return Place("token_embedder/embedding")
+        return Place(parameters.EMBEDDING)
     if name == DECODER_HEAD:
-        return Place("decoder/logits_dense/kernel")
+        return Place(LOGITS)
     ours = _TO_T5X.get(re.sub(r"(block\.|expert_)\d+", r"\1*", name))
     if ours is None:
         return None

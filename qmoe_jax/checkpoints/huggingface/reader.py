@@ -22,8 +22,7 @@ from qmoe_jax.checkpoints.huggingface.weights import WEIGHT_FILES, find_weights,
 from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Tensor
-
-EMBEDDING, LOGITS = "token_embedder/embedding", "decoder/logits_dense/kernel"
+from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 
 @dataclasses.dataclass(frozen=True)

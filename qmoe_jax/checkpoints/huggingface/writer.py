@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.safetensors_writer import Plan, write_safetensors
+from qmoe_jax.parameters import EMBEDDING, is_expert
 
 # What `transformers` cuts checkpoints into by default; hubs upload and resume files of this size well.
 SHARD_BYTES = 5_000_000_000

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from qmoe_jax.checkpoints.reader import is_expert
 from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.files import msgpack as flax_msgpack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import ArrayTensor, Tensor
+from qmoe_jax.parameters import is_expert
 
 _VERSION = 3
 # T5X's target: a chunk holds at most 64 MiB of the array as it is in memory.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from pallas_kernels import PackedMatrix
-from qmoe_jax.coding import Encoded, decode, pack, upstream_codebook
+from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.torch_pickle import TorchTensor
 
@@ -28,12 +28,12 @@ class CodedMatrix:
         """Its output features."""
         return self.offsets.shape[0] - 1
 
-    def read(self) -> tuple[Encoded, BFloat16[np.ndarray, "out 2"]]:
+    def read(self) -> tuple[EncodedRows, BFloat16[np.ndarray, "out 2"]]:
         """The codewords, and the minimum and maximum of each row."""
         codes, offsets, levels = (
             t.read(slice(0, t.shape[0])) for t in (self.codes, self.offsets, self.levels)
         )
-        return Encoded(codes.view(np.uint16), offsets), levels.reshape(-1, 2)
+        return EncodedRows(codes.view(np.uint16), offsets), levels.reshape(-1, 2)
 
 
 @dataclasses.dataclass(frozen=True)

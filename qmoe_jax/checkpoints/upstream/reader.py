@@ -22,13 +22,14 @@ from pallas_kernels import PackedMatrix
 from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import contradictions, settings
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING, LOGITS, assemble, is_tied
+from qmoe_jax.checkpoints.huggingface.reader import assemble, is_tied
 from qmoe_jax.checkpoints.huggingface.weights import read_json
 from qmoe_jax.checkpoints.reader import DenseReader
 from qmoe_jax.checkpoints.upstream.coded import CodedKernel, CodedMatrix
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import Shard, Tensor
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
+from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 DENSE_FILE, SIZES_FILE, EXPERT_FILES = "noexp.pt", "sizes.pt", "exp*.pt"
 CODES, OFFSETS, LEVELS, PLACEHOLDER = "w_comp", "row_off", "ter_minmax", "weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -11,16 +12,15 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from qmoe_jax.checkpoints.architecture import STACKS
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
-from qmoe_jax.checkpoints.huggingface.reader import EMBEDDING
-from qmoe_jax.checkpoints.reader import Reader, is_expert
+from qmoe_jax.checkpoints.reader import Reader
 from qmoe_jax.checkpoints.upstream.reader import CODES, DENSE_FILE, LEVELS, OFFSETS, PLACEHOLDER, SIZES_FILE
 from qmoe_jax.coding import encode, upstream_codebook
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.torch_writer import save_torch
+from qmoe_jax.parameters import EMBEDDING, STACKS, expert_kernels, is_expert
 
 TernaryMatrix = tuple[UInt8[np.ndarray, "out in"], Float[np.ndarray, "out 2"]]
 """Digits (0: zero, 1: the row's minimum, 2: its maximum), and minimum and maximum of each row."""
@@ -64,13 +64,10 @@ def write_upstream(
 
 def _sparse_layers(reader: Reader) -> list[list[str]]:
     """The expert kernels of each sparse layer, in the order in which upstream numbers its files."""
-    config = reader.config
-    matrices = ("wi_0", "wi_1", "wo") if config.gated else ("wi", "wo")
-    return [
-        [f"{stack}/layers_{i}/mlp/expert/{matrix}/kernel" for matrix in matrices]
-        for stack in STACKS
-        for i in config.sparse_layers(stack)
-    ]
+    kernels = itertools.groupby(
+        expert_kernels(reader.config), key=lambda kernel: (kernel.stack, kernel.layer)
+    )
+    return [[kernel.path for kernel in layer] for _, layer in kernels]
 
 
 def _matrix_entries(

@@ -1,4 +1,4 @@
-"""A layer's attention and feed-forward over batches of hidden states, jitted once for all layers of a stack."""
+"""Attention and feed-forward of single layers over stored hidden states, compiled once per stack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data.batching import round_up
-from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, Batch, HiddenStates, mask_of
+from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, HiddenStates, PaddedExamples, mask_of
 from qmoe_jax.models.attention import padding_bias
 from qmoe_jax.models.layers import RMSNorm
 from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, EncoderBlock
@@ -53,9 +53,14 @@ def _decoder_bias(decoder: Decoder, relpos: Params, length: int) -> Array:
 
 
 class EncoderLayers:
-    """Steps of the encoder's layers over `states`, computed in `dtype`.
+    """Steps of the encoder's layers over stored hidden states.
 
-    `stack_params` are the stack's parameters; of the layers, each step looks only at its own, without experts.
+    Attributes:
+        config: the architecture.
+        params: parameters of the stack; a step reads only those of its layer, and no experts.
+        states: hidden states of all tokens, updated in place.
+        batches: batches that cover all examples.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -63,25 +68,25 @@ class EncoderLayers:
         config: SwitchConfig,
         stack_params: Params,
         states: HiddenStates,
-        batches: list[Batch],
+        batches: list[PaddedExamples],
         dtype: DTypeLike = jnp.float32,
     ):
         self.config, self.params, self.states, self.batches = config, stack_params, states, batches
         self.dtype = np.dtype(dtype)
 
     def block(self, layer: int) -> Block:
-        """The module of a layer."""
+        """Return the module of a layer."""
         return EncoderBlock(self.config, layer in self.config.encoder_sparse_layers, dtype=self.dtype)
 
-    def context(self, batch: Batch) -> tuple[Array, ...]:
-        """What attention needs beside the states."""
+    def context(self, batch: PaddedExamples) -> tuple[Array, ...]:
+        """Return the operands of attention besides the states: the position bias with the padding mask."""
         encoder = Encoder(self.config, dtype=self.dtype)
         return (
             _encoder_bias(encoder, self.params["relpos_bias"], jnp.asarray(self.states.visible_mask(batch))),
         )
 
-    def gather(self, batch: Batch) -> np.ndarray:
-        """The states of a batch in the dtype of the computation."""
+    def gather(self, batch: PaddedExamples) -> np.ndarray:
+        """Return the states of a batch in the dtype of the computation."""
         return self.states.gather(batch).astype(self.dtype, copy=False)
 
     def attend(self, layer: int) -> None:
@@ -92,24 +97,24 @@ class EncoderLayers:
             self.states.scatter(batch, np.asarray(x))
 
     def route(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The router's expert (int32) and probability (float32) for every token."""
+        """Return the expert (int32) and router probability (float32) of every token."""
         block, params = self.block(layer), self.params[f"layers_{layer}"]
         expert = np.empty(self.states.tokens, np.int32)
         probability = np.empty(self.states.tokens, np.float32)
         for batch in self.batches:
-            chosen, certainty = _route(block, params, self.gather(batch))
+            chosen, chance = _route(block, params, self.gather(batch))
             real, where = mask_of(batch, self.states.lengths), self.states.flat(batch)
-            expert[where], probability[where] = np.asarray(chosen)[real], np.asarray(certainty)[real]
+            expert[where], probability[where] = np.asarray(chosen)[real], np.asarray(chance)[real]
         return expert, probability
 
     def feed_forward(self, layer: int, params: Params | None = None) -> None:
-        """Add a layer's feed-forward part as it stands; `params` replace the layer's."""
+        """Add a layer's feed-forward part to all states; `params` override the layer's."""
         block, params = self.block(layer), params or self.params[f"layers_{layer}"]
         for batch in self.batches:
             self.states.scatter(batch, np.asarray(_feed_forward(block, params, self.gather(batch))))
 
     def expert_inputs(self, layer: int, tokens: np.ndarray) -> np.ndarray:
-        """The normed states of some tokens, `[token, d_model]`: what their experts read."""
+        """Return the normalized states of `tokens`, the input of their experts, `[token, d_model]`."""
         scale = self.params[f"layers_{layer}"]["pre_mlp_layer_norm"]["scale"]
         size = 1 << max(len(tokens) - 1, 15).bit_length()
         rows = np.zeros((size, self.states.values.shape[1]), np.float32)
@@ -117,7 +122,7 @@ class EncoderLayers:
         return np.asarray(_normed(scale, rows, self.config.layer_norm_epsilon, self.dtype))[: len(tokens)]
 
     def add_experts(self, tokens: np.ndarray, probability: np.ndarray, outputs: np.ndarray) -> None:
-        """Add to some tokens' states what their experts gave, times the router's probability."""
+        """Add expert outputs, scaled by the router probability, to the states of `tokens`."""
         added = probability[:, None].astype(self.dtype) * outputs
         self.states.values[tokens] = self.states.values[tokens].astype(self.dtype, copy=False) + added
 
@@ -131,14 +136,14 @@ class EncoderLayers:
 
 
 class DecoderLayers(EncoderLayers):
-    """Steps of the decoder's layers, which also read the encoder's final states."""
+    """Steps of the decoder's layers, which also attend to the encoder's final states `encoded`."""
 
     def __init__(
         self,
         config: SwitchConfig,
         stack_params: Params,
         states: HiddenStates,
-        batches: list[Batch],
+        batches: list[PaddedExamples],
         encoded: HiddenStates,
         dtype: DTypeLike = jnp.float32,
     ):
@@ -146,13 +151,13 @@ class DecoderLayers(EncoderLayers):
         self.encoded = encoded
 
     def block(self, layer: int) -> Block:
-        """The module of a layer."""
+        """Return the module of a layer."""
         return DecoderBlock(self.config, layer in self.config.decoder_sparse_layers, dtype=self.dtype)
 
-    def context(self, batch: Batch) -> tuple[Array, ...]:
-        """Encoder states padded as the batch's examples need, both biases."""
+    def context(self, batch: PaddedExamples) -> tuple[Array, ...]:
+        """Return the padded encoder states of the batch's examples and both biases."""
         longest = round_up(int(self.encoded.lengths[batch.examples].max()), LENGTH_MULTIPLE)
-        padded = Batch(batch.examples, batch.rows, longest)
+        padded = PaddedExamples(batch.examples, batch.rows, longest)
         mask = jnp.asarray(self.encoded.visible_mask(padded))
         encoded = self.encoded.gather(padded).astype(self.dtype, copy=False)
         bias = _decoder_bias(Decoder(self.config, dtype=self.dtype), self.params["relpos_bias"], batch.length)

@@ -1,4 +1,4 @@
-"""Hidden states of every token between layers: flat, in order, on disk where memory is short."""
+"""Hidden states of all tokens between layers, in memory or in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ import numpy as np
 from qmoe_jax.data.batching import round_up
 
 BATCH_TOKENS = 8192
-"""Padded tokens of a batch: enough to keep the device busy, while the attention weights stay under 1 GB."""
+"""Padded tokens per batch: enough to keep the device busy while attention weights stay below 1 GB."""
 
 LENGTH_MULTIPLE = 64
-"""Sequences are padded to a multiple of this, so a step compiles for few shapes."""
+"""Sequence lengths are padded to a multiple of this, so that a step compiles for few shapes."""
 
 MEMORY_SHARE = 0.125
-"""Hidden states beyond this share of the machine's memory go to a file: a comparison of two models has four."""
+"""Share of physical memory beyond which hidden states go to a file; comparing two models keeps four of them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """Examples of similar length, padded together: `rows` of them at most, `length` tokens each."""
+class PaddedExamples:
+    """Examples of similar length, padded to at most `rows` examples of `length` tokens each."""
 
     examples: np.ndarray
     rows: int
     length: int
 
 
-def plan_batches(lengths: np.ndarray) -> list[Batch]:
-    """Group examples by padded length; all batches of a length have one shape."""
+def plan_batches(lengths: np.ndarray) -> list[PaddedExamples]:
+    """Group examples by padded length; all batches of one length have the same shape."""
     padded = np.array([round_up(int(length), LENGTH_MULTIPLE) for length in lengths])
     batches = []
     for length in np.unique(padded):
         members = np.flatnonzero(padded == length)
         rows = min(len(members), max(1, BATCH_TOKENS // int(length)))
-        batches += [Batch(members[i : i + rows], rows, int(length)) for i in range(0, len(members), rows)]
+        batches += [
+            PaddedExamples(members[i : i + rows], rows, int(length)) for i in range(0, len(members), rows)
+        ]
     return batches
 
 
-def mask_of(batch: Batch, lengths: np.ndarray) -> np.ndarray:
-    """Bool `[row, length]`: True on real tokens."""
+def mask_of(batch: PaddedExamples, lengths: np.ndarray) -> np.ndarray:
+    """Return a mask `[row, length]` that is True on tokens and False on padding."""
     mask = np.zeros((batch.rows, batch.length), bool)
     mask[: len(batch.examples)] = np.arange(batch.length) < lengths[batch.examples][:, None]
     return mask
 
 
 class HiddenStates:
-    """The states of all tokens, float32 `[token, feature]`: examples one after another.
+    """Hidden states of all tokens, float32 `[token, feature]`, one example after another.
 
-    Attention sees only those that are `visible`, bool `[token]`, by default all. Beyond `MEMORY_SHARE` of the
-    machine's memory the values lie in an unlinked temporary file in `folder`, mapped: it vanishes with the
-    process, however that ends.
+    Attention sees only the tokens where `visible` (bool `[token]`, by default all True) is True. Values that take more
+    than `MEMORY_SHARE` of physical memory are mapped from an unlinked temporary file in `folder`, which disappears
+    with the process.
     """
 
     def __init__(
@@ -73,32 +75,32 @@ class HiddenStates:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return int(self.offsets[-1])
 
-    def gather(self, batch: Batch) -> np.ndarray:
-        """The states of a batch, padded with zeros: `[row, length, feature]`."""
+    def gather(self, batch: PaddedExamples) -> np.ndarray:
+        """Return the states of a batch, padded with zeros, `[row, length, feature]`."""
         out = np.zeros((batch.rows, batch.length, self.values.shape[1]), np.float32)
         for row, start, stop in self._places(batch):
             out[row, : stop - start] = self.values[start:stop]
         return out
 
-    def scatter(self, batch: Batch, padded: np.ndarray) -> None:
-        """Put the states of a batch back."""
+    def scatter(self, batch: PaddedExamples, padded: np.ndarray) -> None:
+        """Write the states of a batch back."""
         for row, start, stop in self._places(batch):
             self.values[start:stop] = padded[row, : stop - start]
 
-    def visible_mask(self, batch: Batch) -> np.ndarray:
-        """Bool `[row, length]`: True on visible tokens."""
+    def visible_mask(self, batch: PaddedExamples) -> np.ndarray:
+        """Return a mask `[row, length]` that is True on visible tokens."""
         mask = np.zeros((batch.rows, batch.length), bool)
         for row, start, stop in self._places(batch):
             mask[row, : stop - start] = self.visible[start:stop]
         return mask
 
-    def flat(self, batch: Batch) -> np.ndarray:
-        """The token numbers of a batch's real tokens, in the order of its rows."""
+    def flat(self, batch: PaddedExamples) -> np.ndarray:
+        """Return the numbers of the batch's tokens, in the order of its rows."""
         return np.concatenate([np.arange(start, stop) for _, start, stop in self._places(batch)])
 
-    def _places(self, batch: Batch) -> Iterator[tuple[int, int, int]]:
+    def _places(self, batch: PaddedExamples) -> Iterator[tuple[int, int, int]]:
         for row, example in enumerate(batch.examples):
             yield row, int(self.offsets[example]), int(self.offsets[example + 1])

@@ -1,4 +1,4 @@
-"""Where a model's experts should live on this machine: on the device if they fit, else in host memory, else on disk."""
+"""Choose where to keep a model's experts: on the device if they fit, else in host memory, else on disk."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
 from qmoe_jax.inference.placement.source import runs_packed
 
 Placement = Literal["device", "host", "disk"]
-"""Where packed experts live."""
+"""Where packed experts are kept."""
 
 SHARE = 0.8
-"""Of the memory that is free, what a model may take: the rest is for activations, the compiler, other programs."""
+"""Share of the available memory that a model may take; the rest is for activations, the compiler, other programs."""
 
 CACHE_SHARE = 0.5
-"""Of the memory left beside the dense parameters, what a cache of experts takes: the system's own cache of the same
-files makes use of the rest."""
+"""Share of the memory left by the dense parameters that the expert cache takes; the operating system caches the same
+files in the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A placement, the bytes of a cache for it (None where it needs none), and the reason, for people."""
+class PlacementPlan:
+    """A placement and the reason for it.
+
+    Attributes:
+        placement: where the experts are kept.
+        expert_cache: bytes of the cache for experts on disk, None for other placements.
+        reason: the sizes that led to the choice, as text.
+    """
 
     placement: Placement
     expert_cache: int | None
@@ -40,29 +46,34 @@ def plan_placement(
     dtype: DTypeLike,
     placement: Placement | None = None,
     expert_cache: int | None = None,
-) -> Plan:
-    """Completes what the user said (None: nothing) by what fits the memory that is free now."""
+) -> PlacementPlan:
+    """Fill in unspecified options (None) from the memory that is available now.
+
+    Memory: reads only the manifest and file headers.
+    """
     experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
     free, device = SHARE * available_memory(), device_memory()
     sizes = f"experts {_gb(experts)}, dense parameters {_gb(dense)}"
     if placement is None and not all(map(runs_packed, reader.manifest.kinds.values())):
-        return Plan("device", None, "experts that are not ternary with levels a row are dequantized")
+        reason = "experts that are not ternary with one pair of levels per row are dequantized"
+        return PlacementPlan("device", None, reason)
     if placement is None and experts + dense <= (free if device is None else SHARE * device):
-        return Plan("device", None, f"{sizes}: they fit")
+        return PlacementPlan("device", None, f"{sizes}: they fit")
     if placement is None:
         host_has_room = device is not None and experts <= free and dense <= SHARE * device
         placement = "host" if host_has_room else "disk"
     if placement != "disk":
-        return Plan(placement, None, sizes)
+        return PlacementPlan(placement, None, sizes)
     if expert_cache is None:
         left = free - (dense if device is None else 0)
         expert_cache = max(0, min(experts, int(CACHE_SHARE * left)))
-    return Plan("disk", expert_cache, f"{sizes}, memory free {_gb(free)}: a cache of {_gb(expert_cache)}")
+    reason = f"{sizes}, available memory {_gb(free)}: expert cache of {_gb(expert_cache)}"
+    return PlacementPlan("disk", expert_cache, reason)
 
 
 def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
-    """Bytes of the parameters that do not run packed, held as they are for a computation in `dtype`."""
+    """Return the bytes that the parameters which do not run packed take when computing in `dtype`."""
     narrow, tied = platform() == "cpu", reader.config.tied
     kept = lambda name: (
         narrow_dtype(name, dtype, reader.dtype(name), tied=tied) if narrow else parameter_dtype(name, dtype)
@@ -75,7 +86,7 @@ def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process may still take: what is free, or what its control group leaves it."""
+    """Return the bytes of host memory available to this process, within the limit of its control group."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = 1024 * int(fields["MemAvailable"].split()[0])
     group = Path("/sys/fs/cgroup")
@@ -87,7 +98,7 @@ def available_memory() -> int:
 
 
 def device_memory() -> int | None:
-    """Bytes of the default device's own memory that are free; None where it computes in host memory."""
+    """Return the free bytes of the default device's memory; None if it computes in host memory."""
     device = jnp.zeros(()).devices().pop()
     if device.platform == "cpu":
         return None

@@ -1,8 +1,8 @@
-"""All experts in host memory, used where they lie: nothing is copied to a device."""
+"""All experts in host memory, multiplied in place: nothing is copied to a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,23 +10,23 @@ import numpy as np
 from qmoe_jax.inference.placement.slots import SlotLayout, SlotPool
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
-from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices, picked
+from qmoe_jax.inference.placement.store import ExpertStore, LayerKey, Matrices, take_experts
 
 READERS = 8
-"""Reads in flight: what keeps a fast disk busy."""
+"""Reader threads: enough parallel requests to keep a fast disk busy."""
 
 
 class HostExperts(ExpertStore):
-    """Every expert of every layer, read once."""
+    """The experts of all layers, each read once."""
 
     def __init__(self, layers: Mapping[LayerKey, Matrices], activation: str):
-        """Args: the experts of each layer, as NumPy arrays; what stands between their matrices."""
-        nbytes = sum(
-            array.nbytes
-            for matrices in layers.values()
-            for matrix in matrices.values()
-            for array in (matrix.codes, matrix.row_offsets, matrix.levels)
-        )
+        """Keep `layers`, the packed experts of each layer as NumPy arrays.
+
+        Args:
+            layers: packed matrices by name for each layer.
+            activation: activation between an expert's matrices, "relu" or "gelu".
+        """
+        nbytes = sum(matrix.nbytes for matrices in layers.values() for matrix in matrices.values())
         super().__init__(activation, ExpertStatistics("host", nbytes))
         self._layers = layers
 
@@ -36,24 +36,28 @@ class HostExperts(ExpertStore):
         self._count(expert)
         self._multiply(self._layers[layer], x, expert, scale, y)
 
-    def _hand_out(self, layer: LayerKey, experts: np.ndarray) -> Matrices:
+    def _gather(self, layer: LayerKey, experts: np.ndarray) -> Matrices:
         self._count(experts)
-        return picked(self._layers[layer], experts)
+        return take_experts(self._layers[layer], experts)
 
     def matrices(self, layer: LayerKey) -> Matrices:
-        """All experts of a layer."""
+        """Return all experts of a layer."""
         return self._layers[layer]
 
     def _count(self, experts: np.ndarray) -> None:
-        uses = len(np.unique(experts))
-        self.statistics.uses += uses
-        self.statistics.hits += uses
+        lookups = len(np.unique(experts))
+        self.statistics.lookups += lookups
+        self.statistics.hits += lookups
 
 
-def read_host_experts(
-    source: PlacedSource, activation: str, done: Callable[[LayerKey], object] = lambda layer: None
-) -> HostExperts:
-    """Reads all experts of an artifact. Memory: the packed experts, each once. Raises as reading an expert does."""
+def read_host_experts(source: PlacedSource, activation: str) -> HostExperts:
+    """Read all experts of an artifact into host memory.
+
+    Memory: the packed experts, once.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged.
+    """
     layers: dict[LayerKey, Matrices] = {}
     with ThreadPoolExecutor(READERS) as readers:
         for key, layer in source.layers.items():
@@ -62,5 +66,4 @@ def read_host_experts(
             for _ in readers.map(lambda read: read.complete(), reads):
                 pass
             layers[key] = pool.packed(source.tables[key])
-            done(key)
     return HostExperts(layers, activation)

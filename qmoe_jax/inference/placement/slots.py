@@ -1,4 +1,4 @@
-"""Room for packed experts in host memory: a slot holds one expert, of whichever layer."""
+"""Slots for packed experts in host memory; a slot holds one expert of any layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmoe_jax.files.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLayout:
-    """What one matrix [out, in] of an expert takes: room for `capacity` codewords at most."""
+    """Layout of one matrix `[out, in]` of an expert with at most `capacity` codewords."""
 
     rows: int
     width: int
@@ -25,7 +25,7 @@ class MatrixLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a slot's codewords, row offsets and levels."""
+        """Bytes of the codewords, row offsets and levels of one slot."""
         return (
             self.capacity * self.code_dtype.itemsize
             + (self.rows + 1) * np.dtype(np.int32).itemsize
@@ -33,13 +33,13 @@ class MatrixLayout:
         )
 
     def similar(self, other: MatrixLayout) -> bool:
-        """Whether both differ in the capacity alone."""
+        """Return whether the layouts differ only in their capacity."""
         return dataclasses.replace(self, capacity=other.capacity) == other
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotLayout:
-    """What a slot holds: the matrices of an expert, by name."""
+    """Layout of a slot: the matrices of one expert, by name."""
 
     matrices: Mapping[str, MatrixLayout]
 
@@ -49,13 +49,13 @@ class SlotLayout:
         return sum(matrix.nbytes for matrix in self.matrices.values())
 
     def similar(self, other: SlotLayout) -> bool:
-        """Whether both differ in capacities alone."""
+        """Return whether the layouts differ only in their capacities."""
         return self.matrices.keys() == other.matrices.keys() and all(
             matrix.similar(other.matrices[name]) for name, matrix in self.matrices.items()
         )
 
     def join(self, other: SlotLayout) -> SlotLayout:
-        """Room for either of two similar layouts."""
+        """Return the smallest layout that holds either of two similar layouts."""
         larger = {
             name: max(matrix, other.matrices[name], key=lambda layout: layout.capacity)
             for name, matrix in self.matrices.items()
@@ -64,10 +64,10 @@ class SlotLayout:
 
     @classmethod
     def of(cls, files: Iterable[GroupFile]) -> SlotLayout:
-        """Room for any expert of some group files, all packed in one way (ternary, levels a row).
+        """Return the smallest layout that holds any expert of the group files.
 
         Raises:
-          CheckpointError: they are not.
+            CheckpointError: the groups are not all packed in one way (ternary, one pair of levels per row).
         """
         joined: SlotLayout | None = None
         for file in files:
@@ -76,7 +76,7 @@ class SlotLayout:
                 raise CheckpointError("differs from its layer's other groups", path=file.path)
             joined = found if joined is None else joined.join(found)
         if joined is None:
-            raise ValueError("expected one group file or more, found none")
+            raise ValueError("SlotLayout.of: expected at least one group file, found none")
         return joined
 
 
@@ -93,11 +93,11 @@ def _layout(file: GroupFile) -> SlotLayout:
 
 
 class SlotPool:
-    """A fixed number of slots. Pages of memory that no expert was read into are never touched.
+    """A fixed number of slots in host memory; pages are touched only when an expert is read into them.
 
     Attributes:
-      layout: what a slot holds.
-      slots: how many there are.
+        layout: layout of each slot.
+        slots: number of slots.
     """
 
     def __init__(self, layout: SlotLayout, slots: int):
@@ -114,7 +114,7 @@ class SlotPool:
         return self.slots * self.layout.nbytes
 
     def packed(self, tables: Mapping[str, DecodeTable]) -> dict[str, PackedMatrix]:
-        """The slots as the kernels take experts, given what the codewords of each matrix mean."""
+        """Return views of all slots as packed matrices, given the decode table of each matrix."""
         return {
             name: PackedMatrix(
                 self._codes[name], self._offsets[name], self._levels[name], tables[name], matrix.width
@@ -123,7 +123,7 @@ class SlotPool:
         }
 
     def fill(self, slot: int, extent: ExpertExtent) -> SlotRead:
-        """The read that brings an expert into a slot; the slot is the expert's when it has run and finished."""
+        """Return the read that brings an expert into a slot; the slot is valid once it has run and finished."""
         counts: dict[str, np.ndarray] = {}
 
         def destination(tensor: Slot, length: int) -> np.ndarray:
@@ -142,12 +142,12 @@ class SlotPool:
 
 @dataclasses.dataclass(frozen=True)
 class SlotRead:
-    """An expert on its way into a slot: run `read` (or the parts it is split into), then `finish`.
+    """A pending read of an expert into a slot: run `read` (or the parts it is split into), then `finish`.
 
     Attributes:
-      extent: where the expert lies.
-      read: brings levels and codewords to the slot, and `counts` (codewords a row) beside it.
-      offsets: the slot's own, which `finish` writes.
+        extent: file and byte range of the expert.
+        read: reads levels and codewords into the slot, and `counts` (codewords per row) beside it.
+        offsets: row offsets of the slot, which `finish` computes.
     """
 
     extent: ExpertExtent
@@ -156,12 +156,16 @@ class SlotRead:
     offsets: Mapping[str, np.ndarray]
 
     def complete(self) -> None:
-        """Reads and finishes."""
+        """Run the read and finish it."""
         self.read.run()
         self.finish()
 
     def finish(self) -> None:
-        """Makes row offsets of the counts. Raises `CheckpointError` where they are not those of the codewords."""
+        """Compute row offsets from the counts.
+
+        Raises:
+            CheckpointError: the counts do not add up to the stored codewords.
+        """
         group = self.extent.group
         begins = group.offsets[self.extent.expert - group.key.start]
         for tensor, begin, end in zip(group.slots, begins[:-2], begins[1:-1], strict=True):

@@ -1,4 +1,4 @@
-"""Which experts of an artifact a store can hold, and what their codewords mean."""
+"""The expert layers of an artifact that a store can hold, with their decode tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.store import LayerKey
+from qmoe_jax.parameters import ExpertKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,8 @@ class PlacedSource:
     """The compressed layers of an artifact.
 
     Attributes:
-      layers: where their experts lie.
-      tables: what the codewords of each matrix mean.
+        layers: files and byte ranges of the experts of each layer.
+        tables: decode table of each matrix of each layer.
     """
 
     layers: Mapping[LayerKey, ExpertLayer]
@@ -27,28 +28,29 @@ class PlacedSource:
 
     @classmethod
     def of(cls, reader: ArtifactReader) -> PlacedSource:
-        """Of all compressed layers.
+        """Return the source of all compressed layers of an artifact.
 
         Raises:
-          CheckpointError: a matrix is not ternary with levels a row, which is what runs packed.
+            CheckpointError: a matrix cannot run packed: it is not ternary with one pair of levels per row.
         """
         tables: dict[LayerKey, dict[str, DecodeTable]] = {}
         for name, kind in reader.manifest.kinds.items():
-            stack, layer, _, _, matrix, _ = name.split("/")
             if not runs_packed(kind):
                 raise CheckpointError(
-                    "cannot be left on the host or on disk",
+                    "experts cannot be kept in host memory or on disk",
                     path=reader.path,
                     key=name,
-                    expected="ternary weights with levels a row",
+                    expected="ternary weights with one pair of levels per row",
                     found=kind,
                     remedy="load it with experts='device'",
                 )
-            key = stack, int(layer.removeprefix("layers_"))
-            tables.setdefault(key, {})[matrix] = reader.codebooks[kind.codebook].decode_table
+            kernel = ExpertKernel.parse(name)
+            tables.setdefault((kernel.stack, kernel.layer), {})[kernel.matrix] = reader.codebooks[
+                kind.codebook
+            ].decode_table
         return cls(reader.layers, tables)
 
 
 def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
-    """Whether the kernels take a matrix of this kind as it is: ternary, with levels a row."""
+    """Return whether the kernels take matrices of this kind packed: ternary, one pair of levels per row."""
     return isinstance(kind, Ternary) and kind.group_size is None and not kind.input_scaled

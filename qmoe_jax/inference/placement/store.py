@@ -1,4 +1,4 @@
-"""What every store of experts does: it runs tokens through them where they are, or hands the experts out."""
+"""Base class of expert stores: run experts in place on the host, or gather the routed ones for the device."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int32
 from pallas_kernels import PackedMatrix
 from pallas_kernels.cpu.mlp import expert_mlp
 from qmoe_jax.inference.placement.statistics import ExpertStatistics
+from qmoe_jax.parameters import split_matrices
 
 LayerKey = tuple[str, int]
 """Stack ('encoder' or 'decoder') and number of a layer."""
@@ -28,11 +29,12 @@ T = TypeVar("T")
 
 
 class ExpertStore(abc.ABC):
-    """The packed experts of a model, in host memory or brought there.
+    """The packed experts of a model, kept in host memory or read into it when they are routed to.
 
     Attributes:
-      activation: what stands between an expert's matrices.
-      statistics: what has been asked for and done.
+        activation: activation between an expert's matrices, "relu" or "gelu".
+        statistics: counters of lookups and reads.
+        number: key under which compiled programs find the living store (`get_store`).
     """
 
     def __init__(self, activation: str, statistics: ExpertStatistics):
@@ -51,23 +53,23 @@ class ExpertStore(abc.ABC):
         scale: Float32[np.ndarray, "t"],
         y: Float32[np.ndarray, "t embed"],
     ) -> None:
-        """Writes each token's expert output times its scale to `y`; `expert` is in range."""
+        """Write each token's expert output times its scale to `y`; `expert` must be in range."""
 
     @abc.abstractmethod
-    def _hand_out(self, layer: LayerKey, experts: Int32[np.ndarray, "n"]) -> Matrices:
-        """The matrices of some experts, copied; one may be named more than once."""
+    def _gather(self, layer: LayerKey, experts: Int32[np.ndarray, "n"]) -> Matrices:
+        """Return copies of the matrices of `experts`; an expert may be listed more than once."""
 
     @abc.abstractmethod
     def matrices(self, layer: LayerKey) -> Matrices:
-        """The matrices as the store has them: what shapes, dtypes and codewords an expert has."""
+        """Return the stored matrices, which give the shapes, dtypes and codewords of an expert."""
 
     def run(self, layer: LayerKey, *operands: np.ndarray) -> None:
-        """`_run`, one caller at a time, whose failure `failures_told` will find."""
+        """Run a layer's experts, one caller at a time; `raise_store_errors` raises what went wrong."""
         self._guarded(lambda: self._run(layer, *operands))
 
-    def hand_out(self, layer: LayerKey, experts: Int32[np.ndarray, "n"]) -> Matrices:
-        """`_hand_out`, guarded in the same way."""
-        return self._guarded(lambda: self._hand_out(layer, experts))
+    def gather(self, layer: LayerKey, experts: Int32[np.ndarray, "n"]) -> Matrices:
+        """Return copies of the matrices of `experts`, one caller at a time."""
+        return self._guarded(lambda: self._gather(layer, experts))
 
     def _guarded(self, work: Callable[[], T]) -> T:
         with self._lock:
@@ -78,33 +80,30 @@ class ExpertStore(abc.ABC):
                 self._failure = error
                 raise
 
-    def take_failure(self) -> Exception | None:
-        """What went wrong last, once."""
+    def pop_failure(self) -> Exception | None:
+        """Return the last error and forget it."""
         failure, self._failure = self._failure, None
         return failure
 
     def _multiply(
         self, matrices: Matrices, x: np.ndarray, slot: np.ndarray, scale: np.ndarray, y: np.ndarray
     ) -> None:
-        """The experts in some slots on their tokens, timed."""
+        """Multiply tokens by the experts in `slot`, and add up the time."""
         began = time.perf_counter()
-        wide = tuple(matrices[name] for name in sorted(matrices) if name != "wo")
-        expert_mlp(wide, matrices["wo"], x, slot, scale, y, activation=self.activation)
-        self.statistics.computed += time.perf_counter() - began
+        wi, wo = split_matrices(matrices)
+        expert_mlp(wi, wo, x, slot, scale, y, activation=self.activation)
+        self.statistics.compute_seconds += time.perf_counter() - began
 
 
 _numbers = itertools.count()
 _stores: weakref.WeakValueDictionary[int, ExpertStore] = weakref.WeakValueDictionary()
 
 
-def store_number(number: int) -> ExpertStore:
-    """The living store of a number."""
+def get_store(number: int) -> ExpertStore:
+    """Return the living store with this number."""
     return _stores[number]
 
 
-def picked(matrices: Matrices, index: np.ndarray) -> Matrices:
-    """Some of the experts, copied."""
-    return {
-        name: PackedMatrix(m.codes[index], m.row_offsets[index], m.levels[index], m.table, m.width)
-        for name, m in matrices.items()
-    }
+def take_experts(matrices: Matrices, index: Int32[np.ndarray, "n"]) -> Matrices:
+    """Return copies of the experts at `index`."""
+    return {name: matrix[index] for name, matrix in matrices.items()}

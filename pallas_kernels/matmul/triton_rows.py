@@ -1,7 +1,7 @@
-"""What the jax-triton kernels share: the tiles of `pallas_kernels.tiles`, written in Triton's own language.
+"""Reads rows of codewords inside jax-triton kernels: the tiles of `pallas_kernels.tiles` in Triton's own language.
 
-Imported only where jax-triton runs. `no_type_check`: Triton compiles the source of these functions, they are
-never called as Python. Expert offsets are 64-bit, so codes may take any number of bytes.
+Imported only where jax-triton runs. `no_type_check`: Triton compiles the source of these functions, which are never
+called as Python. Expert offsets are 64-bit, so codes may take any number of bytes.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels.operands import PackedMatrix
 
-# jax-triton renamed the argument that says what comes back.
+# jax-triton 0.4 renamed the argument for the result.
 _RESULT = "out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape"
 
 
@@ -29,9 +29,10 @@ def call(
     result: Any,
     **static: int,
 ) -> Array:
-    """`result`, filled by one warp a program; the kernel gets `packed`, then `operands`, then what is static.
+    """Run a kernel with one warp per program and return its `result`.
 
-    Under vmap the calls run one after the other: jax-triton has no batching rule.
+    The kernel is given `packed`, `operands`, the result and the static arguments. Under vmap the calls run in sequence:
+    jax-triton has no batching rule.
     """
     table = packed.table
     constants = {
@@ -59,7 +60,7 @@ def call(
 @triton.jit
 @no_type_check
 def row_of(offsets, levels, expert, row, CAPACITY: tl.constexpr, ROWS: tl.constexpr):
-    """(first codeword, end, minimum, maximum) of a row, within the capacity whatever is stored."""
+    """Return (first codeword, end, minimum, maximum) of a row, within the capacity whatever is stored."""
     bound = offsets + expert * (ROWS + 1) + row
     start = tl.minimum(tl.maximum(tl.load(bound), 0), CAPACITY)
     stop = tl.minimum(tl.maximum(tl.load(bound + 1), 0), CAPACITY)
@@ -70,7 +71,7 @@ def row_of(offsets, levels, expert, row, CAPACITY: tl.constexpr, ROWS: tl.conste
 @triton.jit
 @no_type_check
 def first_words(codes, entries, k, stop, CODEWORDS: tl.constexpr, WORDS: tl.constexpr):
-    """(where their entries begin, the first word of each) of the codewords at `k`; 0 behind the row."""
+    """Return (index of the entry, its first word) of the codewords at `k`; 0 beyond the row."""
     code = tl.load(codes + k, mask=k < stop, other=0).to(tl.int32)
     first = tl.minimum(code, CODEWORDS - 1) * WORDS
     return first, tl.load(entries + first, mask=k < stop, other=0)
@@ -79,7 +80,7 @@ def first_words(codes, entries, k, stop, CODEWORDS: tl.constexpr, WORDS: tl.cons
 @triton.jit
 @no_type_check
 def nonzero(entry, base, slot: tl.constexpr, WIDTH: tl.constexpr, FIELD_BITS: tl.constexpr):
-    """(column, digit) of one slot of the entries; digit 0: nothing is there."""
+    """Return (column, digit) of one slot of the entries; digit 0 marks an empty slot."""
     shift: tl.constexpr = FIELD_BITS + slot * (FIELD_BITS + 2)
     column = base + ((entry >> shift) & ((1 << FIELD_BITS) - 1))
     digit = (entry >> (shift + FIELD_BITS)) & 3

@@ -1,4 +1,4 @@
-"""Tokens grouped by expert on the device, in blocks of a fixed number of lanes: shapes are static."""
+"""Groups tokens by expert on the device, in blocks of a fixed number of lanes, so that shapes are static."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pallas_kernels import pytree
 @pytree.register(leaves=("expert", "lane", "bounds"), static=("lanes",))
 @dataclasses.dataclass(frozen=True)
 class TokenBlocks:
-    """Blocks that each hold tokens of one expert, experts in their order.
+    """Blocks that each hold tokens of one expert, in the order of the experts.
 
     Attributes:
-      expert: the expert of each block, -1 where it holds no token.
-      lane: where each token sits, counted over all blocks.
-      bounds: the blocks of expert e are those from `bounds[e]` to before `bounds[e + 1]`.
-      lanes: tokens that fit a block.
+        expert: the expert of each block, -1 for a block without tokens.
+        lane: the place of each token, counted over all blocks.
+        bounds: the blocks of expert e are those from `bounds[e]` to before `bounds[e + 1]`.
+        lanes: tokens per block.
     """
 
     expert: Int32[Array, "block"]
@@ -29,20 +29,20 @@ class TokenBlocks:
 
     @property
     def count(self) -> int:
-        """Blocks, with those that hold no token."""
+        """Number of blocks, including those without tokens."""
         return self.expert.shape[0]
 
     def spread(self, x: Float[Array, "t *width"]) -> Float[Array, "block lanes *width"]:
-        """What belongs to the tokens in their blocks, zeros elsewhere."""
+        """Place values of the tokens in their blocks, zeros elsewhere."""
         flat = jnp.zeros((self.count * self.lanes, *x.shape[1:]), x.dtype).at[self.lane].set(x)
         return flat.reshape(-1, self.lanes, *x.shape[1:])
 
     def collect(self, y: Float[Array, "block lanes width"]) -> Float[Array, "t width"]:
-        """The reverse of `spread`."""
+        """Reverse `spread`."""
         return y.reshape(-1, y.shape[-1])[self.lane]
 
     def busy_experts(self) -> tuple[Int32[Array, "busy"], Int32[Array, "1"]]:
-        """The experts that have tokens, in their order, and their number; zeros after them.
+        """Return the experts that have tokens, in their order and then zeros, and their number.
 
         There is room for as many as the tokens can reach.
         """
@@ -56,7 +56,7 @@ class TokenBlocks:
 
 
 def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) -> TokenBlocks:
-    """Blocks of `lanes` tokens; as many as the worst routing needs. `expert_index` must be in range."""
+    """Return as many blocks of `lanes` tokens as the worst routing needs. `expert_index` must be in range."""
     tokens = expert_index.shape[0]
     blocks = tokens // lanes + min(num_experts, tokens)
     counts = jnp.bincount(expert_index, length=num_experts)
@@ -73,6 +73,6 @@ def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) 
 
 
 def lanes_for(tokens: int, num_experts: int, most: int) -> int:
-    """Lanes that the even share of an expert fills: a power of two between 8 and `most`."""
-    share = -(-tokens // max(num_experts, 1))
-    return min(max(8, 1 << (share - 1).bit_length()), most)
+    """Return the lanes that the average number of tokens per expert fills: a power of two between 8 and `most`."""
+    average = -(-tokens // max(num_experts, 1))
+    return min(max(8, 1 << (average - 1).bit_length()), most)

@@ -1,16 +1,13 @@
-"""An expert on NumPy arrays: slots of a cache, any thread, any number of tokens, nothing left over from before."""
+"""`expert_mlp` on NumPy arrays: slots of a cache, any thread, any number of tokens, nothing left over from before."""
 
 import concurrent.futures
 import dataclasses
-import threading
 
 import numpy as np
 import pytest
 
-from pallas_kernels.cpu import compiled
+from pallas_kernels.cpu import threads
 from pallas_kernels.cpu.mlp import expert_mlp
-from pallas_kernels.cpu.threads import share
-from pallas_kernels.cpu.token_blocks import MAX_LANES, grouped
 from tests.helpers import packed_samples as samples
 
 BOOK = samples.CODEBOOKS["tunstall-8"]()
@@ -38,7 +35,7 @@ def tokens(count, seed=0):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 17, 33, 64, 65, 200])
 @pytest.mark.parametrize("activation", ["linear", "relu"])
-def test_every_number_of_tokens(count, activation):
+def test_expert_mlp_computes_any_number_of_tokens(count, activation):
     x, _ = tokens(count)
     expert_index = np.ones(count, np.int32)
     found = run(WI.packed, WO.packed, x, expert_index, activation)
@@ -46,8 +43,8 @@ def test_every_number_of_tokens(count, activation):
 
 
 @pytest.mark.parametrize("count", [1, 5, 70])
-def test_what_lies_behind_a_slots_codewords_does_not_matter(count):
-    """A cache keeps the longest expert's room for each: what an earlier one left there differs from slot to slot."""
+def test_codewords_behind_an_experts_last_row_are_ignored(count):
+    """A slot of a cache has room for the longest expert; codewords of an earlier one stay behind a shorter one."""
     x, expert_index = tokens(count)
     found = []
     for seed in range(2):
@@ -61,7 +58,7 @@ def test_what_lies_behind_a_slots_codewords_does_not_matter(count):
     np.testing.assert_array_equal(*found)
 
 
-def test_one_expert_at_a_time_is_the_same_bit_for_bit():
+def test_expert_mlp_gives_the_same_bits_one_expert_at_a_time():
     x, expert_index = tokens(20)
     together = run(WI.packed, WO.packed, x, expert_index)
     scale, y = np.linspace(0.5, 1, 20, dtype=np.float32), np.empty_like(x)
@@ -80,7 +77,7 @@ def test_one_expert_at_a_time_is_the_same_bit_for_bit():
     np.testing.assert_array_equal(y, together)
 
 
-def test_threads_may_call_at_once():
+def test_expert_mlp_may_be_called_from_several_threads_at_once():
     inputs = [tokens(40, seed) for seed in range(4)]
     alone = [run(WI.packed, WO.packed, *each) for each in inputs]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -90,61 +87,11 @@ def test_threads_may_call_at_once():
                 np.testing.assert_array_equal(one, other)
 
 
-def test_the_number_of_threads_changes_no_bit():
+def test_expert_mlp_gives_the_same_bits_on_any_number_of_threads(monkeypatch):
     x, expert_index = tokens(40)
-    before, found = compiled.threads(), []
-    try:
-        for count in range(1, compiled.MOST_THREADS + 1):
-            compiled.set_threads(count)
-            found.append(run(WI.packed, WO.packed, x, expert_index))
-    finally:
-        compiled.set_threads(before)
+    found = []
+    for count in range(1, threads.NUM_THREADS + 1):
+        monkeypatch.setattr(threads, "NUM_THREADS", count)
+        found.append(run(WI.packed, WO.packed, x, expert_index))
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
-
-
-def test_errors_of_the_shared_work_reach_the_caller():
-    def fail(taken):
-        raise ValueError("a torn row")
-
-    with pytest.raises(ValueError, match="a torn row"):
-        share(fail)
-
-
-def test_work_is_done_where_no_helper_comes():
-    """Helpers that are busy elsewhere are not waited for."""
-    release, started = threading.Event(), threading.Event()
-
-    def hold(taken):
-        started.set()
-        release.wait(10)
-
-    holder = threading.Thread(target=share, args=(hold,))
-    holder.start()
-    started.wait(10)
-    done = []
-    share(lambda taken: done.append(threading.get_ident()))
-    release.set()
-    holder.join()
-    assert threading.get_ident() in done
-
-
-def test_blocks_hold_every_token_once_beside_those_of_its_expert():
-    expert_index = np.repeat(np.arange(9), [1, 2, 8, 9, 16, 17, 33, 64, 150]).astype(np.int32)
-    np.random.default_rng(0).shuffle(expert_index)
-    blocks = grouped(expert_index)
-    assert sorted(blocks.token) == list(range(300))
-    for block, expert in enumerate(blocks.expert):
-        inside = blocks.token[blocks.bound[block] : blocks.bound[block + 1]]
-        assert (expert_index[inside] == expert).all()
-        assert 0 < len(inside) <= blocks.lanes[block] <= max(8, 2 * len(inside) - 1) <= 2 * MAX_LANES
-
-
-@pytest.mark.parametrize("width", [1, 15, 513])
-def test_collecting_reverses_spreading(width):
-    rng = np.random.default_rng(width)
-    x = rng.standard_normal((150, width)).astype(np.float32)
-    blocks = grouped((rng.integers(0, 12, 150) ** 2).astype(np.int32))
-    y = np.full_like(x, np.nan)
-    blocks.collect(blocks.spread(x), np.full(150, 2, np.float32), y)
-    np.testing.assert_array_equal(y, 2 * x)

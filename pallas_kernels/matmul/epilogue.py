@@ -1,4 +1,4 @@
-"""What a kernel does to a sum before it stores it, so that an expert's activations take no pass of their own."""
+"""The operations that a kernel applies to its sums before it stores them, and the activations among them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import pytree
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+"""The activations between the matrices of an expert; "gelu" is the tanh form."""
 
 
 @pytree.register(leaves=("gate", "scale"), static=("activation",))
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
-    """`y = scale * activation(sum) * gate`, each factor left out where it is None.
+    """`y = scale * activation(sum) * gate`, where each factor may be None: left out.
 
-    It goes through `pallas_call` as it is: inside a kernel `gate` and `scale` are references.
+    Applying it inside the kernel saves a pass over the activations of an expert. It is passed through `pallas_call`
+    directly: inside a kernel, `gate` and `scale` are references.
 
     Attributes:
-      gate: a factor for each element, in the layout of the result.
-      scale: a factor for each token, in the layout of the result without its rows.
-      activation: a key of `ACTIVATIONS`.
+        gate: a factor for each element, in the layout of the result.
+        scale: a factor for each token, in the layout of the result without its rows.
+        activation: a key of `ACTIVATIONS`.
     """
 
     gate: Float[Array, "*result"] | None = None
@@ -34,7 +36,7 @@ class Epilogue:
     def finish(
         self, total: Float[Array, "*tile"], gate_at: Callable[[Any], Array], scale_at: Callable[[Any], Array]
     ) -> Float[Array, "*tile"]:
-        """The tile to store; `gate_at` and `scale_at` load what belongs to it, shaped to broadcast with it."""
+        """Return the tile to store; `gate_at` and `scale_at` load its factors, in shapes that broadcast with it."""
         if self.activation is not None:
             total = ACTIVATIONS[self.activation](total)
         if self.gate is not None:

@@ -1,0 +1,87 @@
+"""Progress of long work: one kind of callback, and a bar for the terminal that is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+ProgressCallback = Callable[[int, int, str], object]
+"""`progress(done, total, label)`: units of work done, units in all, and the current step in a few words.
+
+Functions that take one call it from the thread they were called in: first with `done` = 0, then with growing `done`,
+at last with `done` = `total`.
+"""
+
+
+def no_progress(done: int, total: int, label: str) -> None:
+    """Ignore progress: the default of every function that reports it."""
+
+
+class ProgressBar:
+    """A progress callback that draws a bar with the step, units done, rate and time left.
+
+    Used as a context manager, which also removes the bar after an error; without one, the bar ends when all is done.
+    Draws nothing where output is not a terminal.
+
+        with ProgressBar("compressing", "experts") as progress:
+            qj.compress(path, output, examples, progress=progress)
+    """
+
+    def __init__(self, title: str, unit: str = "experts", console: Console | None = None):
+        """Prepare a bar; it appears at the first call.
+
+        Args:
+            title: the work, in front of the current step.
+            unit: name of the units of work, in the plural.
+            console: where to draw; standard error by default.
+        """
+        console = console or Console(stderr=True)
+        self._title, self._unit = title, unit
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __call__(self, done: int, total: int, label: str) -> None:
+        """Draw `done` of `total` units, with the current step."""
+        if not self._bar.task_ids:
+            self._bar.start()
+            self._bar.add_task(self._title, total=total, completed=done, rate="")
+        task = self._bar.tasks[0]
+        self._bar.update(
+            task.id,
+            total=total,
+            completed=done,
+            description=f"{self._title} · {label}" if label else self._title,
+            rate=f"{task.speed:,.1f} {self._unit}/s" if task.speed else "",
+        )
+        if done >= total:
+            self._bar.stop()
+
+    def __enter__(self) -> Self:
+        """Return the bar itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self._bar.stop()
