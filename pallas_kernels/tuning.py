@@ -1,7 +1,7 @@
 """Looks up and measures launch configurations: the caller's, else the device's tuned one, else the kernel's heuristic.
 
 A kernel defines its own `Config`, a frozen dataclass with a heuristic, in its own file. Tuned choices are data:
-`data/<device>.json`, written by `benchmarks/kernels.py`, stores the timings of all candidates with each choice.
+`data/<device>.json`, written by `python -m benchmarks.kernels`, stores the timings of all candidates with each choice.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def choose(config: type[C], problem: Problem, explicit: C | None = None, *, stri
         except TypeError as error:
             raise ValueError(f"{path}: {problem}: not a configuration of this version ({error})") from error
     if strict:
-        message = f"nothing tuned for {problem} on {device!r} in {path}: run benchmarks/kernels.py there"
+        message = (
+            f"nothing tuned for {problem} on {device!r} in {path}: run `python -m benchmarks.kernels` there"
+        )
         raise LookupError(message)
     return config.heuristic(problem)
 
