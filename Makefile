@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 EXTRAS := test
 PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python; do \
 	"$$python" -c '' 2> /dev/null && echo "$$python" && break; done)
-KERNEL_TESTS := tests/pallas_kernels tests/coding tests/quantization
+KERNEL_TESTS := tests/pallas_kernels tests/aot tests/coding tests/quantization
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-newest test-kernels gpu lint clean
@@ -25,7 +25,7 @@ ifeq ($(PYTHON_NEWEST),)
 else
 	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-newest
 	$(MAKE) test-kernels PYTHON=$(PYTHON_NEWEST) VENV=.venv-jax-triton EXTRAS=test,jax-triton \
-		KERNEL_TESTS='$(addprefix tests/pallas_kernels/test_,backend.py deviceless.py jax_triton.py lowering.py)'
+		KERNEL_TESTS='tests/aot $(addprefix tests/pallas_kernels/test_,backend.py jax_triton.py lowering.py)'
 endif
 
 test-kernels: $(VENV)/.installed-test $(VENV)/cuda-plugin
@@ -33,12 +33,11 @@ test-kernels: $(VENV)/.installed-test $(VENV)/cuda-plugin
 
 # On a machine with a GPU and a Python that has jax for CUDA, flax, numba, orbax, pytest and the rest of pyproject's
 # dependencies: nothing is installed. Results go to $$OUT or benchmarks/results, named after the device.
-gpu: export PYTHONPATH := .
 gpu: ON_GPU := env -u JAX_PLATFORMS $(PYTHON)
 gpu:
 	$(ON_GPU) -m pytest -q -ra -o addopts= -W default -m gpu tests/pallas_kernels/test_gpu.py
-	$(ON_GPU) benchmarks/kernels.py --minutes 2.5
-	$(ON_GPU) benchmarks/end_to_end_gpu.py
+	$(ON_GPU) -m benchmarks.kernels --minutes 2.5
+	$(ON_GPU) -m benchmarks.end_to_end_gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

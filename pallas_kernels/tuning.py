@@ -1,8 +1,8 @@
 """Chooses launch configurations (explicit, else tuned for the device, else heuristic) and measures them.
 
 A kernel defines its own `Config`, a frozen dataclass with a heuristic, in its own file. Tuned choices are
-data: `data/<device>.json`, written by `benchmarks/kernels.py`, stores the timings of all candidates with each
-choice.
+data: `data/<device>.json`, written by `python -m benchmarks.kernels`, stores the timings of all candidates
+with each choice.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def choose(config: type[C], problem: Problem, explicit: C | None = None, *, stri
         except TypeError as error:
             raise ValueError(f"{path}: {problem}: not a configuration of this version ({error})") from error
     if strict:
-        message = f"nothing tuned for {problem} on {device!r} in {path}: run benchmarks/kernels.py there"
+        message = (
+            f"nothing tuned for {problem} on {device!r} in {path}: run `python -m benchmarks.kernels` there"
+        )
         raise LookupError(message)
     return config.heuristic(problem)
 

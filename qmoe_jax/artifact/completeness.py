@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
@@ -30,14 +30,14 @@ def find_groups(root: Path) -> list[GroupKey]:
 
 
 def check_complete(
-    root: Path, run: Run, keys: Iterable[GroupKey], dense: Mapping[str, object]
+    root: Path, run: Run, files: Mapping[GroupKey, str], dense: Mapping[str, object]
 ) -> dict[str, Kind]:
     """How each compressed kernel is packed, after a check that every expert is there exactly once.
 
     Args:
       root: the artifact.
       run: gives the architecture and the codebooks.
-      keys: the groups.
+      files: the file of each group, relative to `root`.
       dense: the dense parameters by name; the kernels of a layer left uncompressed are among them.
 
     Raises:
@@ -46,7 +46,7 @@ def check_complete(
     by_layer: dict[tuple[str, int], list[GroupKey]] = {
         (stack, layer): [] for stack in STACKS for layer in run.config.sparse_layers(stack)
     }
-    for key in sorted(keys):
+    for key in sorted(files):
         if (key.stack, key.layer) not in by_layer:
             raise CheckpointError("is a group of a layer without experts", path=root / key.path)
         by_layer[key.stack, key.layer].append(key)
@@ -57,7 +57,7 @@ def check_complete(
             continue
         _check_experts(root, run.config.num_experts, f"{stack}/layers_{layer}", groups)
         for key in groups:
-            group = GroupFile.open(root, key)
+            group = GroupFile.open(root, key, files[key])
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
                 if kinds.setdefault(name := ExpertKernel(stack, layer, matrix).path, kind) != kind:
                     raise CheckpointError(

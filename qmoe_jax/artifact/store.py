@@ -7,6 +7,7 @@ Several hosts write disjoint groups into one directory; nothing is merged at the
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import re
@@ -85,6 +86,7 @@ class ArtifactWriter:
         self.run = Run(config, options, source, digests)
         self._digest = self.run.digest
         self._groups: dict[GroupKey, FileRecord] = {}
+        self._linked: dict[GroupKey, GroupKey] = {}
         self._files: dict[str, FileRecord] = {}
         self._dense: dict[str, ArrayRecord] | None = None
         self._require_ours()
@@ -143,6 +145,23 @@ class ArtifactWriter:
         pieces = render_group(key, experts, self._digest)
         self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
 
+    def link_group(self, stack: str, layer: int, source: GroupKey) -> None:
+        """Let the experts `source.start` to `source.stop - 1` of another layer be read from the file of `source`.
+
+        Args:
+          stack: 'encoder' or 'decoder'.
+          layer: the layer without a file of its own for these experts.
+          source: a group that this process has written or checked.
+
+        Raises:
+          ValueError: `source` is not such a group.
+        """
+        if source not in self._groups:
+            raise ValueError(
+                f"{source.path}: expected a group that was written or checked before it is linked to"
+            )
+        self._linked[dataclasses.replace(source, stack=stack, layer=layer)] = source
+
     def read_group(
         self, stack: str, layer: int, start: int, stop: int
     ) -> list[dict[str, PackedExpertMatrix]]:
@@ -183,10 +202,14 @@ class ArtifactWriter:
         """
         for key in find_groups(self.root):
             self.has_group(key.stack, key.layer, key.start, key.stop)
-        groups = tuple(GroupRecord(key, key.path, record) for key, record in sorted(self._groups.items()))
+        sources = {key: key for key in self._groups} | self._linked
+        groups = tuple(
+            GroupRecord(key, source.path, self._groups[source]) for key, source in sorted(sources.items())
+        )
         if self._dense is None:
             raise CheckpointError("has no dense parameters", path=self.root, remedy="call write_dense first")
-        kinds = check_complete(self.root, self.run, self._groups, self._dense)
+        files = {group.key: group.path for group in groups}
+        kinds = check_complete(self.root, self.run, files, self._dense)
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qmoe_jax.artifact import ArtifactReader, CheckpointError, Kind, dequantize, verify
+from qmoe_jax.artifact import ArtifactReader, CheckpointError, GroupKey, Kind, dequantize, verify
 from tests.helpers import artifact_samples as samples
 
 every_kind = pytest.mark.parametrize("kind", samples.KINDS.values(), ids=samples.KINDS)
@@ -227,3 +227,23 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: pathlib.Path) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not artifact.has_group("encoder", 1, 0, 2)
+
+
+def test_a_layer_can_be_linked_to_the_files_of_another(tmp_path: pathlib.Path) -> None:
+    (stack, layer), other = samples.LAYERS
+    with samples.writer(tmp_path) as artifact:
+        for start, stop in samples.GROUPS:
+            key = GroupKey(stack, layer, start, stop)
+            with pytest.raises(ValueError, match="expected a group that was written"):
+                artifact.link_group(*other, key)
+            experts = samples.random_experts(samples.KINDS["ternary"], stack, layer, start, stop)
+            artifact.write_group(stack, layer, start, experts)
+            artifact.link_group(*other, key)
+        artifact.write_dense(samples.dense_tree())
+        artifact.finish()
+    assert verify(tmp_path).ok
+    reader = ArtifactReader.open(tmp_path)
+    for expert in range(samples.CONFIG.num_experts):
+        extents = [reader.expert_extent(*place, expert) for place in samples.LAYERS]
+        assert extents[0].path == extents[1].path
+        assert extents[0].read() == extents[1].read()
