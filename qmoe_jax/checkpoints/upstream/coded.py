@@ -72,17 +72,31 @@ class CodedKernel:
         return array
 
     def pack(self, rows: slice) -> PackedMatrix:
-        """Return a range of experts, codewords and levels, for kernels that decode as they multiply."""
-        streams, levels = zip(*(expert.read() for expert in self.experts[rows]), strict=True)
-        return pack(streams, np.stack(levels), upstream_codebook(), self.width)
+        """Return a range of experts, codewords and levels, for kernels that decode as they multiply.
+
+        Raises `CheckpointError` where codewords are damaged: the kernels would multiply by anything.
+        """
+        experts = self.experts[rows]
+        streams, levels = zip(*(expert.read() for expert in experts), strict=True)
+        packed = pack(streams, np.stack(levels), upstream_codebook(), self.width)
+        for i, expert in enumerate(experts):
+            try:
+                packed.validate_expert(i)
+            except ValueError as error:
+                raise _damaged(expert, error) from error
+        return packed
 
     def _decode(self, expert: CodedMatrix) -> BFloat16[np.ndarray, "out in"]:
         encoded, levels = expert.read()
         try:
             digits = decode(encoded, upstream_codebook(), self.width)
         except ValueError as error:
-            raise CheckpointError(
-                "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
-            ) from error
+            raise _damaged(expert, error) from error
         values = np.concatenate([np.zeros((len(levels), 1), levels.dtype), levels], axis=1)
         return np.take_along_axis(values, np.asarray(digits, np.intp), axis=1)
+
+
+def _damaged(expert: CodedMatrix, error: ValueError) -> CheckpointError:
+    return CheckpointError(
+        "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
+    )
