@@ -8,6 +8,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
+from helpers.choices import assert_same_generation
 
 import qmoe_jax as qj
 from qmoe_jax.inference.placement import DiskExperts, choose, stores_of
@@ -56,7 +57,7 @@ def test_generated_tokens_are_the_same(artifact, expected, options):
     path, examples = artifact
     model, params = qj.load_compressed(path, **options)
     found = qj.generate(model, params, batch_of(examples)[0], max_new_tokens=8)
-    np.testing.assert_array_equal(found, expected[1])
+    assert_same_generation(model, params, batch_of(examples)[0], found, expected[1])
 
 
 def test_the_loss_is_the_same_while_experts_are_evicted(artifact, expected):
@@ -189,7 +190,7 @@ def test_two_generations_at_once(artifact, expected):
     for thread in threads:
         thread.join()
     for tokens in found.values():
-        np.testing.assert_array_equal(tokens, expected[1])
+        assert_same_generation(model, params, batch_of(examples)[0], tokens, expected[1])
     assert len(found) == 2
 
 
@@ -281,4 +282,4 @@ class TestFaults:
             assert isinstance(stores_of(params)[0], DiskExperts)
             model, _ = qj.load_compressed(path)
             found = qj.generate(model, params, batch_of(examples)[0], max_new_tokens=8)
-            np.testing.assert_array_equal(found, expected[1])
+            assert_same_generation(model, params, batch_of(examples)[0], found, expected[1])
