@@ -1,4 +1,5 @@
 # `make demo` runs the main job, `make test` the tests; both set up .venv when they need it.
+# `make test-isa` runs the comparisons with golden data as older CPUs would compute them; ISA=AVX2 only as one of them.
 # `make test-newest` runs the kernels' tests on the newest jax, and on the newest that jax-triton goes with.
 PYTHON ?= python3
 VENV   := .venv
@@ -7,9 +8,21 @@ EXTRAS := test
 PYTHON_NEWEST ?= $(shell for python in python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python; do \
 	"$$python" -c '' 2> /dev/null && echo "$$python" && break; done)
 KERNEL_TESTS := tests/pallas_kernels tests/aot tests/coding tests/quantization
+ISA ?= SSE4_2 AVX2 AVX512
+# Sums in XLA's programs, OpenBLAS kernels (jax's Cholesky, NumPy's products) and numba's follow the instruction set.
+OPENBLAS_SSE4_2 := Nehalem
+OPENBLAS_AVX2   := Haswell
+OPENBLAS_AVX512 := SkylakeX
+NUMBA_SSE4_2    := nehalem
+NUMBA_AVX2      := haswell
+NUMBA_AVX512    := skylake-avx512
+GOLDEN_TESTS := tests/quantization tests/models/test_parity.py tests/models/test_router.py \
+	tests/pallas_kernels/test_upstream_vectors.py tests/evaluation/test_loss.py tests/inference/test_generate.py \
+	tests/compression/test_compress.py
+GOLDEN_CHOSEN := -k 'not (every_kind or stopped_run or grid_contract or groups)'
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-newest test-kernels gpu lint clean
+.PHONY: demo test test-isa test-newest test-kernels gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/compress_c2048.py
@@ -18,6 +31,15 @@ test: $(VENV)/.installed-test $(VENV)/cuda-plugin
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The last of them stands for AVX-512 and needs a CPU that has it; where it does not, it is left out.
+test-isa: $(addprefix test-isa-,$(ISA))
+
+test-isa-%: $(VENV)/.installed-test
+	@if [ $* = AVX512 ] && ! grep -qw avx512bw /proc/cpuinfo; then echo "test-isa: this CPU has no AVX-512: skipped"; \
+	else set -x; XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$*" OPENBLAS_CORETYPE=$(OPENBLAS_$*) \
+		NUMBA_CPU_NAME=$(NUMBA_$*) NUMBA_CPU_FEATURES= \
+		$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(GOLDEN_TESTS) $(GOLDEN_CHOSEN); fi
 
 test-newest:
 ifeq ($(PYTHON_NEWEST),)
