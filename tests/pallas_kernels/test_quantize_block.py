@@ -1,7 +1,7 @@
 """`quantize_block`, one suite for every backend: each digit is judged in float64, given the digits before it.
 
-So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do the
-columns behind it, which differ from there on.
+So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do
+the columns behind it, which differ from there on.
 """
 
 import functools
