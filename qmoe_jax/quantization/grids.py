@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ from jaxtyping import Array, Float, UInt8
 from pallas_kernels import pytree
 from pallas_kernels.quantize_block.arithmetic import divide, round_half_to_even
 
-AnyArray = jax.Array | np.ndarray
-Levels = tuple[Float[AnyArray, "*#shape"], Float[AnyArray, "*#shape"]]
+Levels = Sequence[Float[Array, "*#shape"]]
+"""The two numbers of each group, as two arrays."""
+
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 class Grid(abc.ABC):
@@ -57,7 +61,7 @@ class Grid(abc.ABC):
         """
 
     @abc.abstractmethod
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return the value of each digit: the one definition of dequantization.
 
         NumPy arrays give a NumPy array, without jax; ternary values have the type of the levels.
@@ -92,10 +96,10 @@ class TernaryGrid(Grid):
         is_low = (target < low / 2) & (low < 0)
         return jnp.where(is_high, 2, jnp.where(is_low, 1, 0)).astype(jnp.uint8)
 
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return zero, the minimum or the maximum, in the type of the levels."""
         low, high = levels
-        numpy = np if isinstance(digit, np.ndarray) else jnp
+        numpy: Any = np if isinstance(digit, np.ndarray) else jnp
         return numpy.where(digit == 2, high, numpy.where(digit == 1, low, numpy.zeros_like(low)))
 
 
@@ -130,7 +134,7 @@ class UniformGrid(Grid):
         nearest = round_half_to_even(divide(target, step))
         return jnp.clip(nearest + zero_point, 0, self.num_digits - 1).astype(jnp.uint8)
 
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return step * (digit - zero point), in float32."""
         step, zero_point = levels
         return step * (digit.astype(np.float32) - zero_point)
