@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from qmoe_jax.artifact.bits import pack_bits, packed_bytes, smallest_dtype, unpack_bits
 from qmoe_jax.coding import Codebook, EncodedRows, decode, encode
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.quantization.grids import TernaryGrid, UniformGrid
 
 Codebooks = Mapping[str, Codebook]
 """By name."""
@@ -111,14 +112,11 @@ class Ternary:
     def values(
         self, parts: Parts, digits: UInt8[np.ndarray, "out in"], group: Int[np.ndarray, "in"]
     ) -> Float32[np.ndarray, "out in"]:
-        """Looks each digit up in its group's (0, minimum, maximum)."""
+        """Return zero or the minimum or maximum of the group, in float32."""
         levels = parts["levels"].astype(np.float32).reshape(len(digits), -1, 2)
-        table = np.pad(levels, ((0, 0), (0, 0), (1, 0)))
-        values = np.empty(digits.shape, np.float32)
-        # A row at a time: the index of a whole matrix would be 8 bytes a weight.
-        for row, row_digits in enumerate(digits):
-            values[row] = table[row, group, row_digits]
-        return values
+        if levels.shape[1] > 1:
+            levels = levels[:, group]
+        return TernaryGrid().value(digits, (levels[..., 0], levels[..., 1]))
 
     def encoded(self, parts: Parts) -> EncodedRows:
         """The stream that `coding` reads: codes, and where rows begin among them."""
@@ -177,7 +175,7 @@ class Uniform:
         zeros = parts["zeros"].astype(np.float32).reshape(len(digits), -1)
         if scales.shape[1] > 1:
             scales, zeros = scales[:, group], zeros[:, group]
-        return (digits - zeros) * scales
+        return UniformGrid(self.bits).value(digits, (scales, zeros))
 
 
 KINDS: Mapping[str, type[Ternary] | type[Uniform]] = {kind.name: kind for kind in (Ternary, Uniform)}
