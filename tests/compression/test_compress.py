@@ -12,7 +12,7 @@ import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression import resume
 from qmoe_jax.compression.exact import FOLDER
-from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.parameters import is_expert
 from tests.helpers.golden_digits import Problem
 
@@ -232,7 +232,7 @@ def damaged_model(data, path, values):
     for name, (place, value) in values.items():
         array = reader.read(name)
         array[place] = value
-        tensors[name] = ArrayTensor(array)
+        tensors[name] = in_memory(array)
     return qj.convert(dataclasses.replace(reader, tensors={**reader.tensors, **tensors}), path, "huggingface")
 
 
