@@ -13,7 +13,9 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("plots need matplotlib: pip install 'qmoe-jax[plots]'", name=error.name) from error
+    raise ModuleNotFoundError(
+        "plots need matplotlib: pip install 'qmoe-jax[plots]'", name=error.name
+    ) from error
 
 INK, GRID = "#222222", "#dddddd"
 COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93", "#00798c")
