@@ -45,8 +45,8 @@ def convert(
     Memory: that of the writer: about 1 GB, or the largest tensor.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, something exists at `output`, or the other format cannot
-            express this model.
+        CheckpointError: the checkpoint cannot be read, something exists at `output`, or the other format
+            cannot express this model.
         ValueError: the format is not known, or `dtype` is given for "upstream".
     """
     opened = open_checkpoint(checkpoint)
@@ -79,7 +79,8 @@ def _require_ternary(checkpoint: Checkpoint) -> ArtifactReader:
     """Return the checkpoint if upstream's format can express it.
 
     Raises:
-        CheckpointError: the checkpoint is not an artifact, or has experts that are not ternary with levels per row.
+        CheckpointError: the checkpoint is not an artifact, or has experts that are not ternary with levels
+            per row.
     """
     problem, expected = (
         "cannot be written in upstream's format",
