@@ -6,14 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.operands import AnyArray
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import join_groups, split_groups
 from qmoe_jax.quantization.quantized import Quantized
-
-AnyArray = jax.Array | np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="group_size")
@@ -23,12 +21,12 @@ def round_to_nearest(
     """Quantize each weight to the digit that the grid gives it with curvature 1.
 
     Args:
-      w: the weights, any float type; the arithmetic is float32.
-      grid: the levels and digits.
-      group_size: columns that share levels; None: the whole row. The last group may be smaller.
+        w: the weights, any float type; the arithmetic is float32.
+        grid: the levels and digits.
+        group_size: columns that share levels; None: the whole row. The last group may be smaller.
 
     Raises:
-      ValueError: the group size is below 1.
+        ValueError: the group size is below 1.
     """
     if group_size is not None and group_size < 1:
         raise ValueError(f"round_to_nearest: group_size must be None or >= 1, found {group_size}.")

@@ -14,6 +14,7 @@ from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
+from qmoe_jax.quantization.grids import TernaryGrid
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,8 +93,7 @@ class CodedKernel:
             digits = decode(encoded, upstream_codebook(), self.width)
         except ValueError as error:
             raise _damaged(expert, error) from error
-        values = np.concatenate([np.zeros((len(levels), 1), levels.dtype), levels], axis=1)
-        return np.take_along_axis(values, np.asarray(digits, np.intp), axis=1)
+        return TernaryGrid().value(digits, (levels[:, :1], levels[:, 1:]))
 
 
 def _damaged(expert: CodedMatrix, error: ValueError) -> CheckpointError:
