@@ -237,7 +237,7 @@ def running(copied):
 
 
 class TestFaults:
-    """What happens to the files while a model runs."""
+    """Files that are damaged or replaced while a model runs."""
 
     @pytest.mark.parametrize(
         ("damage", "problem"),

@@ -16,7 +16,7 @@ from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
 
 Placement = Literal["device", "host", "disk"]
-"""Where packed experts are kept."""
+"""A place for packed experts."""
 
 SHARE = 0.8
 """Share of the available memory that a model may take; the rest is for activations, the compiler, other programs."""
