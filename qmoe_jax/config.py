@@ -10,7 +10,7 @@ Activation = Literal["relu", "gelu"]
 
 @dataclasses.dataclass(frozen=True)
 class SwitchConfig:
-    """An encoder-decoder of T5 blocks, with feed-forward layers that are dense or route each token to an expert.
+    """An encoder-decoder of T5 blocks, whose feed-forward layers are dense or route tokens to experts.
 
     Attributes:
         d_model: width of the hidden states.

@@ -21,8 +21,8 @@ from rich.progress import (
 ProgressCallback = Callable[[int, int, str], object]
 """`progress(done, total, label)`: units of work done, units in all, and the current step in a few words.
 
-Functions that take one call it from the thread they were called in: first with `done` = 0, then with growing `done`,
-at last with `done` = `total`.
+Functions that take one call it from the thread they were called in: first with `done` = 0, then with growing
+`done`, at last with `done` = `total`.
 """
 
 
@@ -53,8 +53,8 @@ class Tally:
 class ProgressBar:
     """A progress callback that draws a bar with the step, units done, rate and time left.
 
-    Used as a context manager, which also removes the bar after an error; without one, the bar ends when all is done.
-    Draws nothing where output is not a terminal.
+    Used as a context manager, which also removes the bar after an error; without one, the bar ends when all
+    is done. Draws nothing where output is not a terminal.
 
         with ProgressBar("compressing", "experts") as progress:
             qj.compress(path, output, examples, progress=progress)

@@ -49,8 +49,8 @@ class Answer:
 def command(run: Callable[..., Answer]) -> Callable[..., None]:
     """Turn a function that returns an answer into a typer command with --json and --debug.
 
-    A failure becomes a message on stderr and an exit code. With --json it is also printed to stdout, as an object with
-    the member "error".
+    A failure becomes a message on stderr and an exit code. With --json it is also printed to stdout, as an
+    object with the member "error".
     """
 
     @functools.wraps(run)

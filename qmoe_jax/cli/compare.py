@@ -43,7 +43,7 @@ def compare(
         str,
         typer.Argument(
             metavar="COMPRESSED",
-            help="The model made of it: an artifact, an upstream directory, or any checkpoint of the same shape.",
+            help="The model made of it: an artifact, or any checkpoint of the same architecture.",
             show_default=False,
         ),
     ],

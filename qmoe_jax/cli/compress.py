@@ -47,7 +47,7 @@ def compress(
     calibration: Annotated[
         list[Path],
         typer.Option(
-            help="Calibration text: a .txt or .jsonl file (.gz or .xz too), or a folder of them. Can be repeated.",
+            help="Calibration text: .txt or .jsonl (.gz or .xz too), a file or a folder. Can be repeated.",
             show_default=False,
             rich_help_panel="Text",
         ),
@@ -59,8 +59,8 @@ def compress(
         int,
         typer.Option(
             min=1,
-            help="Maximum number of calibration samples. QMoE used 10,000 for 128 experts per layer and 160,000 for "
-            "2,048.",
+            help="Maximum number of calibration samples. QMoE used 10,000 for 128 experts per layer and "
+            "160,000 for 2,048.",
             rich_help_panel="Text",
         ),
     ] = 10_000,

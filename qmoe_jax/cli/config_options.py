@@ -1,4 +1,4 @@
-"""Generates the options of a command from a configuration dataclass: names, defaults, choices and help texts."""
+"""Generates a command's options from a dataclass: names, defaults, choices and help texts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qmoe_jax.cli.command import Answer, set_parameters
 def config_options(config: Any, panel: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
     """Return a decorator that gives a command one option per field of the dataclass `config`.
 
-    The command itself takes a keyword argument `config`, an instance made of the options. An option's help text is
-    the field's entry in the "Attributes" section of the class's docstring.
+    The command itself takes a keyword argument `config`, an instance made of the options. An option's help
+    text is the field's entry in the "Attributes" section of the class's docstring.
 
     Args:
-        config: a dataclass with a default for every field; fields may be bool, int, float, str, a `Literal`, or one of
-            these or None.
+        config: a dataclass with a default for every field; fields may be bool, int, float, str, a `Literal`,
+            or one of these or None.
         panel: title of the options in the command's help.
     """
     hints, helps = typing.get_type_hints(config), attribute_docs(config)
@@ -46,7 +46,7 @@ def config_options(config: Any, panel: str) -> Callable[[Callable[..., Answer]],
 
 
 def attribute_docs(documented: type) -> dict[str, str]:
-    """Return the entries of the "Attributes" section of a class's docstring, each as one sentence on one line."""
+    """Return the entries of the "Attributes" section of a class's docstring, each on one line."""
     section = (inspect.getdoc(documented) or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|\Z)", section, flags=re.MULTILINE | re.DOTALL)
     texts = {name: " ".join(text.split()) for name, text in entries}
@@ -63,7 +63,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str, panel: str) -> 
         show_default=field.default is not None,
         rich_help_panel=panel,
     )
-    annotation = Annotated[typing.Optional[kind] if optional else kind, option]  # noqa: UP045 (kind is a value)
+    annotation = Annotated[kind | None if optional else kind, option]
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
     )

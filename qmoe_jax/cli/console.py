@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 PIPED_WIDTH = 160
-"""Columns where there is no terminal: wide enough that no line of a table breaks, so that it can be searched."""
+"""Columns where there is no terminal: wide enough for the lines of tables, so that they can be searched."""
 
 
 def stdout() -> Console:
-    """Return the console for results. Texts are printed as they are: nothing in a path is taken for markup."""
+    """Return the console for results, which prints texts as they are: a path is never taken for markup."""
     return _console(stderr=False)
 
 

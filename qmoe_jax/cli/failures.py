@@ -25,7 +25,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def describe(error: Exception) -> dict[str, Any]:
-    """Return an error as data: `type`, `problem`, and where known `path`, `key`, `expected`, `found`, `remedy`."""
+    """Return an error as data.
+
+    The members are `type` and `problem`, and where known `path`, `key`, `expected`, `found` and `remedy`.
+    """
     kind = type(error).__name__
     if isinstance(error, CheckpointError):
         fields = {

@@ -103,7 +103,7 @@ def generate(
 
 
 class Stopwatch:
-    """Times of loading and of each batch, taken when progress is reported; the first report ends the loading."""
+    """Times of loading and of each batch, taken when progress is reported; the first report ends loading."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -140,7 +140,7 @@ class Timing:
     batches: list[tuple[int, float]]
 
     def to_json(self) -> dict[str, float | int | None]:
-        """Return plain values. The rate is that of the batches after the first; None where there is only one."""
+        """Return plain values. The rate is that of the batches after the first; None if there is only one."""
         tokens, seconds = map(sum, zip(*self.batches, strict=True))
         first_tokens, first_seconds = self.batches[0]
         later = len(self.batches) > 1
@@ -158,8 +158,8 @@ class Timing:
         rate = found["tokens_per_second"]
         later = f", then {rate:,.0f} tokens/s" if rate else ""
         return (
-            f"loaded in {self.loading:.1f} s; {found['tokens']:,} tokens in {found['seconds']:.2f} s: first batch "
-            f"{found['first_batch_seconds']:.2f} s including compilation{later}"
+            f"loaded in {self.loading:.1f} s; {found['tokens']:,} tokens in {found['seconds']:.2f} s: "
+            f"first batch {found['first_batch_seconds']:.2f} s including compilation{later}"
         )
 
 

@@ -59,7 +59,7 @@ def _facts(found: Inspection) -> Table:
         "layers": f"{config.num_encoder_layers} encoder + {config.num_decoder_layers} decoder",
         "width": f"{config.d_model}, feed-forward {config.d_ff} ({feed_forward})",
         "attention": f"{config.num_heads} heads of {config.d_kv}",
-        "vocabulary": f"{config.vocab_size:,}, head {'tied to' if config.tied else 'separate from'} the embedding",
+        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tied else 'separate'} output projection",
         "stored as": ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()),
         "on disk": "unknown" if size is None else f"{decimal(size)} in {found.files:,} files",
     }
@@ -85,7 +85,7 @@ def _layers(found: Inspection) -> Table:
 
 
 def _interleaved(layers: tuple[Layer, ...]) -> list[Layer]:
-    """Return the layers with those of a kind together: stack by stack, kinds in the order of their first layer."""
+    """Return the layers sorted by kind: stack by stack, kinds in the order of their first layers."""
     first: dict[tuple[str, int, int], int] = {}
     for place, layer in enumerate(layers):
         first.setdefault((layer.stack, layer.experts, layer.parameters), place)

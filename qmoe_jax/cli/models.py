@@ -21,7 +21,7 @@ CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A checkpoint of any format: T5X, Hugging Face, a qmoe artifact, or a directory of upstream QMoE's. "
+        help="A checkpoint: T5X, Hugging Face, a qmoe artifact, or a compressed directory of upstream QMoE. "
         "T5X checkpoints can be URLs (gs://, s3://, http://).",
         show_default=False,
     ),
@@ -35,8 +35,8 @@ Dtype = Annotated[
 Experts = Annotated[
     Literal["device", "host", "disk"] | None,
     typer.Option(
-        help="Where packed experts are kept: in the device's memory, in the host's, or on disk, read as tokens are "
-        "routed to them.",
+        help="Where packed experts are kept: in the device's memory, in the host's, or on disk, to be read "
+        "when tokens are routed to them.",
         show_default="the first of these that fits",
     ),
 ]
@@ -79,7 +79,11 @@ def load(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as 2GB, 1.5 GiB or 500000. Raises `typer.BadParameter` for other texts."""
+    """Return the bytes of a size such as 2GB, 1.5 GiB or 500000.
+
+    Raises:
+        typer.BadParameter: the text is not a size.
+    """
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?)B?", text.strip().upper())
     try:
         return int(float(match[1]) * UNITS[match[2]]) if match else int(text)

@@ -19,7 +19,7 @@ _panel = "Text"
 HeldOutText = Annotated[
     list[Path],
     typer.Option(
-        help="Held-out text: a .txt or .jsonl file (.gz or .xz too), or a folder of them. Can be repeated.",
+        help="Held-out text: .txt or .jsonl (.gz or .xz too), a file or a folder. Can be repeated.",
         show_default=False,
         rich_help_panel=_panel,
     ),

@@ -1,4 +1,4 @@
-"""What a compression can be asked for."""
+"""Options of a compression."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class CompressionConfig:
 
     Attributes:
         bits: levels of a weight: ternary, which is coded below 1 bit, or 2 to the power of 2, 3 or 4.
-        method: gptq for error-compensated quantization with calibration text, nearest for round-to-nearest (RTN).
+        method: gptq for error-compensated quantization on calibration text, nearest for round-to-nearest (RTN).
         damping: share of the mean of a Hessian's diagonal that is added to the diagonal.
         group_size: columns that share their levels; by default the whole row.
         activation_order: quantize the columns with the largest activations first.
         true_sequential: calibrate an expert's second matrix on the outputs of its quantized first one.
         skip: stack to leave uncompressed, encoder or decoder; by default neither.
         keep_sentinels: let sentinel tokens, and the decoder tokens that predict them, enter the Hessians.
-        sentinel_start: first sentinel id; by default the tokenizer's on the command line, and in Python 32000 for the
-            vocabulary of the published models.
+        sentinel_start: first sentinel id; by default the tokenizer's on the command line, and in Python 32000
+            for the vocabulary of the published models.
         token_cap: maximum of tokens that calibrate an expert, as a multiple of the even share of all tokens.
-        experts_per_group: experts that are quantized and written together; each needs about 12 x d_ff² bytes of memory.
-        codebook: codebook of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model), or upstream.
+        experts_per_group: experts quantized and written together; each needs about 12 x d_ff² bytes of memory.
+        codebook: code of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model) or upstream.
         level_dtype: dtype that levels are stored in.
     """
 
@@ -51,7 +51,7 @@ class CompressionConfig:
     level_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be done, before any work."""
+        """Refuse values that are not possible."""
         choices = {
             "bits": ("ternary", 2, 3, 4),
             "method": ("gptq", "nearest"),
@@ -68,19 +68,19 @@ class CompressionConfig:
 
     @property
     def grid(self) -> Grid:
-        """The grid of `bits`."""
+        """Grid of the digits."""
         return ternary_grid() if self.bits == "ternary" else uniform_grid(bits=self.bits)
 
     @property
     def compressed_stacks(self) -> tuple[str, ...]:
-        """The stacks whose experts are quantized."""
+        """Stacks whose experts are quantized."""
         return tuple(stack for stack in STACKS if stack != self.skip)
 
     def first_sentinel(self, model: SwitchConfig) -> int:
-        """The id from which on tokens are sentinels; beyond the vocabulary where they are kept.
+        """Return the id from which on tokens are sentinels; the size of the vocabulary where they are kept.
 
         Raises:
-          ValueError: it was not given, and the vocabulary is not the published models'.
+            ValueError: `sentinel_start` is None, and the vocabulary is not that of the published models.
         """
         if self.keep_sentinels:
             return model.vocab_size

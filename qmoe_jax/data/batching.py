@@ -17,8 +17,8 @@ class Batch(NamedTuple):
     Attributes:
         encoder: encoder ids.
         decoder: decoder ids.
-        lengths: decoder tokens of each row, start token included, since an id of 0 inside a text is not padding; 0 for
-            rows beyond the last example.
+        lengths: decoder tokens of each row, start token included, since an id of 0 inside a text is not
+            padding; 0 for rows beyond the last example.
         start: index of the batch's first example.
     """
 

@@ -1,7 +1,7 @@
 """Texts with blanks: encoding them with sentinels, and putting the spans that a model writes into the blanks.
 
-A blank is written `<extra_id_7>`, with the number of its sentinel, or `___` (three underscores or more), which takes
-the next number that the text does not name itself.
+A blank is written `<extra_id_7>`, with the number of its sentinel, or `___` (three underscores or more),
+which takes the next number that the text does not name itself.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Infill:
 def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]:
     """Cut generated ids at their sentinels: return the ids after each sentinel, by its number.
 
-    Left out are all ids before the first sentinel and from the end token on, padding, and ids beyond the tokenizer's,
-    which a padded vocabulary has. Where a model repeats a sentinel, its first span counts.
+    Left out are all ids before the first sentinel and from the end token on, padding, and ids beyond the
+    tokenizer's, which a padded vocabulary has. Where a model repeats a sentinel, its first span counts.
     """
     spans: dict[int, list[int]] = {}
     current: list[int] = []
@@ -104,8 +104,8 @@ def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]
 def _encode_after_blank(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of a text that follows a blank.
 
-    Sentencepiece puts a space before every text; where the text begins without one ("___ing", "___, then"), the
-    first piece is replaced by the same piece without its space, if the vocabulary has that.
+    Sentencepiece puts a space before every text; where the text begins without one ("___ing", "___, then"),
+    the first piece is replaced by the same piece without its space, if the vocabulary has that.
     """
     ids = tokenizer.encode(text).tolist()
     if not ids or text[0].isspace():

@@ -34,8 +34,8 @@ def samples(
     Args:
         files: text files, or folders of them: .txt or .jsonl, optionally .gz or .xz (`read_documents`).
         tokenizer: the model's tokenizer.
-        count: samples at most; by default all. Of documents the first are taken, of segments every n-th, so that they
-            are spread over all documents.
+        count: samples at most; by default all. Of documents the first are taken, of segments every n-th, so
+            that they are spread over all documents.
         max_tokens: skip documents of this many tokens or more; 568 by default, as upstream QMoE does for C4.
         segment: instead of skipping long documents, cut every document into segments of this many tokens.
         split: only JSON lines whose "split" field equals this.
@@ -70,7 +70,7 @@ def samples(
 
 
 def segments(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Int32[np.ndarray, "token"]]:
-    """Cut every document into consecutive segments of `length` tokens; a rest shorter than half of it is left out."""
+    """Cut every document into segments of `length` tokens; a rest shorter than half of it is left out."""
     found = []
     for document in documents:
         tokens = tokenizer.encode(document)
@@ -84,7 +84,7 @@ def segments(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> lis
 def short_texts(
     documents: Iterable[str], tokenizer: Tokenizer, limit: int, count: int | None = None
 ) -> list[Int32[np.ndarray, "token"]]:
-    """Return the first `count` documents of at most `limit` tokens, end token included; longer ones are skipped.
+    """Return the first `count` documents of at most `limit` tokens, end token included, skipping others.
 
     Upstream's rule for C4, with `limit` 568: 512 encoder tokens once spans are replaced by sentinels.
     """

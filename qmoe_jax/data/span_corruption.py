@@ -1,8 +1,9 @@
-"""T5's span corruption, with the same masks as upstream QMoE (Raffel et al. 2019, §3.1.4; QMoE `datautils.py`).
+"""T5's span corruption, with upstream QMoE's masks (Raffel et al. 2019, §3.1.4; QMoE `datautils.py`).
 
-A text is cut into alternating runs of kept and noise tokens. The encoder reads the text with each noise run replaced
-by a sentinel; the decoder writes the runs, each after its sentinel. Masks come from NumPy's legacy generator
-(`np.random.RandomState`), whose stream is frozen: a seed gives the same mask in every version of NumPy.
+A text is cut into alternating runs of kept and noise tokens. The encoder reads the text with each noise run
+replaced by a sentinel; the decoder writes the runs, each after its sentinel. Masks come from NumPy's legacy
+generator (`np.random.RandomState`), whose stream is frozen: a seed gives the same mask in every version of
+NumPy.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def span_corruption(
 ) -> list[Example]:
     """Corrupt tokenized `texts` (int `[token]`, without the end token) in order, from one generator.
 
-    Upstream seeds with 0 before the training texts and again before the validation texts, as one call for each does.
+    Upstream seeds with 0 before the training texts and again before the validation texts, as one call for
+    each does.
     """
     generator = np.random.RandomState(seed)
     examples = []

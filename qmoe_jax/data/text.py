@@ -41,7 +41,8 @@ def read_documents(path: str | pathlib.Path, split: str | None = None) -> Iterat
 
     Args:
         path: a file, or a folder that is searched recursively.
-        split: if given, only JSON lines whose "split" field equals it, so that one file can hold several splits.
+        split: if given, only JSON lines whose "split" field equals it, so that one file can hold several
+            splits.
 
     Raises:
         TextError: there is no text, or a line is not a JSON object with "text".

@@ -22,9 +22,9 @@ PADDING = 128
 
 
 def find_tokenizer(checkpoint: str | os.PathLike[str]) -> pathlib.Path | None:
-    """Return the sentencepiece model in a local checkpoint's directory or, as T5X lays them out, in the one above.
+    """Return the sentencepiece model that belongs to a local checkpoint, or None.
 
-    Returns None where there is none, or where the checkpoint is not a local directory.
+    It is looked for in the checkpoint's directory and, as T5X lays its files out, in the one above.
     """
     folder = pathlib.Path(checkpoint).expanduser()
     if not folder.exists():
@@ -39,8 +39,8 @@ class Tokenizer:
     Attributes:
         path: the model's file.
         model: the sentencepiece processor, whose ids have no sentinels.
-        sentinels: ids of the sentinels, `extra_ids` of them (T5: 32,000 pieces + 100; models pad their embedding to
-            32,128 rows).
+        sentinels: ids of the sentinels, `extra_ids` of them (T5: 32,000 pieces + 100; models pad their
+            embedding to 32,128 rows).
     """
 
     def __init__(self, path: str | os.PathLike[str], extra_ids: int = 100):
@@ -54,8 +54,8 @@ class Tokenizer:
             beside = find_tokenizer(found) if found.is_dir() else None
             if beside is None:
                 raise TextError(
-                    f"{found}: no sentencepiece model there; expected a file, or {' or '.join(TOKENIZER_FILES)} in "
-                    "this directory or the one above"
+                    f"{found}: no sentencepiece model there; expected a file, or "
+                    f"{' or '.join(TOKENIZER_FILES)} in this directory or the one above"
                 )
             found = beside
         self.path = found
@@ -83,12 +83,12 @@ class Tokenizer:
         ids = f"{self.vocab_size} ({self.sentinels.start} pieces and {self.sentinels.count} sentinels)"
         if self.vocab_size > vocab_size:
             raise TextError(
-                f"{self.path}: expected at most {vocab_size} ids, the model's vocabulary, found {ids}; pass the "
-                "tokenizer that the model was trained with, or its number of sentinels (extra_ids)"
+                f"{self.path}: expected at most {vocab_size} ids, the model's vocabulary, found {ids}; pass "
+                "the tokenizer that the model was trained with, or its number of sentinels (extra_ids)"
             )
         if vocab_size - self.vocab_size >= PADDING:
             warnings.warn(
-                f"{self.path}: {ids} ids, the model has {vocab_size}; check that the model was trained with it",
+                f"{self.path}: {ids} ids, the model has {vocab_size}; check that it was trained with them",
                 stacklevel=2,
             )
 
@@ -99,8 +99,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, up to the end token.
 
-        Sentinel i is written `<extra_id_i>`. Padding, and ids beyond the sentinels, which a padded vocabulary has, are
-        left out.
+        Sentinel i is written `<extra_id_i>`. Padding, and ids beyond the sentinels, which a padded vocabulary
+        has, are left out.
         """
         parts: list[str] = []
         run: list[int] = []

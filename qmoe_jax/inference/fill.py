@@ -72,7 +72,8 @@ def fill_blanks(
     progress(0, len(texts), "")
     for number, batch in enumerate(_batches(rows, batch_size)):
         written = generate(
-            model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling, seed=seed + number
+            model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling,
+            seed=seed + number,
         )  # fmt: skip
         for infill, ids in zip(infills[len(filled) :], np.asarray(written), strict=False):
             spans = read_spans(ids, tokenizer.sentinels)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import PackedMatrix
 from pallas_kernels.backend import platform
+from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
@@ -27,7 +28,6 @@ from qmoe_jax.inference.placement import (
     PlacementPlan,
     plan_placement,
     read_host_experts,
-    runs_packed,
 )
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer

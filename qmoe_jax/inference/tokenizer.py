@@ -20,8 +20,8 @@ def load_tokenizer(
 
     Args:
         checkpoint: a checkpoint of any format, by path or opened.
-        path: the sentencepiece model; by default tokenizer.model or spiece.model in the checkpoint's directory or
-            the one above. Artifacts carry theirs.
+        path: the sentencepiece model; by default tokenizer.model or spiece.model in the checkpoint's
+            directory or the one above. Artifacts carry theirs.
         extra_ids: number of sentinels above the tokenizer's pieces.
 
     Warns:
@@ -35,8 +35,8 @@ def load_tokenizer(
     found = path or find_tokenizer(reader.path)
     if found is None:
         raise TextError(
-            f"{reader.path}: no {' or '.join(TOKENIZER_FILES)} there or in the directory above; pass the tokenizer's "
-            "file"
+            f"{reader.path}: no {' or '.join(TOKENIZER_FILES)} there or in the directory above; pass the "
+            "tokenizer's file"
         )
     tokenizer = Tokenizer(found, extra_ids)
     tokenizer.check_vocabulary(reader.config.vocab_size)

@@ -97,7 +97,7 @@ def test_the_tokenizer_is_found_in_the_folder_above_the_checkpoint(data, folder,
 def test_a_tokenizer_far_smaller_than_the_vocabulary_gives_a_warning(model, texts, tmp_path):
     arguments = compress_arguments(model, texts, tmp_path / "out")
     result = qmoe(*arguments, "--extra-ids", 8, "--max-tokens", 5)
-    assert "the model has 512; check that the model was trained with it" in result.stderr
+    assert "the model has 512; check that it was trained with them" in result.stderr
 
 
 def group(start: int, calibrated: tuple[int, ...], fallback: tuple[bool, ...]) -> GroupReport:

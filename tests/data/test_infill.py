@@ -32,7 +32,7 @@ def test_a_text_without_a_blank_is_refused():
 
 
 def test_a_text_with_a_blank_is_encoded_as_span_corruption_encodes_it(tokenizer):
-    # In training whole texts are tokenized and then cut, so only the first piece of a word begins with a space.
+    # In training whole texts are tokenized and then cut: only the first piece of a word begins with a space.
     before, whole = tokenizer.encode("the cat").tolist(), tokenizer.encode("the cat sat, on").tolist()
     after_comma = whole[len(tokenizer.encode("the cat sat").tolist()) :]
     ids = Infill.parse("the cat ___, on").encode(tokenizer)

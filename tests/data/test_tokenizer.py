@@ -58,5 +58,5 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer):
 
 def test_a_model_with_many_more_ids_than_the_tokenizer_gives_a_warning(tokenizer):
     tokenizer.check_vocabulary(tokenizer.vocab_size + 127)
-    with pytest.warns(UserWarning, match="check that the model was trained with it"):
+    with pytest.warns(UserWarning, match="check that it was trained with them"):
         tokenizer.check_vocabulary(tokenizer.vocab_size + 128)

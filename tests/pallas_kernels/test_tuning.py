@@ -1,4 +1,4 @@
-"""Launch choices: explicit, then the device's table, then the heuristic; the tuner with a clock of its own."""
+"""Launch configurations: explicit, then tuned, then heuristic; the tuner with a clock of its own."""
 
 import dataclasses
 import json
