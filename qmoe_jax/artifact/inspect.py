@@ -15,10 +15,10 @@ from qmoe_jax.files.tensor import Shard
 from qmoe_jax.parameters import STACKS, is_expert
 
 _BFLOAT16_BYTES = 2
-# Bits that a row (one output of one expert) has beside its digits: two bfloat16 levels and, where there are
-# codewords, an int32 offset.
+# Bits per row (one output of one expert) beside its digits: two bfloat16 levels and, where there are codewords, an
+# int32 offset.
 _CODED_ROW_BITS, _PLAIN_ROW_BITS = 64, 32
-# Bits a weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
+# Bits per weight of the digits. Coded ternary ones were measured on 20 million digits of which 88.5 % are zero,
 # as in the published models; another share of zeros makes another size.
 FORMS: Mapping[str, tuple[float, int]] = {
     "ternary, 8-bit codewords": (0.701, _CODED_ROW_BITS),
@@ -27,7 +27,7 @@ FORMS: Mapping[str, tuple[float, int]] = {
     "3 bits": (3, _PLAIN_ROW_BITS),
     "4 bits": (4, _PLAIN_ROW_BITS),
 }
-"""Compressed forms of the experts -> (bits a weight, bits a row)."""
+"""Bits per weight and bits per row of each compressed form of the experts."""
 
 
 @dataclasses.dataclass(frozen=True)
