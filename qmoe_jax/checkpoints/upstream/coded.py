@@ -14,7 +14,7 @@ from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
-from qmoe_jax.quantization.grids import TernaryGrid
+from qmoe_jax.quantization import ternary_grid
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,11 +92,7 @@ class CodedKernel:
         try:
             digits = decode(encoded, upstream_codebook(), self.width)
         except ValueError as error:
-            raise _damaged(expert, error) from error
-        return TernaryGrid().value(digits, (levels[:, :1], levels[:, 1:]))
-
-
-def _damaged(expert: CodedMatrix, error: ValueError) -> CheckpointError:
-    return CheckpointError(
-        "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
-    )
+            raise CheckpointError(
+                "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
+            ) from error
+        return np.asarray(ternary_grid().value(np.asarray(digits), (levels[:, :1], levels[:, 1:])))
