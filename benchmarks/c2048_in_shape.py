@@ -1,16 +1,17 @@
-"""switch-c-2048 in its true shape on this machine: 1.57 trillion parameters, generating from the disk.
+"""Generates from switch-c-2048 in its true shape, 1.57 trillion parameters, with its experts on disk.
 
-    python benchmarks/c2048_in_shape.py --json benchmarks/results/c2048-in-shape.json
+    python -m benchmarks.c2048_in_shape --json benchmarks/results/c2048-in-shape.json
 
-Writes an artifact of 30 layers of 2,048 experts with random weights first (see random_artifact.py; `--disk` GB of it,
-further layers point at the same files), which takes a minute or two, then loads it with its experts on disk, reads a
-prompt of 64 tokens, and writes 64, drawn at temperature 1, so that routing does not repeat itself. Each of:
+First writes an artifact of 30 layers of 2,048 experts with random weights if there is none (benchmarks.random_artifact;
+`--disk` GB of files, which the other layers share), which takes a minute or two. Then loads it with its experts on
+disk, reads prompts of 64 tokens and generates 64 tokens each at temperature 1, so that routing does not repeat itself;
+a few minutes. Prints tokens per second and how the time per token divides, for each batch size and state:
 
-  cold      nothing of the expert files in the system's page cache, nothing in ours
-  warm      the same experts again: in the page cache, nothing in ours
-  repeated  the same experts again, as many as fit still in our cache
+  cold      no expert file in the system's page cache, no expert in the program's cache
+  warm      the same experts again: in the page cache, not in the program's
+  repeated  the same experts again, as many as fit in the program's cache
 
-and beside it, in the same run, the same model with one dense float32 expert that all tokens share.
+and, in the same run, for the same model with one dense float32 expert that all tokens share.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import measuring
+import jax.numpy as jnp
 import numpy as np
-import random_artifact
-from jax import numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 import qmoe_jax as qj
+from benchmarks import measuring, random_artifact
 from qmoe_jax.artifact.manifest import MANIFEST
 from qmoe_jax.evaluation.throughput import Generator, Throughput
 from qmoe_jax.inference.placement import DiskExperts, stores_of
@@ -59,11 +59,11 @@ class SharedExpert:
 
 
 def with_shared_expert(config: qj.SwitchConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with a dense expert in each layer (of its own memory in each, as a routed one has)."""
+    """Return the parameters with one dense expert per layer, in memory of its own as a routed expert is."""
     shape, rng = (config.d_model, config.d_ff), np.random.default_rng(0)
     wi = rng.standard_normal(shape, np.float32) * config.d_model**-0.5
     params = dict(params)
-    for stack, number in random_artifact.layers_of(config):
+    for stack, number in random_artifact.sparse_layers(config):
         layer = params[stack][f"layers_{number}"]
         shared = SharedExpert(jnp.array(wi), jnp.array(wi.T))
         mlp = {**layer["mlp"], "expert": {"placed": shared}}
@@ -72,7 +72,7 @@ def with_shared_expert(config: qj.SwitchConfig, params: dict[str, Any]) -> dict[
 
 
 def forget_files(root: Path) -> None:
-    """Drops the expert files from the page cache."""
+    """Drop the expert files from the page cache."""
     for path in root.glob("experts/**/*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -81,7 +81,7 @@ def forget_files(root: Path) -> None:
 
 
 def resident_bytes() -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak resident memory of this process so far."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
@@ -111,7 +111,7 @@ def packed_runs(
 
 
 def memory_rate(config: qj.SwitchConfig) -> float:
-    """Bytes a second at which XLA reads a dense float32 matrix of this model to multiply one token by it."""
+    """Return the bytes per second at which XLA reads a dense float32 matrix to multiply one token by it."""
     product = jax.jit(lambda x, w: x @ w)
     x, w = jnp.ones((1, config.d_model)), jnp.ones((config.d_model, config.vocab_size))
     run = {"product": lambda i: product(x, w).block_until_ready()}
@@ -119,7 +119,7 @@ def memory_rate(config: qj.SwitchConfig) -> float:
 
 
 def disk_rate(root: Path) -> float:
-    """Bytes a second of single experts read one after another, nothing of them in the page cache."""
+    """Return the bytes per second of reading single experts one after another, none in the page cache."""
     reader = qj.open_checkpoint(root, check=False)
     forget_files(root)
     chosen = np.random.default_rng(1).integers(reader.config.num_experts, size=64)
@@ -130,7 +130,7 @@ def disk_rate(root: Path) -> float:
 
 
 def sampling_seconds(batch: int, vocabulary: int) -> float:
-    """What drawing a token for each row takes by itself."""
+    """Return the seconds that drawing a token for each row takes by itself."""
     choose = jax.jit(Sampling(1.0).choose)
     logits = jnp.zeros((batch, vocabulary))
     draw = {"draw": lambda i: choose(logits, jax.random.key(i)).block_until_ready()}
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--note", default="", help="stored with the result: what else the machine was doing")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
     config = qj.PRESETS[PRESET]
@@ -169,12 +169,12 @@ def main() -> None:
         "machine": measuring.machine(os.cpu_count() or 1),
         "note": options.note,
         "expert_parameters": config.expert_parameters,
-        "layers_with_files_of_their_own": len(files) // random_artifact.files_a_layer(config),
+        "distinct_layers": len(files) // random_artifact.files_per_layer(config),
         "expert_files_bytes": sum(file.stat().st_size for file in files),
         "expert_cache_bytes": int(options.expert_cache * 1e9),
         "peak_resident_bytes": resident,
-        "memory_gigabytes_a_second": memory_rate(config) / 1e9,
-        "disk_gigabytes_a_second": disk_rate(options.folder) / 1e9,
+        "memory_gigabytes_per_second": memory_rate(config) / 1e9,
+        "disk_gigabytes_per_second": disk_rate(options.folder) / 1e9,
         "prompt_tokens": options.prompt,
         "new_tokens": options.new,
         "runs": [
@@ -191,7 +191,7 @@ def as_json(batch: int, name: str, throughput: Throughput, sampling: float) -> d
     return {
         "batch": batch,
         "state": name,
-        "sampling_milliseconds_a_step": 1e3 * sampling,
+        "sampling_milliseconds_per_step": 1e3 * sampling,
         "reading": throughput.reading.to_json(),
         "writing": throughput.writing.to_json(),
     }
@@ -205,15 +205,15 @@ def show(result: dict[str, Any]) -> None:
             "state",
             "tokens/s",
             "prompt tokens/s",
-            "MB read a token",
-            "ms: reads",
+            "MB read/token",
+            "ms/token: I/O wait",
             "experts",
-            "all else",
+            "other",
         ),
         title=f"{result['expert_parameters'] / 1e12:.2f} T expert parameters, {gigabytes:.1f} GB of files for "
-        f"{result['layers_with_files_of_their_own']} of 30 layers; peak resident "
-        f"{result['peak_resident_bytes'] / 1e9:.2f} GB; memory {result['memory_gigabytes_a_second']:.0f} GB/s, "
-        f"disk {result['disk_gigabytes_a_second']:.1f} GB/s",
+        f"{result['distinct_layers']} of 30 layers; peak resident "
+        f"{result['peak_resident_bytes'] / 1e9:.2f} GB; memory {result['memory_gigabytes_per_second']:.0f} GB/s, "
+        f"disk {result['disk_gigabytes_per_second']:.1f} GB/s",
     )
     for row in result["runs"]:
         writing = row["writing"]

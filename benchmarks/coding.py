@@ -1,9 +1,10 @@
-"""How fast ternary digits are encoded and decoded, and in how many bits.
+"""Measures how fast ternary digits are encoded and decoded, and the bits per weight that they take.
 
-    python benchmarks/coding.py --threads 2 --json benchmarks/results/coding.json
+    python -m benchmarks.coding --threads 2 --json benchmarks/results/coding.json
 
-About a minute. Speeds are for one c-2048 expert matrix (2,080 x 6,144) at P(0) = .885, beside a plain NumPy encoder
-that walks the trie for all rows at once; rates are bits a weight without row headers, beside the entropy.
+Takes about a minute. Prints million weights per second for one c-2048 expert matrix (2,080 x 6,144) at P(0) = .885,
+compared with a plain NumPy encoder that walks the trie for all rows at once; then bits per weight without row headers,
+compared with the entropy, for five sparsities.
 """
 
 from __future__ import annotations
@@ -11,20 +12,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import measuring
 import numpy as np
 
-DENSITIES = (0.80, 0.85, 0.885, 0.91, 0.95)
+from benchmarks import measuring
+from benchmarks.samples import random_digits
+
+SPARSITIES = (0.80, 0.85, 0.885, 0.91, 0.95)
 TUNSTALL_BITS = (8, 10, 12, 16)
 
 
-def random_digits(rows: int, width: int, p_zero: float) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return ((rng.random((rows, width)) >= p_zero) * rng.integers(1, 3, (rows, width))).astype(np.uint8)
-
-
 def numpy_encode(digits: np.ndarray, codebook: Any) -> np.ndarray:
-    """The peer: one step of every row at a time, codes scattered into a padded array."""
+    """Encode one step of all rows at a time, scattering codes into a padded array: the contender in plain NumPy."""
     trie, step = codebook.trie, codebook.symbol_digits
     symbols = (digits.reshape(len(digits), -1, step) * 3 ** np.arange(step)).sum(-1)
     rows = np.arange(len(digits))
@@ -43,7 +41,7 @@ def numpy_encode(digits: np.ndarray, codebook: Any) -> np.ndarray:
 def speeds(rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
     from qmoe_jax.coding import decode, encode, tunstall_codebook, upstream_codebook
 
-    digits = random_digits(rows, width, 0.885)
+    digits = random_digits((rows, width))
     table = []
     for codebook in (tunstall_codebook(), upstream_codebook()):
         encoded = encode(digits, codebook)
@@ -58,7 +56,7 @@ def speeds(rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
         }
         for name, seconds in measuring.best_seconds(contenders, rounds).items():
             speed = round(digits.size / seconds / 1e6, 1)
-            table.append({"codebook": codebook.name, "what": name, "million_weights_a_second": speed})
+            table.append({"codebook": codebook.name, "operation": name, "million_weights_per_second": speed})
     return table
 
 
@@ -66,8 +64,8 @@ def rates(rows: int, width: int) -> list[dict[str, Any]]:
     from qmoe_jax.coding import encode, entropy_bits, tunstall_codebook, upstream_codebook
 
     table = []
-    for p_zero in DENSITIES:
-        digits = random_digits(rows, width, p_zero)
+    for p_zero in SPARSITIES:
+        digits = random_digits((rows, width), p_zero)
         other = (1 - p_zero) / 2
         row = {"p_zero": p_zero, "entropy": entropy_bits(np.array([p_zero, other, other]))}
         row["upstream 16"] = 16 * len(encode(digits, upstream_codebook()).codes) / digits.size
@@ -85,7 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shape", default="2080x6144", help="rows x columns")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--note", default="", help="stored with the result: what else the machine was doing")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
     measuring.use_threads(options.threads)
@@ -93,10 +91,12 @@ def main() -> None:
     result = {"machine": measuring.machine(options.threads), "note": options.note, "shape": options.shape}
     result["speeds"] = speeds(rows, width, options.rounds)
     for row in result["speeds"]:
-        print(f"{row['codebook']:20} {row['what']:22} {row['million_weights_a_second']:8.1f} M weights/s")
-    result["bits_a_weight"] = rates(rows, width)
-    print("\n" + "  ".join(f"{name:>12}" for name in result["bits_a_weight"][0]))
-    for row in result["bits_a_weight"]:
+        print(
+            f"{row['codebook']:20} {row['operation']:22} {row['million_weights_per_second']:8.1f} M weights/s"
+        )
+    result["bits_per_weight"] = rates(rows, width)
+    print("\n" + "  ".join(f"{name:>12}" for name in result["bits_per_weight"][0]))
+    for row in result["bits_per_weight"]:
         print("  ".join(f"{value:12.3f}" for value in row.values()))
     measuring.write_json(options.json, result)
 

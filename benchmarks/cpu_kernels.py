@@ -1,15 +1,15 @@
-"""Packed products on a CPU beside dense ones, in one run.
+"""Compares packed products on a CPU with dense ones, in one run.
 
     for shape in 2080x6144 6144x2080; do
-        python benchmarks/cpu_kernels.py --threads 2 --shapes $shape --json benchmarks/results/cpu_kernels.json
+        python -m benchmarks.cpu_kernels --threads 2 --shapes $shape --json benchmarks/results/cpu_kernels.json
     done
 
-A minute or two a shape; a file is added to, a shape and number of threads measured again replaces the old figures.
-Each line is one shape (out x in) and number of tokens an expert; experts rotate, so that caches are cold. Contenders:
-Tunstall codewords of 8, 10 and 12 bits and upstream's dictionary through the same kernel; dense float32 in XLA, the
-weights [out, in] and [in, out], and in NumPy's BLAS; dense bfloat16 in XLA, both ways, for few tokens. The ratios are
-over the best dense float32, and over the better bfloat16. Every product is checked. The limit is the time that the
-codewords alone take at the bandwidth measured in the same run.
+Takes a minute or two per shape. New shapes and numbers of threads are added to an existing file, and those measured
+again are replaced. Prints one line per shape (out x in) and number of tokens per expert: the speed-up over the fastest
+dense float32 product and the milliseconds of every contender. Experts rotate, so that caches are cold. Contenders:
+Tunstall codewords of 8, 10 and 12 bits and upstream's dictionary through the same kernel; dense float32 in XLA with
+weights [out, in] and [in, out], and in NumPy's BLAS; dense bfloat16 in XLA, both layouts, for few tokens. Every product
+is checked. The limit is the time to read the codewords alone at the memory bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import measuring
 import numpy as np
 
+from benchmarks import measuring
+from benchmarks.samples import P_ZERO, random_ternary
+
 UPSTREAM_SHAPES = ("768x3072", "3072x768", "1024x4096", "4096x1024", "2080x6144", "6144x2080")
-P_ZERO = 0.885
 OURS, BLAS = "tunstall-8", "NumPy float32"
 PACKED_BYTES, DENSE_BYTES = 48e6, 100e6  # of all copies of a matrix: more than a cache of 32 MB holds
 BFLOAT16_TOKENS = 4
@@ -36,17 +37,8 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 Run = Callable[[int], Any]
 
 
-def expert(rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(digits, levels, dense float32) of a random expert."""
-    rng = np.random.default_rng(0)
-    digits = ((rng.random((rows, width)) >= P_ZERO) * rng.integers(1, 3, (rows, width))).astype(np.uint8)
-    levels = np.stack([-rng.random(rows), rng.random(rows)], -1).astype(np.float32)
-    table = np.concatenate([np.zeros((rows, 1), np.float32), levels], -1)
-    return digits, levels, np.take_along_axis(table, digits.astype(np.int64), 1)
-
-
 def packed_experts(digits: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
-    """name -> packed experts on the device, all alike but each in its own memory."""
+    """Return packed experts on the device by codebook, equal but each in memory of its own."""
     import jax
 
     from qmoe_jax.coding import encode, pack, tunstall_codebook, upstream_codebook
@@ -62,7 +54,7 @@ def packed_experts(digits: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
 
 
 def packed_runs(packed: dict[str, Any], x: Any) -> dict[str, Run]:
-    """name -> the product with the next expert."""
+    """Return the product with the next expert by codebook."""
     import jax.numpy as jnp
 
     from pallas_kernels import packed_matmul
@@ -75,7 +67,7 @@ def packed_runs(packed: dict[str, Any], x: Any) -> dict[str, Run]:
 
 
 def dense_runs(dense: np.ndarray, x: Any) -> dict[str, Run]:
-    """The same for the dense contenders; each has its own copies of the matrix."""
+    """Return the same for the dense contenders; each has its own copies of the matrix."""
     import jax
     import jax.numpy as jnp
 
@@ -99,12 +91,15 @@ def check(runs: dict[str, Run], wanted: np.ndarray) -> None:
     for name, run in runs.items():
         error = np.abs(np.asarray(run(0), np.float32) - wanted).max() / np.abs(wanted).max()
         tolerance = TOLERANCES["bfloat16" if "bfloat16" in name else "float32"]
-        assert error < tolerance, f"{name}: a relative error of {error}"
+        assert error < tolerance, f"{name}: expected a relative error below {tolerance}, found {error}"
 
 
 def best_of_bursts(runs: dict[str, Run], turns: int, length: int) -> dict[str, float]:
-    """The shortest seconds of each. A turn is a pause, in which the threads of the contender before fall asleep, and
-    a burst of runs, whose first quarter only wakes its own."""
+    """Return the shortest seconds of each.
+
+    A turn is a pause, in which the threads of the previous contender fall asleep, and a burst of runs, whose first
+    quarter only wakes this contender's threads.
+    """
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(turns):
         for name, run in runs.items():
@@ -118,7 +113,7 @@ def best_of_bursts(runs: dict[str, Run], turns: int, length: int) -> dict[str, f
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads read from memory."""
+    """Return the bytes per second that this many threads read from memory."""
     import numba
 
     from pallas_kernels.cpu.threads import next_chunk, parallel_for
@@ -134,14 +129,14 @@ def bandwidth(threads: int) -> float:
     return array.nbytes / best_of_bursts({"read": lambda i: parallel_for(read, array, sums)}, 3, 4)["read"]
 
 
-def streams(packed: Any, weights: int, bytes_a_second: float) -> dict[str, float]:
-    """What bounds a product with one token: bytes from memory, and loads, three of which a core does in a cycle."""
+def streams(packed: Any, weights: int, bytes_per_second: float) -> dict[str, float]:
+    """Return what bounds a product with one token: memory traffic and loads, three per cycle and core."""
     codewords, size = packed.row_offsets[0, -1].item(), packed.codes.dtype.itemsize
     return {
-        "bits_a_weight": round(8 * codewords * size / weights, 3),
-        "bits_a_weight_unpadded": round(codewords * np.log2(packed.table.entries.shape[0]) / weights, 3),
-        "limit_milliseconds": round(1e3 * codewords * size / bytes_a_second, 3),
-        "loads_a_codeword": 1 + packed.table.words * (1 + packed.table.slots),
+        "bits_per_weight": round(8 * codewords * size / weights, 3),
+        "bits_per_weight_unpadded": round(codewords * np.log2(packed.table.entries.shape[0]) / weights, 3),
+        "limit_milliseconds": round(1e3 * codewords * size / bytes_per_second, 3),
+        "loads_per_codeword": 1 + packed.table.words * (1 + packed.table.slots),
         "million_codewords": round(codewords / 1e6, 3),
     }
 
@@ -155,31 +150,31 @@ def measure(
     runs = packed_runs(packed, x) | dense_runs(dense, x)
     check(runs, np.asarray(x) @ dense.T)
     turns, length = (options.turns, 12) if tokens < 64 else (max(2, options.turns // 2), 4)
-    last = {BLAS: runs.pop(BLAS)}  # its threads wait in a loop for a tenth of a second
+    last = {BLAS: runs.pop(BLAS)}  # its threads spin for a tenth of a second
     seconds = best_of_bursts(runs, turns, length) | best_of_bursts(last, turns, length)
     row: dict[str, Any] = {
         "tokens": tokens,
         "milliseconds": {k: round(1e3 * v, 3) for k, v in seconds.items()},
-        "billion_weights_a_second": round(dense.size * tokens / seconds[OURS] / 1e9, 1),
+        "billion_weights_per_second": round(dense.size * tokens / seconds[OURS] / 1e9, 1),
     }
     for dtype in ("float32", "bfloat16"):
         if found := [v for name, v in seconds.items() if dtype in name]:
-            row[f"over_dense_{dtype}"] = round(min(found) / seconds[OURS], 2)
+            row[f"speedup_over_dense_{dtype}"] = round(min(found) / seconds[OURS], 2)
     return row
 
 
 def measure_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     rows, width = map(int, shape.split("x"))
-    digits, levels, dense = expert(rows, width)
-    packed = packed_experts(digits, levels)
-    load, bytes_a_second = round(os.getloadavg()[0], 1), bandwidth(options.threads)
+    digits, levels, weights = random_ternary(rows, width)
+    packed, dense = packed_experts(digits, levels.astype(np.float32)), weights.astype(np.float32)
+    load, bytes_per_second = round(os.getloadavg()[0], 1), bandwidth(options.threads)
     result: dict[str, Any] = {
         "shape": shape,
         "threads": options.threads,
         "load_before": load,
         "note": options.note,
-        "gigabytes_a_second": round(bytes_a_second / 1e9, 1),
-        "streams": {name: streams(p, dense.size, bytes_a_second) for name, p in packed.items()},
+        "gigabytes_per_second": round(bytes_per_second / 1e9, 1),
+        "streams": {name: streams(p, dense.size, bytes_per_second) for name, p in packed.items()},
         "products": [],
     }
     print(json.dumps({k: v for k, v in result.items() if k != "products"}))
@@ -192,13 +187,13 @@ def measure_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:
 def print_row(shape: str, row: dict[str, Any]) -> None:
     times = "  ".join(f"{name} {value:.2f}" for name, value in row["milliseconds"].items())
     print(
-        f"{shape:>10} {row['tokens']:4d} tokens  {row['over_dense_float32']:5.2f} x  (ms: {times})",
+        f"{shape:>10} {row['tokens']:4d} tokens  {row['speedup_over_dense_float32']:5.2f} x  (ms: {times})",
         flush=True,
     )
 
 
 def add_to(path: str | None, machine: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Writes the runs into the file, beside those of other shapes and numbers of threads."""
+    """Write the runs into the file, and keep its runs of other shapes and numbers of threads."""
     old = json.loads(pathlib.Path(path).read_text())["runs"] if path and pathlib.Path(path).exists() else []
     new = {(run["shape"], run["threads"]): run for run in [*old, *runs]}
     order = sorted(new, key=lambda key: (key[1], UPSTREAM_SHAPES.index(key[0])))
@@ -215,12 +210,12 @@ def main() -> None:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[2**i for i in range(10)])
     parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--note", default="", help="stored with the result: what else the machine was doing")
     parser.add_argument("--json", help="file to write, or to add to")
     options = parser.parse_args()
     measuring.use_threads(options.threads)
     machine = measuring.machine(options.threads)
-    del machine["threads"], machine["load_before"]  # each run says them for itself
+    del machine["threads"], machine["load_before"]  # each run has its own
     add_to(options.json, machine, [measure_shape(shape, options) for shape in options.shapes])
 
 

@@ -1,4 +1,4 @@
-"""The dense peer for many tokens: a grouped bfloat16 product on tensor cores, every expert's weights in memory."""
+"""A grouped bfloat16 product of dense experts on tensor cores, to compare packed products with."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.backend import triton_parameters
 from pallas_kernels.matmul.grouping import group_tokens
 
-ROWS, COLUMNS = 64, 32  # of weights a program, and a step; COLUMNS divides every width here
+ROWS, COLUMNS = 64, 32  # of weights per program, and per step; COLUMNS divides every width here
 
 
 def grouped_product(weights: Any, x: Any, expert_index: Any, *, lanes: int, interpret: bool) -> Any:
-    """`y[t] = weights[expert_index[t]] @ x[t]`; weights [expert, out, in] and x [t, in] in bfloat16."""
+    """Return `y[t] = weights[expert_index[t]] @ x[t]`.
+
+    Args:
+      weights: bfloat16 [expert, out, in]; `in` is a multiple of 32.
+      x: bfloat16 [t, in].
+      expert_index: int32 [t].
+      lanes: tokens per block.
+      interpret: whether Pallas interprets the kernel, on any device.
+    """
     experts, rows, width = weights.shape
     blocks = group_tokens(expert_index, experts, lanes)
     y = pl.pallas_call(
@@ -27,8 +35,8 @@ def grouped_product(weights: Any, x: Any, expert_index: Any, *, lanes: int, inte
         compiler_params=triton_parameters(num_warps=4, num_stages=3),
         interpret=interpret,
         name="dense_grouped_product",
-    )(weights, blocks.expert, blocks.spread(x))
-    return blocks.collect(y)
+    )(weights, blocks.expert, blocks.dispatch(x))
+    return blocks.combine(y)
 
 
 def _kernel(weights: Any, experts: Any, x: Any, y: Any, *, steps: int) -> None:

@@ -1,12 +1,12 @@
-"""Tokens a second on a GPU: packed experts beside bfloat16 ones, and c-2048 with as many layers as fit.
+"""Measures tokens per second on a GPU: packed experts against bfloat16 ones, and c-2048 with as many layers as fit.
 
-    python benchmarks/end_to_end_gpu.py             # on the device; some minutes
-    python benchmarks/end_to_end_gpu.py --rehearse  # anywhere, tiny models: checks the script
+    python -m benchmarks.end_to_end_gpu             # on the device
+    python -m benchmarks.end_to_end_gpu --rehearse  # anywhere: tiny models, which checks the script
 
-Weights are random. Packed experts are random valid codewords of the byte codebook, drawn as often as digits with
-P(0) = .885 would draw them, made on the device layer by layer: `--distinct` experts a layer, repeated, each copy
-in memory of its own. Where the experts in bfloat16 do not fit, one expert shared by all stands for them: the same
-arithmetic, fewer bytes in memory, as many read.
+Takes some minutes (not measured yet) and prints one JSON object per model. Weights are random. Packed experts are
+random valid codewords of the byte codebook, with the frequencies of digits with P(0) = .885, made on the device layer
+by layer: `--distinct` experts per layer, repeated, each copy in memory of its own. Where the experts in bfloat16 do not
+fit, all tokens share one expert: the same arithmetic and as many bytes read, but fewer bytes in memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import os
 import time
 from typing import Any
 
-import gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu
+from benchmarks.samples import P_ZERO, codeword_probabilities
 from pallas_kernels import PackedMatrix
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.config import PRESETS, SwitchConfig
@@ -31,19 +32,18 @@ from qmoe_jax.inference.generate import generate
 from qmoe_jax.models import SwitchTransformer
 
 NEW_TOKENS, PROMPT = 128, 64
-OTHER_BYTES = 4 << 30  # for dense parameters, activations and what a layer's making needs
-BITS_A_WEIGHT = 0.705  # of the random codewords, with the padding of their rows
+OTHER_BYTES = 4 << 30  # for dense parameters, activations and the arrays needed while a layer is made
+BITS_PER_WEIGHT = 0.705  # of the random codewords, with the padding of their rows
 ALIGNMENT = 128  # of an expert's codes, in bytes: even, as codes of 2 to 4 GiB must be
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "width", "distinct"))
 def random_streams(key: Any, rows: int, width: int, distinct: int) -> tuple[Any, Any]:
-    """(codes, row offsets) of experts whose rows end with the codeword that reaches the width."""
-    book = tunstall_codebook(gpu.P_ZERO)
-    share = gpu.P_ZERO ** (book.lengths - (book.digits != 0).sum(1))
-    share = share * ((1 - gpu.P_ZERO) / 2) ** (book.digits != 0).sum(1)
-    edges = jnp.asarray(np.cumsum(share) / share.sum(), jnp.float32)
-    mean = float((share * book.lengths).sum() / share.sum())
+    """Return (codes, row offsets) of experts whose rows end with the codeword that reaches the width."""
+    book = tunstall_codebook(P_ZERO)
+    probability = codeword_probabilities(book)
+    edges = jnp.asarray(np.cumsum(probability) / probability.sum(), jnp.float32)
+    mean = float((probability * book.lengths).sum() / probability.sum())
     most = int(width / mean + 12 * (width / mean) ** 0.5) + 16
 
     def expert(key: Any) -> tuple[Any, Any]:
@@ -60,19 +60,19 @@ def random_streams(key: Any, rows: int, width: int, distinct: int) -> tuple[Any,
 
 
 def random_packed(key: Any, experts: int, rows: int, width: int, distinct: int) -> PackedMatrix:
-    """A layer's matrices of `experts` experts."""
+    """Draw the matrices of one layer's experts."""
     distinct = min(distinct, experts)
     codes, offsets = random_streams(key, rows, width, distinct)
     capacity = -(-int(offsets[:, -1].max()) // ALIGNMENT) * ALIGNMENT
     repeat = jax.jit(lambda array: jnp.tile(array, (experts // distinct, 1)))
     codes, offsets = repeat(codes[:, :capacity]), repeat(offsets)
     levels = jnp.broadcast_to(jnp.asarray([-1.0, 1.0], jnp.bfloat16) * 2.5 * width**-0.5, (experts, rows, 2))
-    table = jax.device_put(tunstall_codebook(gpu.P_ZERO).decode_table)
+    table = jax.device_put(tunstall_codebook(P_ZERO).decode_table)
     return PackedMatrix(codes, offsets, levels + 0, table, width)
 
 
 def random_params(config: SwitchConfig, experts: str, distinct: int) -> tuple[SwitchTransformer, Any]:
-    """A model with bfloat16 parameters and "packed" or "dense" experts, on the device."""
+    """Draw a model with bfloat16 parameters and "packed" or "dense" experts on the device."""
     from flax import linen as nn
 
     model = SwitchTransformer(config, None, jnp.bfloat16)
@@ -94,15 +94,15 @@ def random_params(config: SwitchConfig, experts: str, distinct: int) -> tuple[Sw
     return model, jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def tokens_a_second(model: SwitchTransformer, params: Any, new_tokens: int) -> float:
-    """Of one row, compiled before; a model that never ends."""
+def tokens_per_second(model: SwitchTransformer, params: Any, new_tokens: int) -> float:
+    """Return the tokens per second of one row, compilation excluded, for a model that never ends a text."""
     prompt = jnp.asarray(
         np.random.default_rng(0).integers(3, model.config.vocab_size, (1, PROMPT)), jnp.int32
     )
     run = lambda: generate(model, params, prompt, max_new_tokens=new_tokens)
     first = np.asarray(run())
     if not (first >= 0).all():
-        raise AssertionError("generation gave ids below zero")
+        raise AssertionError("expected ids of at least 0 from generation, found negative ones")
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -112,44 +112,46 @@ def tokens_a_second(model: SwitchTransformer, params: Any, new_tokens: int) -> f
 
 
 def measured(config: SwitchConfig, experts: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model: made, run, measured, dropped."""
+    """Make one model, measure it and return its row of the result."""
     start = time.perf_counter()
     model, params = random_params(config, experts, options.distinct)
     made = time.perf_counter() - start
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    rate = tokens_a_second(model, params, options.new_tokens)
+    rate = tokens_per_second(model, params, options.new_tokens)
     stats = jax.devices()[0].memory_stats() or {}
     row = {
         "experts": experts,
         "layers": [config.num_encoder_layers, config.num_decoder_layers],
-        "experts_a_layer": config.num_experts,
+        "experts_per_layer": config.num_experts,
         "parameter_gigabytes": round(size / 1e9, 2),
         "peak_gigabytes": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
         "seconds_to_make": round(made, 1),
-        "tokens_a_second": round(rate, 2),
+        "tokens_per_second": round(rate, 2),
     }
     print(json.dumps(row), flush=True)
     return row
 
 
 def endless(config: SwitchConfig, **changes: Any) -> SwitchConfig:
-    """The model without an end token: every generation is as long as asked for."""
+    """Return the configuration without an end token, so that every generation has the requested length."""
     return dataclasses.replace(config, eos_id=-1, **changes)
 
 
 def layers_that_fit(config: SwitchConfig) -> int:
-    """Layers of each stack whose packed experts the device's memory holds."""
+    """Return how many layers of each stack have packed experts that fit the device's memory."""
     stats = jax.devices()[0].memory_stats()
     if not stats:
         return config.num_encoder_layers
     free = stats["bytes_limit"] - stats["bytes_in_use"] - OTHER_BYTES
     rows = config.d_model + config.d_ff
-    expert = 2 * config.d_model * config.d_ff * BITS_A_WEIGHT / 8 + rows * 8  # an offset and two levels a row
+    expert = (
+        2 * config.d_model * config.d_ff * BITS_PER_WEIGHT / 8 + rows * 8
+    )  # an offset and two levels a row
     return min(config.num_encoder_layers, int(free / (2 * config.num_experts * expert)))
 
 
 def shortened(config: SwitchConfig, layers: int) -> SwitchConfig:
-    """The model with its first layers alone; all of them sparse, as c-2048's are."""
+    """Return the configuration with its first `layers` layers only, all of them sparse as in c-2048."""
     sparse = tuple(range(layers))
     return endless(
         config,
@@ -161,24 +163,29 @@ def shortened(config: SwitchConfig, layers: int) -> SwitchConfig:
 
 
 def c2048(options: argparse.Namespace, config: SwitchConfig) -> dict[str, Any]:
-    """All experts of as many layers as fit; the same layers with one bfloat16 expert shared by all."""
+    """Measure all experts of as many layers as fit, and the same layers with one bfloat16 expert for all tokens."""
     for layers in range(layers_that_fit(config), 0, -1):
-        said = (
+        resident = (
             f"{2 * layers} of {2 * config.num_encoder_layers} layers x {config.num_experts} experts resident"
         )
-        print(f"c-2048: {said}", flush=True)
+        print(f"c-2048: {resident}", flush=True)
         fitting = shortened(config, layers)
         try:
             packed = measured(fitting, "packed", options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"{said}: out of memory, one layer of each stack less", flush=True)
+            print(f"{resident}: out of memory, one layer of each stack less", flush=True)
             continue
         shared = measured(dataclasses.replace(fitting, num_experts=1), "dense", options)
         whole = layers == config.num_encoder_layers
-        return {"resident": said, "whole_model": whole, "packed": packed, "dense, one expert for all": shared}
-    raise SystemExit("c-2048: not one layer of each stack fits this device's memory")
+        return {
+            "resident": resident,
+            "whole_model": whole,
+            "packed": packed,
+            "dense, one expert for all": shared,
+        }
+    raise SystemExit("c-2048: one layer of each stack does not fit this device's memory")
 
 
 def main() -> None:
@@ -187,7 +194,9 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["switch-base-128", "switch-c-2048"])
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--distinct", type=int, default=32, help="different experts a layer; a power of two")
+    parser.add_argument(
+        "--distinct", type=int, default=32, help="different experts per layer; a power of two"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny models, nothing measured")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
@@ -207,7 +216,9 @@ def main() -> None:
         else:
             result[name] = {kind: measured(endless(config), kind, options) for kind in ("packed", "dense")}
     if options.rehearse:
-        print("rehearsed: both kinds of experts generate; the figures above are of toys and are not kept")
+        print(
+            "rehearsed: both kinds of experts generate; the figures above are of tiny models and are not stored"
+        )
         return
     gpu.result_path("end-to-end", options.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,12 +1,13 @@
-"""How many experts a second GPTQ quantizes to ternary.
+"""Measures how many experts per second GPTQ quantizes to ternary.
 
-    python benchmarks/gptq.py --json benchmarks/results/gptq.json
+    python -m benchmarks.gptq --json benchmarks/results/gptq.json
 
-A minute and a half on two cores. For both matrices of an expert: `gptq` on several experts at once; of that, the share
-of factoring the Hessians; the same arithmetic at the speed of this machine's float32 matrix product, which bounds it;
-and the peer, the textbook in NumPy, a column and an expert at a time. Digits are compared with the peer's, for which
-NumPy factors in float64: a weight near a rounding border may fall on its other side, and the rest of its row makes up
-for that. From the speeds at c-2048 follow the hours for all experts of Switch-c-2048, were there nothing else to do.
+Takes a minute and a half on two cores. Prints for both matrices of an expert: experts per second of `gptq` on several
+experts at once; the share of factoring the Hessians; the ratio to the same arithmetic at the speed of this machine's
+float32 matrix product, an upper bound; and the reference implementation in NumPy, which quantizes one column of one
+expert at a time. Digits are compared with the reference's, which factors in float64: a weight near a rounding border
+may fall on its other side, and the rest of its row compensates for that. The last line projects the hours for all
+experts of Switch-c-2048 from the speeds at c-2048, if nothing else had to be done.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import argparse
 import time
 from typing import Any
 
-import measuring
 import numpy as np
 
-# d_model, d_ff, experts at once, calibration tokens an expert
+from benchmarks import measuring
+
+# d_model, d_ff, experts at once, calibration tokens per expert
 SIZES = {"demo": (240, 960, 8, 600), "base-128": (768, 3072, 2, 1500), "c-2048": (2080, 6144, 2, 1500)}
 C2048_EXPERTS = 30 * 2048
 
 
 def problem(experts: int, rows: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and Hessians; ReLU of correlated normal inputs."""
+    """Return weights, and Hessians of the ReLU of correlated normal inputs."""
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((width, width), np.float32) / np.float32(width**0.5)
     x = np.maximum(rng.standard_normal((experts, tokens, width), np.float32) @ mix, 0)
@@ -32,12 +34,12 @@ def problem(experts: int, rows: int, width: int, tokens: int) -> tuple[np.ndarra
 
 
 def arithmetic(rows: int, width: int) -> float:
-    """Multiplications and additions of one matrix: the Cholesky factorization and the pull of earlier columns."""
+    """Return the multiplications and additions for one matrix: Cholesky factorization and error feedback."""
     return width**3 / 3 + rows * width**2
 
 
 def matmul_rate(rounds: int) -> float:
-    """Floating-point operations a second of a float32 product of 2,048 x 2,048 matrices."""
+    """Return the floating-point operations per second of a float32 product of 2,048 x 2,048 matrices."""
     import jax
     import jax.numpy as jnp
 
@@ -69,24 +71,26 @@ def measure(size: str, matrix: str, rounds: int) -> dict[str, Any]:
     _, peer_digits = gptq_reference(w[0], hessian[0], None)
     peer_seconds = time.perf_counter() - start
     equal = float((np.asarray(gptq(device_w, device_hessian, grid).digits[0]) == peer_digits).mean())
-    assert equal > 0.995, f"{size} {matrix}: only {equal:.4f} of the digits are the peer's"
+    assert equal > 0.995, (
+        f"{size} {matrix}: expected the reference's digits but for ties, found {equal:.4f} of them"
+    )
     return {
         "size": size,
         "matrix": matrix,
         "out": rows,
         "in": width,
         "experts_at_once": experts,
-        "experts_a_second": experts / seconds["gptq"],
-        "factoring_share": seconds["factorize"] / seconds["gptq"],
-        "ceiling_experts_a_second": matmul_rate(rounds) / arithmetic(rows, width),
-        "peer_experts_a_second": 1 / peer_seconds,
+        "experts_per_second": experts / seconds["gptq"],
+        "factorization_share": seconds["factorize"] / seconds["gptq"],
+        "ceiling_experts_per_second": matmul_rate(rounds) / arithmetic(rows, width),
+        "peer_experts_per_second": 1 / peer_seconds,
         "digits_equal": equal,
     }
 
 
 def projected_hours(speeds: list[dict[str, Any]]) -> float | None:
-    """Both matrices of every expert of Switch-c-2048, one after the other."""
-    seconds = [1 / row["experts_a_second"] for row in speeds if row["size"] == "c-2048"]
+    """Return the hours for both matrices of every expert of Switch-c-2048, one after the other."""
+    seconds = [1 / row["experts_per_second"] for row in speeds if row["size"] == "c-2048"]
     return C2048_EXPERTS * sum(seconds) / 3600 if seconds else None
 
 
@@ -97,7 +101,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--note", default="", help="kept with the result: what else the machine was doing")
+    parser.add_argument("--note", default="", help="stored with the result: what else the machine was doing")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args()
     measuring.use_threads(options.threads)
@@ -106,20 +110,20 @@ def main() -> None:
         "note": options.note,
         "speeds": [],
     }
-    print("size      matrix    out x in     experts/s  factoring  of ceiling   peer/s  times  digits equal")
+    print("size      matrix    out x in     experts/s  factoring  of ceiling  peer/s speed-up  digits equal")
     for size in options.sizes:
         for matrix in ("wi", "wo"):
             row = measure(size, matrix, options.rounds)
             result["speeds"].append(row)
-            speed, peer = row["experts_a_second"], row["peer_experts_a_second"]
+            speed, peer = row["experts_per_second"], row["peer_experts_per_second"]
             print(
-                f"{size:9} {matrix:6} {row['out']:6} x {row['in']:<5} {speed:11.2f} {row['factoring_share']:10.0%}"
-                f" {speed / row['ceiling_experts_a_second']:11.0%} {peer:8.2f} {speed / peer:6.1f}"
+                f"{size:9} {matrix:6} {row['out']:6} x {row['in']:<5} {speed:11.2f} {row['factorization_share']:10.0%}"
+                f" {speed / row['ceiling_experts_per_second']:11.0%} {peer:8.2f} {speed / peer:6.1f}"
                 f" {row['digits_equal']:13.6f}",
                 flush=True,
             )
     if (hours := projected_hours(result["speeds"])) is not None:
-        result["c-2048_projected_hours"] = hours
+        result["c2048_projected_hours"] = hours
         print(
             f"\nall {C2048_EXPERTS:,} experts of Switch-c-2048, computed from these speeds: {hours:,.0f} hours"
         )

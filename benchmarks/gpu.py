@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: random experts, times by slope, the device named, where results go."""
+"""Packed experts, timing by slope, a description of the device, and result paths, shared by the GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -7,51 +7,42 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-P_ZERO = 0.885
+from benchmarks.samples import TernaryMatrix
+from pallas_kernels import PackedMatrix
+from qmoe_jax.coding import Codebook, encode, pack
+
 COLD_BYTES = 192 << 20  # several times an H100's or H200's L2 cache
 
 
-class Expert(NamedTuple):
-    """A random ternary matrix: its digits, its two levels a row, and itself in float64."""
-
-    digits: np.ndarray
-    levels: np.ndarray
-    weights: np.ndarray
-
-    @classmethod
-    def random(cls, rows: int, width: int) -> Expert:
-        rng = np.random.default_rng(0)
-        digits = ((rng.random((rows, width)) >= P_ZERO) * rng.integers(1, 3, (rows, width))).astype(np.uint8)
-        levels = np.stack([-rng.random(rows) - 0.1, rng.random(rows) + 0.1], -1).astype(jnp.bfloat16)
-        table = np.pad(levels.astype(np.float64), ((0, 0), (1, 0)))
-        return cls(digits, levels, np.take_along_axis(table, digits.astype(np.int64), 1))
-
-    def packed(self, codebook: Any, experts: int) -> Any:
-        """As many experts, alike but each in its own memory, on the device."""
-        from qmoe_jax.coding import encode, pack
-
-        levels = np.broadcast_to(self.levels, (experts, *self.levels.shape))
-        stream = encode(self.digits, codebook)
-        return jax.device_put(pack([stream] * experts, levels, codebook, self.digits.shape[1]))
+def pack_copies(matrix: TernaryMatrix, codebook: Codebook, experts: int) -> PackedMatrix:
+    """Return `experts` experts on the device, equal but each in memory of its own."""
+    levels = np.broadcast_to(matrix.levels, (experts, *matrix.levels.shape))
+    stream = encode(matrix.digits, codebook)
+    return jax.device_put(pack([stream] * experts, levels, codebook, matrix.digits.shape[1]))
 
 
 def cold_count(nbytes: int, most: int = 256) -> int:
-    """Copies of something that must be visited in turn so that each is out of the cache when its turn comes."""
+    """Return how many copies must be used in turn so that each has left the cache when its turn comes again."""
     return int(min(max(2, -(-COLD_BYTES // nbytes)), most))
 
 
 def slope_seconds(
     launch: Callable[..., Any], operands: Sequence[Any], shared: Any, counts: tuple[int, int], rounds: int = 5
 ) -> float:
-    """Seconds of one launch: many in one program less few in one, so that what a program costs cancels.
+    """Return the seconds of one launch: a program of many launches minus one of few, so that fixed costs cancel.
 
-    `launch(shared, operands[i])` runs with the operands in turn; `shared` is the arrays that all of them need.
+    Args:
+      launch: called as `launch(shared, operand)`.
+      operands: used in turn.
+      shared: the arrays that every launch needs.
+      counts: launches in the short program and in the long one.
+      rounds: measurements; the median is returned.
     """
 
     def program(count: int) -> Callable[[], Any]:
@@ -73,19 +64,19 @@ def slope_seconds(
 
 
 def copy_bandwidth(nbytes: int) -> float:
-    """Bytes a second that the device copies, read and written counted."""
+    """Return the bytes per second that the device copies, counting both reads and writes."""
     arrays = [jnp.full(nbytes // 4, i, jnp.float32) for i in range(2)]
     return 2 * nbytes / slope_seconds(lambda _, x: -x, arrays, None, (2, 6))
 
 
 def relative_error(found: Any, wanted: np.ndarray) -> float:
-    """Norm of the difference over the norm; NaN is infinite."""
+    """Return the norm of the difference over the norm of `wanted`; infinity for NaN."""
     error = np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted)
     return float(error) if np.isfinite(error) else float("inf")
 
 
 def device() -> dict[str, Any]:
-    """What ran, for a result."""
+    """Return the device and the version of jax."""
     first = jax.devices()[0]
     stats = first.memory_stats() or {}
     return {
@@ -97,7 +88,7 @@ def device() -> dict[str, Any]:
 
 
 def require_gpu(rehearsal: bool) -> None:
-    """Exits with a reason where there is no GPU to measure."""
+    """Exit with a reason if there is no GPU to measure and this is not a rehearsal."""
     if jax.default_backend() != "gpu" and not rehearsal:
         raise SystemExit(
             f"expected a CUDA device, found {jax.devices()[0].device_kind}: nothing is measured here "
@@ -106,7 +97,7 @@ def require_gpu(rehearsal: bool) -> None:
 
 
 def result_path(name: str, explicit: str | None) -> pathlib.Path:
-    """`explicit`, else `<name>-<device>.json` in $OUT, else in benchmarks/results."""
+    """Return `explicit`, or `<name>-<device>.json` in $OUT or else in benchmarks/results."""
     if explicit:
         return pathlib.Path(explicit)
     folder = pathlib.Path(os.environ.get("OUT") or pathlib.Path(__file__).parent / "results")

@@ -1,12 +1,13 @@
-"""Packed products on a GPU beside dense ones and the bandwidth limit, every launch choice timed.
+"""Compares packed products on a GPU with dense ones and the bandwidth limit, and tunes every launch choice.
 
-    python benchmarks/kernels.py                    # on the device; --minutes 9, most informative loads first
-    python benchmarks/kernels.py --rehearse         # anywhere, tiny shapes in interpret mode: checks the script
+    python -m benchmarks.kernels                # on the device
+    python -m benchmarks.kernels --rehearse     # anywhere: tiny shapes in interpret mode, which checks the script
 
-Writes <name>-<device>.json (to --json, $OUT or benchmarks/results) and beside it the tuning table to commit as
-pallas_kernels/data/<device>.json. Experts take turns, so that none is in the L2 cache; every product is checked
-against float64. A time is the slope between a program of many launches and one of few. "limit" is the codewords'
-bytes over the copy bandwidth measured in the same run, or the dense product's arithmetic where that is larger.
+Takes `--minutes` (9), most informative loads first, and prints one JSON object per load and a table at the end. Writes
+kernels-<device>.json (to --json, $OUT or benchmarks/results), and beside it the tuning table to commit as
+pallas_kernels/data/<device>.json. Experts take turns, so that none is in the L2 cache; every product is checked against
+float64. A time is the slope between a program of many launches and one of few. The limit is the codewords' bytes over
+the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import json
 import time
 from typing import Any
 
-import dense_peer
-import gpu
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import dense_peer, gpu
+from benchmarks.samples import P_ZERO, TernaryMatrix, random_ternary
 from pallas_kernels import packed_matmul, tuning
 from pallas_kernels.matmul import routes
 from pallas_kernels.matmul.pallas import gather, separate, tensor_core
@@ -57,7 +58,7 @@ ROUTES = {
 
 
 class Run:
-    """One run of the benchmark: how large, how often, and what it has found."""
+    """One run of the benchmark: its size, its deadline and its results so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.rehearsal: bool = options.rehearse
@@ -65,7 +66,7 @@ class Run:
         self.deadline = time.monotonic() + options.minutes * 60
         self.choices: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
-        self.bytes_a_second = gpu.copy_bandwidth(1 << 14 if self.rehearsal else 1 << 30)
+        self.bytes_per_second = gpu.copy_bandwidth(1 << 14 if self.rehearsal else 1 << 30)
 
     def seconds(self, launch: Any, operands: list[Any], shared: Any) -> float:
         return gpu.slope_seconds(launch, operands, shared, self.counts, 1 if self.rehearsal else 5)
@@ -73,7 +74,7 @@ class Run:
     def tune(
         self, problem: tuning.Problem, candidates: list[Any], timed: Any, *, keep: bool = True
     ) -> dict[str, Any]:
-        """The entry of the fastest candidate; a rehearsal tries two. Kept for the table unless the load is odd."""
+        """Return the entry of the fastest candidate, of two in a rehearsal; `keep` adds it to the tuning table."""
         entry = tuning.autotune(problem, candidates[:2] if self.rehearsal else candidates, timed)
         if keep:
             self.choices.append(entry)
@@ -83,12 +84,12 @@ class Run:
 def codebooks(rehearsal: bool) -> dict[str, Any]:
     from qmoe_jax.coding import tunstall_codebook, upstream_codebook
 
-    books = {"tunstall-8": tunstall_codebook(gpu.P_ZERO), "tunstall-12": tunstall_codebook(gpu.P_ZERO, 12)}
+    books = {"tunstall-8": tunstall_codebook(P_ZERO), "tunstall-12": tunstall_codebook(P_ZERO, 12)}
     return books if rehearsal else books | {"upstream-16": upstream_codebook()}
 
 
 def indices(loads: list[int], experts: int) -> list[Any]:
-    """Expert indices [t] for launches in turn: `loads[j]` tokens go to the j-th of the experts whose turn it is."""
+    """Return expert indices [t] for successive launches: `loads[j]` tokens go to the j-th expert of each turn."""
     turns = max(1, experts // len(loads))
     expert = lambda turn: np.repeat(np.arange(len(loads)) + turn * len(loads), loads) % experts
     shuffle = np.random.default_rng(0).permutation(sum(loads))
@@ -98,19 +99,21 @@ def indices(loads: list[int], experts: int) -> list[Any]:
 def check(what: str, found: Any, x: Any, weights: np.ndarray) -> None:
     error = gpu.relative_error(found, np.asarray(x, np.float64) @ weights.T)
     if not error < BOUND[x.dtype.name]:
-        raise AssertionError(f"{what}: relative error {error}")
+        raise AssertionError(f"{what}: expected a relative error below {BOUND[x.dtype.name]}, found {error}")
 
 
-def one_token(run: Run, shape: str, expert: gpu.Expert, books: dict[str, Any]) -> None:
-    """Batch 1: every codebook and launch choice, dense bfloat16 and float32, the other backend."""
+def one_token(run: Run, shape: str, expert: TernaryMatrix, books: dict[str, Any]) -> None:
+    """Measure one token: every codebook and launch choice, dense bfloat16 and float32, the other backend."""
     x = {
         dtype: jnp.asarray(np.random.default_rng(1).standard_normal((1, expert.digits.shape[1])), dtype)
         for dtype in ("bfloat16", "float32")
     }
-    row: dict[str, Any] = {"shape": shape, "tokens_an_expert": 1, "load": "one expert", "microseconds": {}}
+    row: dict[str, Any] = {"shape": shape, "tokens_per_expert": 1, "load": "one expert", "microseconds": {}}
     candidates = SEPARATES  # the first codebook tries all, the others its winner
     for name, book in books.items():
-        packed = expert.packed(book, 4 if run.rehearsal else gpu.cold_count(expert.digits.size // 10))
+        packed = gpu.pack_copies(
+            expert, book, 4 if run.rehearsal else gpu.cold_count(expert.digits.size // 10)
+        )
         index = indices([1], packed.num_experts)
         for dtype in ("bfloat16", "float32") if name == "tunstall-8" else ("bfloat16",):
 
@@ -131,16 +134,16 @@ def one_token(run: Run, shape: str, expert: gpu.Expert, books: dict[str, Any]) -
 
 
 def other_backend(run: Run, packed: Any, x: Any, index: list[Any]) -> Any:
-    """Microseconds of the same product through jax-triton, or why it does not run here."""
+    """Return the microseconds of the same product through jax-triton, or why it does not run here."""
     launch = functools.partial(packed_matmul, backend="jax_triton")
     try:
         jax.block_until_ready(launch(packed, x, index[0]))
         return round(1e6 * run.seconds(lambda s, i: launch(*s, i), index, (packed, x)), 3)
-    except Exception as error:  # whatever its versions make of each other: it is a line of the result
+    except Exception as error:  # of any kind, from versions that do not fit: it is reported in the result
         return f"{type(error).__name__}: {error}"[:300]
 
 
-def dense_one_token(run: Run, expert: gpu.Expert, x: dict[str, Any], row: dict[str, Any]) -> None:
+def dense_one_token(run: Run, expert: TernaryMatrix, x: dict[str, Any], row: dict[str, Any]) -> None:
     for dtype, tokens in x.items():
         count = 2 if run.rehearsal else gpu.cold_count(expert.digits.size * 2, most=48)
         weights = [jnp.asarray(expert.weights, dtype) + 0 for _ in range(count)]
@@ -149,15 +152,15 @@ def dense_one_token(run: Run, expert: gpu.Expert, x: dict[str, Any], row: dict[s
         row["microseconds"][f"dense {dtype}"] = round(1e6 * seconds, 3)
 
 
-def many_tokens(run: Run, shape: str, expert: gpu.Expert, book: Any, loads: list[int], dtype: str) -> None:
-    """Tokens over eight experts: the ways that a product can go, and the dense grouped product."""
+def many_tokens(run: Run, shape: str, expert: TernaryMatrix, book: Any, loads: list[int], dtype: str) -> None:
+    """Measure tokens over eight experts: each route of a product, and the dense grouped product."""
     total, busy = sum(loads), len(loads)
-    packed = expert.packed(book, busy * (1 if run.rehearsal else 8))
+    packed = gpu.pack_copies(expert, book, busy * (1 if run.rehearsal else 8))
     index = indices(loads, packed.num_experts)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((total, expert.digits.shape[1])), dtype)
     row: dict[str, Any] = {
         "shape": shape,
-        "tokens_an_expert": total // busy,
+        "tokens_per_expert": total // busy,
         "load": "even" if len(set(loads)) == 1 else f"uneven: {loads}",
         "dtype": dtype,
         "microseconds": {},
@@ -178,7 +181,7 @@ def many_tokens(run: Run, shape: str, expert: gpu.Expert, book: Any, loads: list
             check(f"{way} {config}", launch(packed, x, index[0]), x, expert.weights)
             return run.seconds(lambda s, i: launch(*s, i), index, (packed, x))
 
-        # Shares are those of the experts that have tokens: what a full layer of them would see.
+        # Tokens per expert are counted over the experts that have any, as if the whole layer had such a load.
         problem = tuning.Problem.of(way, packed, dtype, total * packed.num_experts // busy)
         entry = run.tune(problem, configs, timed, keep=row["load"] == "even")
         row["microseconds"][way], row[way] = entry["microseconds"], entry["config"]
@@ -188,8 +191,8 @@ def many_tokens(run: Run, shape: str, expert: gpu.Expert, book: Any, loads: list
     finish(run, row, expert, code_bytes, total, best)
 
 
-def dense_many(run: Run, expert: gpu.Expert, x: Any, loads: list[int], row: dict[str, Any]) -> None:
-    """The grouped product of ours, and for even loads the library's batched one on tokens that lie in order."""
+def dense_many(run: Run, expert: TernaryMatrix, x: Any, loads: list[int], row: dict[str, Any]) -> None:
+    """Measure our grouped product and, for even loads, the library's batched one on tokens in order of experts."""
     experts = len(loads) * (1 if run.rehearsal else 2)
     weights = jnp.stack([jnp.asarray(expert.weights, jnp.bfloat16)] * experts)
     x = x.astype(jnp.bfloat16)
@@ -208,25 +211,25 @@ def dense_many(run: Run, expert: gpu.Expert, x: Any, loads: list[int], row: dict
 
 
 def finish(
-    run: Run, row: dict[str, Any], expert: gpu.Expert, code_bytes: int, tokens: int, ours: str
+    run: Run, row: dict[str, Any], expert: TernaryMatrix, code_bytes: int, tokens: int, ours: str
 ) -> None:
-    """Ratios, and a line on the screen."""
+    """Add the limit and the speed-up to the row, store it and print it."""
     times = row["microseconds"]
     dense = min(value for name, value in times.items() if name.startswith("dense bfloat16"))
-    row["limit_microseconds"] = round(1e6 * code_bytes / run.bytes_a_second, 3)
+    row["limit_microseconds"] = round(1e6 * code_bytes / run.bytes_per_second, 3)
     row["best"] = ours
-    row["over_dense_bfloat16"] = round(dense / times[ours], 2) if times[ours] > 0 else None
+    row["speedup_over_dense_bfloat16"] = round(dense / times[ours], 2) if times[ours] > 0 else None
     run.rows.append(row)
     print(json.dumps(row), flush=True)
 
 
-def first_share(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> int:
-    """Tokens an expert from which one of `ways` was the fastest."""
-    return min((row["tokens_an_expert"] for row in rows if row["best"] in ways), default=NEVER)
+def first_load(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> int:
+    """Return the tokens per expert from which one of `ways` was the fastest."""
+    return min((row["tokens_per_expert"] for row in rows if row["best"] in ways), default=NEVER)
 
 
 def crossovers(run: Run) -> None:
-    """For each shape and dtype the tokens an expert from which the next way was the faster one."""
+    """Add to the tuning table, for each shape and dtype, the tokens per expert from which the next route is faster."""
     problems = [
         choice["problem"] for choice in run.choices if choice["problem"]["kind"] in ("gather", "tensor_core")
     ]
@@ -234,13 +237,13 @@ def crossovers(run: Run) -> None:
     for problem in map(dict, sorted(keys)):
         key = f"{problem['rows']}x{problem['width']}", problem["dtype"], "even"
         rows = [row for row in run.rows if (row["shape"], row.get("dtype"), row["load"]) == key]
-        gather, dense = first_share(rows, ("gather", "tensor_core")), first_share(rows, ("tensor_core",))
+        gather, dense = first_load(rows, ("gather", "tensor_core")), first_load(rows, ("tensor_core",))
         config = {"gather_from": gather, "dense_from": max(gather, dense)}
         run.choices.append({"problem": problem, "config": config})
 
 
 def gptq_rates(run: Run) -> list[dict[str, Any]]:
-    """Experts a second, and the hours that both matrices of all experts would take at that rate, computed."""
+    """Return experts per second, and the hours computed from them for both matrices of all experts."""
     from qmoe_jax.quantization import gptq, ternary_grid
 
     sizes = {"base-128": (768, 3072, 8, 12 * 128), "c-2048": (2080, 6144, 2, 30 * 2048)}
@@ -260,24 +263,24 @@ def gptq_rates(run: Run) -> list[dict[str, Any]]:
             start = time.perf_counter()
             jax.block_until_ready(gptq(w, hessian, ternary_grid()))
             seconds += (time.perf_counter() - start) / together
-        row = {"size": size, "experts_at_once": together, "experts_a_second": round(1 / seconds, 2)}
+        row = {"size": size, "experts_at_once": together, "experts_per_second": round(1 / seconds, 2)}
         table.append(row | {"hours_computed": round(experts * seconds / 3600, 2), "experts": experts})
         print(json.dumps(table[-1]), flush=True)
     return table
 
 
 def uneven(tokens: int) -> list[int]:
-    """Half of the tokens on one expert, the rest halved on and on; each at least one."""
+    """Return a load with half of the tokens on one expert, a quarter on the next and so on; at least one on each."""
     loads = [max(1, tokens * BUSY_EXPERTS >> (i + 1)) for i in range(BUSY_EXPERTS)]
     loads[0] += tokens * BUSY_EXPERTS - sum(loads)
     return loads
 
 
 def measure(run: Run, options: argparse.Namespace) -> list[str]:
-    """All shapes and loads, as far as the time goes; what was left out is returned."""
+    """Measure all shapes and loads until the deadline, and return what was left out."""
     skipped = []
     books = codebooks(run.rehearsal)
-    experts = {shape: gpu.Expert.random(*map(int, shape.split("x"))) for shape in options.shapes}
+    experts = {shape: random_ternary(*map(int, shape.split("x"))) for shape in options.shapes}
     for shape, expert in experts.items():
         if time.monotonic() > run.deadline:
             skipped.append(f"{shape}, one token")
@@ -291,28 +294,32 @@ def measure(run: Run, options: argparse.Namespace) -> list[str]:
                 ([tokens] * BUSY_EXPERTS, "float32"),
             ):
                 if time.monotonic() > run.deadline:
-                    skipped.append(f"{shape}, {tokens} tokens an expert, {dtype}, {loads}")
+                    skipped.append(f"{shape}, {tokens} tokens per expert, {dtype}, {loads}")
                 elif len(set(loads)) == 1 or tokens in (16, 128):
                     many_tokens(run, shape, expert, books["tunstall-8"], loads, dtype)
     return skipped
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The result as a table."""
+    """Return the result as a Markdown table."""
     lines = [
-        "| shape | tokens an expert | load | best | µs | over dense bf16 | limit µs |",
+        "| shape | tokens per expert | load | fastest | µs | speed-up over dense bf16 | limit, µs |",
         "|" + " --- |" * 7,
     ]
     for row in rows:
         load = row["load"].split(":")[0]
-        cells = (row["shape"], row["tokens_an_expert"], f"{load} {row.get('dtype', '')}", row["best"])
-        cells += (row["microseconds"][row["best"]], row["over_dense_bfloat16"], row["limit_microseconds"])
+        cells = (row["shape"], row["tokens_per_expert"], f"{load} {row.get('dtype', '')}", row["best"])
+        cells += (
+            row["microseconds"][row["best"]],
+            row["speedup_over_dense_bfloat16"],
+            row["limit_microseconds"],
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], path: Any) -> None:
-    """Speed over dense bfloat16 by tokens an expert, a line a shape; needs matplotlib."""
+    """Plot the speed-up over dense bfloat16 by tokens per expert, one line per shape; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -321,10 +328,13 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
         even = [r for r in rows if r["shape"] == shape and not r["load"].startswith("uneven")]
         even = [r for r in even if r.get("dtype", "bfloat16") == "bfloat16"]
         axes.plot(
-            [r["tokens_an_expert"] for r in even], [r["over_dense_bfloat16"] for r in even], "o-", label=shape
+            [r["tokens_per_expert"] for r in even],
+            [r["speedup_over_dense_bfloat16"] for r in even],
+            "o-",
+            label=shape,
         )
     axes.axhline(1, color="grey", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="tokens an expert", ylabel="times as fast as dense bfloat16")
+    axes.set(xscale="log", yscale="log", xlabel="tokens per expert", ylabel="speed-up over dense bfloat16")
     axes.legend(title="out x in")
     figure.savefig(path)
 
@@ -336,7 +346,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="out x in")
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 8, 512, 2, 16, 128, 32, 256, 4])
     parser.add_argument(
-        "--minutes", type=float, default=9, help="after which nothing further is begun, and that is said"
+        "--minutes",
+        type=float,
+        default=9,
+        help="time after which no further load is started (9)",
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, interpreted, nothing measured")
     parser.add_argument("--json", help="file to write")
@@ -350,7 +363,9 @@ def main() -> None:
     options = parsed()
     gpu.require_gpu(options.rehearse)
     run = Run(options)
-    result: dict[str, Any] = gpu.device() | {"copy_gigabytes_a_second": round(run.bytes_a_second / 1e9, 1)}
+    result: dict[str, Any] = gpu.device() | {
+        "copy_gigabytes_per_second": round(run.bytes_per_second / 1e9, 1)
+    }
     result |= {"not_reached_in_time": measure(run, options), "products": run.rows}
     crossovers(run)
     table = markdown(run.rows)
@@ -358,7 +373,7 @@ def main() -> None:
     if options.rehearse:
         gptq_rates(run)
         print(
-            "rehearsed: every product was right; the times above are of interpreted kernels and are not kept"
+            "rehearsed: every product was correct; the times above are of interpreted kernels and are not stored"
         )
         return
     path = gpu.result_path("kernels", options.json)
@@ -369,7 +384,7 @@ def main() -> None:
     try:
         plot(run.rows, path.with_suffix(".png"))
     except ImportError:
-        print("no plot: matplotlib is not here")
+        print("no plot: matplotlib is not installed")
     path.write_text(json.dumps(result | {"gptq": gptq_rates(run)}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: contenders timed in turn, the machine named, results as JSON."""
+"""Timing of contenders, a description of the machine, and JSON output, shared by the CPU benchmarks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ import numpy as np
 
 
 def best_seconds(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
-    """The shortest time of each, which other work on the machine disturbs least; `contender(round)` is one run.
+    """Return the shortest time of each contender, the figure that other work on the machine disturbs least.
 
-    They take turns, so that a slower minute of the machine meets all of them; the first round warms up.
+    Contenders take turns, so that a slower minute of the machine affects all of them; the first round warms up.
+
+    Args:
+      contenders: name -> a function that takes the number of the round and runs once.
+      rounds: timed rounds.
     """
     best = dict.fromkeys(contenders, float("inf"))
     for i in range(rounds + 1):
@@ -29,7 +33,7 @@ def best_seconds(contenders: dict[str, Callable[[int], Any]], rounds: int) -> di
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Processor, threads in use, versions, and how busy the machine was with other work."""
+    """Return the processor, the threads in use, versions, and the load average before the run."""
     import jax
     import numba
 
@@ -46,7 +50,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def use_threads(count: int) -> None:
-    """Holds this process to `count` cores. Call it before jax starts: everything then makes as many threads."""
+    """Restrict this process to `count` cores; call it before jax starts, so that every thread pool has that size."""
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise SystemExit(f"--threads {count}: this machine has {len(cores)} cores")
@@ -56,6 +60,6 @@ def use_threads(count: int) -> None:
 
 
 def write_json(path: str | None, result: dict[str, Any]) -> None:
-    """Writes the result where the user asked for it."""
+    """Write the result to `path`; do nothing if it is None."""
     if path:
         pathlib.Path(path).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,11 @@
-"""An artifact of a published model's true shape with random weights, for measuring what no checkpoint at hand can.
+"""Writes an artifact of a published model's true shape with random weights, where no checkpoint is at hand.
 
-    python benchmarks/random_artifact.py switch-c-2048 runs/c2048-random --disk 20
+    python -m benchmarks.random_artifact switch-c-2048 runs/c2048-random --disk 20
 
-Every expert file has the size and layout that a compressed model has: codewords drawn as the code of independent
-digits with P(0) = .885 draws them, rows cut where they are full. As many of them are written as `--disk` allows
-(GB); the manifest then names each file for several layers. Dense weights are random, in bfloat16.
+Takes a minute or two for 20 GB and prints how many layers have expert files of their own. Every expert file has the
+size and layout of a compressed model: codewords are drawn with the frequencies of independent digits with P(0) = .885,
+and rows end where they are full. As many files are written as `--disk` allows (GB); the manifest then names each file
+for several layers. Dense weights are random, in bfloat16. An interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +23,39 @@ import numba
 import numpy as np
 from flax import traverse_util
 from jax import numpy as jnp
-from rich.progress import Progress
+from rich.progress import track
 
 import qmoe_jax as qj
-from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
-from qmoe_jax.artifact.dense import save_dense
-from qmoe_jax.artifact.groups import GroupKey, render_group
-from qmoe_jax.artifact.kinds import Ternary
-from qmoe_jax.artifact.manifest import MANIFEST, RUN, GroupRecord, Manifest, Run, canonical
-from qmoe_jax.artifact.matrices import PackedExpertMatrix
-from qmoe_jax.artifact.store import REPORT
-from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
+from benchmarks.samples import P_ZERO, codeword_probabilities
+from qmoe_jax.artifact import ArtifactWriter, GroupKey, PackedExpertMatrix, Ternary
 from qmoe_jax.coding import Codebook, tunstall_codebook
-from qmoe_jax.files.durable import FileRecord, record_of, record_of_pieces, write_durably
 from qmoe_jax.models import SwitchTransformer
-from qmoe_jax.parameters import ExpertKernel, expert_shapes, is_expert
+from qmoe_jax.parameters import expert_shapes, is_expert
 
-P_ZERO = 0.885
 EXPERTS_PER_FILE = 16  # or all, where a layer has fewer
 
 
 @dataclasses.dataclass(frozen=True)
-class Streams:
-    """Draws rows of codewords: a codeword as often as the code of independent digits has it.
+class CodewordSampler:
+    """Draws rows of codewords with the frequencies that they have in the code of independent digits.
 
-    `likely` gives the codeword for each of 2**16 random numbers.
+    Attributes:
+      codebook: the codebook.
+      likely: the codeword for each of 2**16 equally likely random numbers.
     """
 
     codebook: Codebook
     likely: np.ndarray
 
     @classmethod
-    def of(cls, codebook: Codebook) -> Streams:
-        """The codewords' probabilities are those of their digits; together they are 1."""
-        nonzeros = (codebook.digits != 0).sum(1)
-        probability = P_ZERO ** (codebook.lengths - nonzeros) * ((1 - P_ZERO) / 2) ** nonzeros
-        counts = np.floor(probability * 2**16).astype(int)
+    def of(cls, codebook: Codebook) -> CodewordSampler:
+        """Return the sampler for digits with P(0) = .885."""
+        counts = np.floor(codeword_probabilities(codebook) * 2**16).astype(int)
         counts[np.argmax(counts)] += 2**16 - counts.sum()
         return cls(codebook, np.repeat(np.arange(len(counts)), counts).astype(codebook.code_dtype))
 
     def draw(self, rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """(codes, codewords of each row) of a matrix."""
+        """Return the codes of a matrix, row after row, and the number of codewords of each row."""
         codes = np.empty((rows, 2 * width // 8 + 64), self.codebook.code_dtype)
         counts = np.empty(rows, np.int64)
         _draw(self.likely, self.codebook.lengths, width, np.uint64(seed), codes, counts)
@@ -85,13 +78,13 @@ def _draw(likely, lengths, width, seed, codes, counts):
         counts[row] = count
 
 
-def draw_expert(
-    streams: Streams, matrices: Mapping[str, tuple[int, int]], seed: int
+def random_expert(
+    sampler: CodewordSampler, matrices: Mapping[str, tuple[int, int]], seed: int
 ) -> dict[str, PackedExpertMatrix]:
-    """An expert whose outputs are about as large as its inputs."""
+    """Draw an expert whose outputs are about as large as its inputs."""
     expert, rng = {}, np.random.default_rng(seed)
     for index, (name, (rows, width)) in enumerate(matrices.items()):
-        codes, counts = streams.draw(rows, width, 2 * seed + index)
+        codes, counts = sampler.draw(rows, width, 2 * seed + index)
         size = 1 / math.sqrt((1 - P_ZERO) * width)
         levels = size * rng.uniform(0.5, 1.5, (rows, 2)) * np.array([-1, 1])
         parts = {
@@ -99,12 +92,12 @@ def draw_expert(
             "counts": counts.astype(np.uint16),
             "codes": codes,
         }
-        expert[name] = PackedExpertMatrix(Ternary(streams.codebook.name), (rows, width), parts)
+        expert[name] = PackedExpertMatrix(Ternary(sampler.codebook.name), (rows, width), parts)
     return expert
 
 
-def dense_tree(config: qj.SwitchConfig) -> dict[str, Any]:
-    """Random parameters but the experts', bfloat16 (the routers' float32): matrices keep their inputs' size."""
+def random_dense(config: qj.SwitchConfig) -> dict[str, Any]:
+    """Draw the parameters outside the experts, bfloat16 (routers float32); products keep their inputs' size."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(SwitchTransformer(config).init, jax.random.key(0), tokens, tokens)["params"]
     rng, arrays = np.random.default_rng(0), {}
@@ -120,76 +113,60 @@ def dense_tree(config: qj.SwitchConfig) -> dict[str, Any]:
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def layers_of(config: qj.SwitchConfig) -> list[tuple[str, int]]:
+def sparse_layers(config: qj.SwitchConfig) -> list[tuple[str, int]]:
+    """Return (stack, layer) of every layer with experts."""
     return [(stack, layer) for stack in ("encoder", "decoder") for layer in config.sparse_layers(stack)]
 
 
-def files_a_layer(config: qj.SwitchConfig) -> int:
+def files_per_layer(config: qj.SwitchConfig) -> int:
+    """Return the number of expert files of a layer."""
     return max(1, config.num_experts // EXPERTS_PER_FILE)
 
 
-def write_experts(
-    root: Path, config: qj.SwitchConfig, run: Run, codebook: Codebook, disk: float
-) -> Iterator[tuple[int, int, GroupRecord]]:
-    """Writes the expert files of as many layers as `disk` bytes hold (one at least); yields how many of how many."""
-    streams, matrices = Streams.of(codebook), expert_shapes(config)
-    files, size = files_a_layer(config), config.num_experts // files_a_layer(config)
-    number, total = 0, files
-    for stack, layer in layers_of(config):
-        for file in range(files):
-            key = GroupKey(stack, layer, file * size, (file + 1) * size)
-            experts = [draw_expert(streams, matrices, number * size + i) for i in range(size)]
-            record = write_durably(root / key.path, render_group(key, experts, run.digest))
-            if number == 0:
-                layers = int(disk / (files * 1.01 * record.bytes))  # files differ by less than that
-                total = files * min(max(1, layers), len(layers_of(config)))
-            number += 1
-            yield number, total, GroupRecord(key, key.path, record)
-        if number == total:
-            return
+def write_experts(artifact: ArtifactWriter, config: qj.SwitchConfig, codebook: Codebook, disk: float) -> int:
+    """Write the expert files of as many layers as `disk` bytes hold, at least one, and link the other layers to them.
 
+    Returns:
+      The number of layers written.
+    """
+    sampler, matrices, layers = CodewordSampler.of(codebook), expert_shapes(config), sparse_layers(config)
+    files, size = files_per_layer(config), config.num_experts // files_per_layer(config)
 
-def share(config: qj.SwitchConfig, written: list[GroupRecord]) -> tuple[GroupRecord, ...]:
-    """A record for each group of every layer; the layers take turns with the ones written."""
-    files = files_a_layer(config)
-    distinct = len(written) // files
-    records = []
-    for index, (stack, layer) in enumerate(layers_of(config)):
-        for file in range(files):
-            source = written[(index % distinct) * files + file]
-            key = dataclasses.replace(source.key, stack=stack, layer=layer)
-            records.append(GroupRecord(key, source.path, source.record))
-    return tuple(sorted(records, key=lambda record: record.key))
+    def write(number: int) -> GroupKey:
+        stack, layer = layers[number // files]
+        start = number % files * size
+        key = GroupKey(stack, layer, start, start + size)
+        if not artifact.has_group(stack, layer, key.start, key.stop):
+            experts = [random_expert(sampler, matrices, number * size + i) for i in range(size)]
+            artifact.write_group(stack, layer, start, experts)
+        return key
+
+    first = (artifact.root / write(0).path).stat().st_size
+    distinct = min(max(1, int(disk / (files * 1.01 * first))), len(layers))  # sizes differ by less than 1 %
+    written = [write(number) for number in track(range(files * distinct), "experts")]
+    for index, (stack, layer) in enumerate(layers[distinct:], distinct):
+        for source in written[index % distinct * files :][:files]:
+            artifact.link_group(stack, layer, source)
+    return distinct
 
 
 def write(root: Path, preset: str, disk: float) -> int:
-    """Writes the artifact; returns in how many layers experts are distinct."""
+    """Write the artifact and return the number of layers with expert files of their own.
+
+    Args:
+      root: a directory that is missing or empty, or that a stopped run of this program left.
+      preset: a name in `qmoe_jax.PRESETS`.
+      disk: bytes of expert files at most.
+    """
     config, codebook = qj.PRESETS[preset], tunstall_codebook(P_ZERO)
     source = {"random": True, "p_zero": P_ZERO, "disk": disk}
-    run = Run(config, {"method": "random"}, source, {codebook.name: codebook.digest})
-    root.mkdir(parents=True, exist_ok=True)
-    files: dict[str, FileRecord] = {}
-    for name, content in ((RUN, canonical(run.to_json())), (CODEBOOKS, render_codebooks([codebook]))):
-        files[name] = write_durably(root / name, [content])
-    with Progress() as bar:
-        task, written = bar.add_task("experts", total=None), []
-        for done, total, record in write_experts(root, config, run, codebook, disk):
-            written.append(record)
-            bar.update(task, completed=done, total=total)
-    groups = share(config, written)
-    kinds = {
-        ExpertKernel(stack, layer, matrix).path: Ternary(codebook.name)
-        for stack, layer in layers_of(config)
-        for matrix in expert_shapes(config)
-    }
-    dense = save_dense(root, dense_tree(config))
-    manifest = Manifest(run, kinds, groups, dense, files, {"random": True})
-    write_durably(root / REPORT, [canonical({})])
-    sums = {path: record_of(root / path).sha256 for path in listed_files(root)}
-    sums[MANIFEST] = record_of_pieces([manifest.render()]).sha256
-    write_durably(root / SUMS, [render_sums(sums)])
-    write_durably(root / MANIFEST, [manifest.render()])
-    return len(written) // files_a_layer(config)
+    with ArtifactWriter(
+        root, config=config, options={"method": "random"}, source=source, codebooks=[codebook]
+    ) as artifact:
+        layers = write_experts(artifact, config, codebook, disk)
+        artifact.write_dense(random_dense(config))
+        artifact.finish({"random": True})
+    return layers
 
 
 def main() -> None:
@@ -201,7 +178,7 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=20, help="GB of expert files at most")
     options = parser.parse_args()
     layers = write(options.output, options.preset, options.disk * 1e9)
-    print(f"{options.output}: experts of {layers} layers written; further layers point at the same files")
+    print(f"{options.output}: experts of {layers} layers written; the other layers refer to the same files")
 
 
 if __name__ == "__main__":

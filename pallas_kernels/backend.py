@@ -1,8 +1,8 @@
 """Chooses the implementation of an op: the only module that knows backends, platforms and their versions.
 
-An op is a folder. Its `op.py` holds the public function and an `Op`, which says how to import the implementation for
-each backend. A backend that is named runs or raises with the reason why it cannot; without a name, the backends of the
-platform are tried in order.
+An op is a folder. Its `op.py` holds the public function and an `Op`, which says how to import the
+implementation for each backend. A backend that is named runs or raises with the reason why it cannot; without
+a name, the backends of the platform are tried in order.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Op:
 def platform() -> str:
     """Return the platform that programs are compiled for: 'cpu', 'gpu', 'tpu', ...
 
-    It is that of the abstract device where a program is lowered for one (`jax.sharding.AbstractDevice`), else that of
-    jax's default device.
+    It is that of the abstract device where a program is lowered for one (`jax.sharding.AbstractDevice`), else
+    that of jax's default device.
     """
     if (abstract := _abstract_device()) is not None:
         return abstract.platform

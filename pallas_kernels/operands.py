@@ -21,12 +21,12 @@ DIGIT_BITS = 2
 @pytree.register(leaves=("entries",), static=("field_bits", "slots", "max_length"))
 @dataclasses.dataclass(frozen=True)
 class DecodeTable:
-    """A codebook of any kind as the kernels read it: codeword c stands for the ternary digits in `entries[c]`.
+    """A codebook of any kind, as kernels read it: codeword c stands for the ternary digits in `entries[c]`.
 
-    Each word of an entry holds the codeword's length in its low `field_bits`, then `slots` fields, one for each
-    nonzero digit: its position (`field_bits`) and the digit (2 bits; 0 marks an empty slot). A codeword with more
-    nonzeros than slots continues in the next word, which repeats the length. An 8-bit Tunstall codebook is one word of
-    two slots (1 KB), upstream's dictionary one word of three (256 KB).
+    Each word of an entry holds the codeword's length in its low `field_bits`, then `slots` fields, one for
+    each nonzero digit: its position (`field_bits`) and the digit (2 bits; 0 marks an empty slot). A codeword
+    with more nonzeros than slots continues in the next word, which repeats the length. An 8-bit Tunstall
+    codebook is one word of two slots (1 KB), upstream's dictionary one word of three (256 KB).
 
     Attributes:
         entries: the words, in the order of the codes.
@@ -47,7 +47,8 @@ class DecodeTable:
         """Build the table of codewords given as the rows of `digits`, each zero beyond its length.
 
         Raises:
-            ValueError: a length is not in 1 to max_length, or a word cannot hold a position (2**15 digits or more).
+            ValueError: a length is not in 1 to max_length, or a word cannot hold a position (2**15 digits or
+                more).
         """
         max_length = digits.shape[1]
         if len(lengths) == 0 or lengths.min() < 1 or lengths.max() > max_length:
@@ -91,8 +92,8 @@ class PackedMatrix:
     """The ternary matrices [expert, out, in] of several experts under one codebook.
 
     Element [e, r, c] is `(0, levels[e, r, 0], levels[e, r, 1])[digit]`, digit c of the row's codewords
-    `codes[e, row_offsets[e, r] : row_offsets[e, r + 1]]`. A row has one codeword or more, and only its last one may run
-    past `width`. The minimum and maximum of a row are its levels.
+    `codes[e, row_offsets[e, r] : row_offsets[e, r + 1]]`. A row has one codeword or more, and only its last
+    one may run past `width`. The minimum and maximum of a row are its levels.
 
     Attributes:
         codes: codewords, row after row, each expert padded with zeros to the longest one.
@@ -136,8 +137,10 @@ class PackedMatrix:
         return dataclasses.replace(self, codes=codes, row_offsets=row_offsets, levels=levels)
 
     def row_bounds(self, expert: Int32[Array, "n"]) -> tuple[Int32[Array, "n out"], Int32[Array, "n out"]]:
-        """Return (first codeword, number of codewords) of each row of some experts, within the capacity whatever is
-        stored."""
+        """Return (first codeword, number of codewords) of each row of some experts.
+
+        They are within the capacity, whatever is stored.
+        """
         bounds = jnp.clip(jnp.asarray(self.row_offsets)[expert], 0, self.codes.shape[-1])
         return bounds[:, :-1], jnp.maximum(bounds[:, 1:] - bounds[:, :-1], 0)
 

@@ -13,7 +13,8 @@ T = TypeVar("T")
 def register(*, leaves: tuple[str, ...], static: tuple[str, ...]) -> Callable[[type[T]], type[T]]:
     """Register a dataclass as a pytree of its fields `leaves`; the fields `static` are compared, not traced.
 
-    Unflattening skips `__init__`, and so its type checks: jax puts axes, shardings and None in place of arrays.
+    Unflattening skips `__init__`, and so its type checks: jax puts axes, shardings and None in place of
+    arrays.
     """
 
     def decorate(cls: type[T]) -> type[T]:

@@ -1,8 +1,9 @@
 """Reads rows of codewords inside Pallas kernels, a tile at a time, one codeword per lane.
 
-A tile is one gather of the codes, one of their entries and an exclusive sum of their lengths, which gives every
-codeword its column without waiting for the one before. The Triton backend has exactly this (gathers on references,
-cumulative sums, dynamic loops). Tiles of 32 codewords, one for each row, keep the sum of a row inside a warp.
+A tile is one gather of the codes, one of their entries and an exclusive sum of their lengths, which gives
+every codeword its column without waiting for the one before. The Triton backend has exactly this (gathers on
+references, cumulative sums, dynamic loops). Tiles of 32 codewords, one for each row, keep the sum of a row
+inside a warp.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class PackedRefs:
     Only existing elements are read, whatever is stored.
 
     Attributes:
-        codes: as in the matrix, or its bytes in pairs (`codes_per_word` = 2) where offsets cannot address single ones.
+        codes: as in the matrix, or its bytes in pairs (`codes_per_word` = 2) where offsets cannot address
+            single ones.
         row_offsets, levels: as in the matrix.
         entries: the words of the table one after the other, int32.
         field_bits, slots, words: those of the table.
@@ -63,7 +65,8 @@ class PackedRefs:
         """Return the operands for `packed`.
 
         Raises:
-            NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which cannot be read in pairs.
+            NotImplementedError: one-byte codes of 2 to 4 GiB with an odd capacity, which cannot be read in
+                pairs.
         """
         codes, codes_per_word = _addressable(jnp.asarray(packed.codes))
         table = packed.table
@@ -77,7 +80,7 @@ class PackedRefs:
         return self.levels.shape[1]
 
     def level_pair(self, expert: Any, row: Any, inside: Any = None) -> tuple[Array, Array]:
-        """Return (minimum, maximum) of `row`, a scalar or an array of rows of which some are `inside`, in float32."""
+        """Return (minimum, maximum), in float32, of `row`: a scalar, or an array of which some are `inside`."""
         column = jnp.zeros_like(row)
         at = lambda which: plt.load(self.levels.at[expert, row, column + which], mask=inside)
         return at(0).astype(jnp.float32), at(1).astype(jnp.float32)
@@ -85,10 +88,10 @@ class PackedRefs:
     def visit(
         self, expert: Any, row: Any, tile: int, visit: Visit[Carry], carry: Carry, inside: Any = None
     ) -> Carry:
-        """Compute `carry = visit(positions, digits, carry)` for each slot of each tile; digit 0 marks an empty slot.
+        """Compute `carry = visit(positions, digits, carry)` for each slot of each tile; digit 0: empty slot.
 
-        `row` is a scalar, or an array of rows visited together (positions are then [row, tile]); rows not `inside` are
-        empty.
+        `row` is a scalar, or an array of rows visited together (positions are then [row, tile]); rows not
+        `inside` are empty.
         """
         start, stop = self._bounds(expert, row, inside)
         along = (lambda value: value[:, None]) if row.ndim else (lambda value: value)
@@ -129,14 +132,14 @@ class PackedRefs:
 
 
 def _addressable(codes: Array) -> tuple[Array, int]:
-    """Return (codes, codes per element): in pairs, without a copy, where offsets of single bytes exceed 31 bits."""
+    """Return (codes, codes per element): in pairs, uncopied, where offsets of bytes exceed 31 bits."""
     if not SIGNED_OFFSETS < codes.size * codes.dtype.itemsize <= WIDE_OFFSETS or codes.dtype != jnp.uint8:
         return codes, 1
     experts, capacity = codes.shape
     if capacity % 2:
         raise NotImplementedError(
-            f"Pallas' Triton backend can address {codes.size:,} one-byte codes (2 to 4 GiB) only in pairs, but the "
-            f"capacity {capacity} is odd: pad the codes to an even capacity"
+            f"Pallas' Triton backend can address {codes.size:,} one-byte codes (2 to 4 GiB) only in pairs, "
+            f"but the capacity {capacity} is odd: pad the codes to an even capacity"
         )
     return jax.lax.bitcast_convert_type(codes.reshape(experts, capacity // 2, 2), jnp.uint16), 2
 

@@ -1,7 +1,8 @@
-"""Looks up and measures launch configurations: the caller's, else the device's tuned one, else the kernel's heuristic.
+"""Chooses launch configurations (explicit, else tuned for the device, else heuristic) and measures them.
 
-A kernel defines its own `Config`, a frozen dataclass with a heuristic, in its own file. Tuned choices are data:
-`data/<device>.json`, written by `benchmarks/kernels.py`, stores the timings of all candidates with each choice.
+A kernel defines its own `Config`, a frozen dataclass with a heuristic, in its own file. Tuned choices are
+data: `data/<device>.json`, written by `python -m benchmarks.kernels`, stores the timings of all candidates
+with each choice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Problem:
         rows, width: of a matrix.
         codebook: codewords, words per entry and slots per word: "256x1x2".
         dtype: that of the tokens, or of the weights that are decoded.
-        tokens_per_expert: the average, rounded up to a power of two; 1 where the choice does not depend on it.
+        tokens_per_expert: the average, rounded up to a power of two; 1 where the choice does not depend on
+            it.
     """
 
     kind: str
@@ -91,7 +93,9 @@ def choose(config: type[C], problem: Problem, explicit: C | None = None, *, stri
         except TypeError as error:
             raise ValueError(f"{path}: {problem}: not a configuration of this version ({error})") from error
     if strict:
-        message = f"nothing tuned for {problem} on {device!r} in {path}: run benchmarks/kernels.py there"
+        message = (
+            f"nothing tuned for {problem} on {device!r} in {path}: run `python -m benchmarks.kernels` there"
+        )
         raise LookupError(message)
     return config.heuristic(problem)
 
@@ -138,8 +142,8 @@ class Trial:
 def autotune(problem: Problem, candidates: Iterable[C], time: Callable[[C], float]) -> dict[str, Any]:
     """Time each candidate and return an entry of the device's table, as JSON.
 
-    Candidates that cannot be compiled or launched, for example because they need too much shared memory, are kept with
-    the reason.
+    Candidates that cannot be compiled or launched, for example because they need too much shared memory, are
+    kept with the reason.
 
     Args:
         problem: the key of the entry.

@@ -1,4 +1,4 @@
-"""What every test shares: the golden data, and one shape for a model's relative difference."""
+"""Fixtures of all tests: the golden data, and the relative difference of two arrays."""
 
 import pathlib
 

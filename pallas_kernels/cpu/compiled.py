@@ -1,7 +1,8 @@
-"""The options under which functions are compiled by numba, and the form of the arrays that they read.
+"""numba's options, and the form of the arrays that compiled functions read.
 
-numba caches what it compiles on disk, beside each module or in NUMBA_CACHE_DIR. It compiles a function anew where the
-function's own file changed, not where a file changed that it calls into: after editing such a file, delete the cache.
+numba caches what it compiles on disk, beside each module or in NUMBA_CACHE_DIR. It compiles a function anew
+where the function's own file changed, not where a file changed that it calls into: after editing such a file,
+delete the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import numpy as np
 OPTIONS: Any = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 as_index: Any = np.uintp
-"""The type of indices in compiled code: unsigned, since numba checks signed ones for counting from the end."""
+"""The type of indices in compiled code: numba checks signed ones for counting from the end."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function on its first call, for other compiled code or for Python, which it leaves unlocked."""
+    """Compile a function on its first call, for callers in compiled code or Python; it runs without the
+    GIL."""
     return numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
 
 

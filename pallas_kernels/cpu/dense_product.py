@@ -1,4 +1,7 @@
-"""Tokens times matrices in bfloat16, widened in registers: half the bytes of float32, and bytes are the limit."""
+"""Tokens times matrices in bfloat16, widened in registers.
+
+Memory bandwidth limits this product, and bfloat16 has half the bytes of float32.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pallas_kernels.cpu.threads import next_chunk, num_threads, parallel_for
 
 _ROWS = 8  # read side by side, as many as the processor's prefetchers follow
 _CHUNKS_PER_THREAD = 2
-# Columns read at a time: 8 KB of each row in one go for one token, and fewer for more, so that their sums (16 KB in
-# all) and the rows at hand stay in the first-level cache.
+# Columns read at a time: 8 KB of each row in one go for one token, and fewer for more, so that their sums (16
+# KB in all) and the rows at hand stay in the first-level cache.
 _COLUMNS, _LEAST_COLUMNS = 4096, 256
 
 
@@ -21,8 +24,9 @@ def dense_product(
 ) -> None:
     """Write `x @ w` into `y`, rows of `w` in parallel; from any thread.
 
-    Each chunk of rows has its own sums, added up in one order: the result has the same bits every time, but depends
-    on the number of threads. It takes memory for two such sums per thread, `2 * num_threads()` times `y`.
+    Each chunk of rows has its own sums, added up in one order: the result has the same bits every time, but
+    depends on the number of threads. It takes memory for two such sums per thread, `2 * num_threads()` times
+    `y`.
 
     Args:
         w: the bits of bfloat16 numbers, read-only.
@@ -57,7 +61,7 @@ def _multiply_chunks(counter, w, x, partial, chunk_rows):
 
 @compiled
 def _add_block(w, x, rows, columns, sums):
-    """Add the products with some rows and columns of the matrix, eight rows after the other for all tokens."""
+    """Add the products with some rows and columns of the matrix, eight rows at a time for all tokens."""
     (first, last), (start, stop), tokens = rows, columns, len(x)
     whole = first + (last - first) // _ROWS * _ROWS
     for row in range(first, whole, _ROWS):
@@ -71,8 +75,8 @@ def _add_block(w, x, rows, columns, sums):
             _add_row(w, row, start, stop, x[token, row], sums[token, start:stop])
 
 
-# Arrays are cut to the columns at hand before a loop over them: LLVM then knows that no index wraps around, and works
-# on whole vectors.
+# Arrays are cut to the columns at hand before a loop over them: LLVM then knows that no index wraps around,
+# and works on whole vectors.
 
 
 @compiled

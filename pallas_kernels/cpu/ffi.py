@@ -1,7 +1,8 @@
 """Calls from jitted code on a CPU to Python functions, on the arrays where they lie.
 
-`jax.pure_callback` copies every argument on every call (82 ms for 64 MB on a two-core machine), which packed experts
-cannot afford. XLA's foreign function interface hands over pointers instead, in the structures of `xla_c_api`.
+`jax.pure_callback` copies every argument on every call (82 ms for 64 MB on a two-core machine), which packed
+experts cannot afford. XLA's foreign function interface hands over pointers instead, in the structures of
+`xla_c_api`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pallas_kernels.cpu import xla_c_api as c_api
 class HostFunction:
     """A Python function that jitted code calls on a CPU as `function(*arguments, *results, **static)`.
 
-    The arguments are read-only NumPy views of XLA's buffers and the results writable ones: nothing is copied. Both
-    are XLA's again when the function returns, so it must keep none of them. XLA may call it from any of its threads,
-    from several at once; it holds the interpreter's lock as all Python does. `static` are integers and strings, fixed
-    when traced. What the function raises, jax raises as `jax.errors.JaxRuntimeError` when a result is waited for.
+    The arguments are read-only NumPy views of XLA's buffers and the results writable ones: nothing is copied.
+    Both are XLA's again when the function returns, so it must keep none of them. XLA may call it from any of
+    its threads, from several at once; it holds the interpreter's lock as all Python does. `static` are
+    integers and strings, fixed when traced. An exception in the function
+    is raised as `jax.errors.JaxRuntimeError` when a result is waited for.
 
     Attributes:
-        function: what is called, of a name that is unique in its module.
+        function: the function, whose name must be unique in its module.
     """
 
     function: Callable[..., None]
@@ -40,7 +42,7 @@ class HostFunction:
         """The name that it has with XLA, where it is registered on first use until the process ends.
 
         Raises:
-            NotImplementedError: the installed jaxlib has a version of the interface that this is not written for.
+            NotImplementedError: the installed jaxlib has a version of the API that this is not written for.
         """
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         if reason := c_api.version_refusal():
@@ -71,7 +73,7 @@ _registered: list[Any] = []  # XLA keeps the handlers' addresses until the proce
 
 
 def _handler(function: Callable[..., None]) -> Any:
-    """Return the C function that XLA calls: once to learn which interface it speaks, then for each execution."""
+    """Return the C function that XLA calls: once to learn its version of the API, then to execute."""
 
     def handle(pointer: Any) -> int | None:
         frame = pointer.contents

@@ -1,25 +1,28 @@
 """The inner loop under every packed product: a row of codewords times a block of tokens, decoded on the fly.
 
-One table entry says all about a codeword. Each of its slots holds `step` times a position plus a digit, with the step
-of `packed_view`. Added to `step` times the column at which the codeword begins, it is a *place*: column and digit of
-a nonzero in one number, so that decoding takes a load and an addition per nonzero, and no branch on the digit. A slot
-without a nonzero is a place of digit 0. The number of lanes decides what a place adds:
+One table entry holds all of a codeword. Each of its slots holds `step` times a position plus a digit, with
+the step of `packed_view`. Added to `step` times the column at which the codeword begins, it is a *place*:
+column and digit of a nonzero in one number, so that decoding takes a load and an addition per nonzero, and no
+branch on the digit. A slot without a nonzero is a place of digit 0. The number of lanes decides what a place
+adds:
 
-- One token (`SINGLE_STEP`, 3): the token's number of column c lies at 3 c + 2, behind two zeros. The pair of numbers
-  that begins at 3 c + digit is (0, 0), (0, x) or (x, 0) for the digits 0, 1 and 2. Pairs are added, and the levels
-  multiply the two sums once, at the end of the row.
-- 8 to 32 lanes (`LANES_STEP`, 4): of place 4 c + digit, the lanes of column c times the digit's level are added; the
-  level of digit 0 is zero.
-- 64 lanes: the same, but the places of nonzeros are listed first, since here an empty slot costs as much arithmetic
-  as a full one.
+- One token (`SINGLE_STEP`, 3): the token's number for column c lies at 3 c + 2, behind two zeros. The pair of
+  numbers that begins at 3 c + digit is (0, 0), (0, x) or (x, 0) for the digits 0, 1 and 2. Pairs are added,
+  and the levels multiply the two sums once, at the end of the row.
+- 8 to 32 lanes (`LANES_STEP`, 4): of place 4 c + digit, the lanes of column c times the digit's level are
+  added; the level of digit 0 is zero.
+- 64 lanes: the same, but the places of nonzeros are listed first, since here an empty slot costs as much
+  arithmetic as a full one.
 
-An addition waits for the one before it on the same sum, so that few lanes take four sums in turn, 32 lanes two.
+An addition waits for the one before it on the same sum: up to 16 lanes take four sums in turn, 32 lanes two.
 
-No codeword leads out of bounds. Several codewords are read without a check as long as the row's place is before its
-end: what they can pass it by is within the zeros of `SLACK_COLUMNS`. The last codewords of a row, and any longer than
-that allows, are read singly, each place held at the end of the row.
+No codeword leads out of bounds. Several codewords are read without a check as long as the row's place is
+before its end: as far as they can go past it, there are the zeros of `SLACK_COLUMNS`. The last codewords of a
+row, and all of a codebook whose codewords are too long for that, are read singly, each place held at the end
+of the row.
 
-Names in compiled code: `matrix` is a `PackedView`, `level` the row's float32 [4] by digit, `sums` a tuple of vectors.
+Names in compiled code: `matrix` is a `PackedView`, `level` the row's float32 [4] by digit, `sums` a tuple of
+vectors.
 """
 
 from __future__ import annotations
@@ -65,8 +68,8 @@ class _Tokens(NamedTuple):
 def multiply_rows(matrix, expert, rows, lanes, x, y):
     """Write the products of an expert's `rows` (first, last + 1) with one block of tokens.
 
-    `x` and `y`, float32, are the block's parts of data over blocks, of `matrix.width` and of the matrix's rows
-    columns; see `TokenBlocks`. `lanes` is 1, 8, 16, 32 or 64. Each case is compiled for its own vectors.
+    `x` and `y`, float32, are the block's parts of data over blocks, of `matrix.width` and of the matrix's
+    rows columns; see `TokenBlocks`. `lanes` is 1, 8, 16, 32 or 64. Each case is compiled for its own vectors.
     """
     if lanes == 1:
         zero = zeros(2)
@@ -186,14 +189,16 @@ def _add_codeword(matrix, entries, step, code, begin, end, tokens, sums):
             place = begin + slot_field(matrix, word, slot)
             if end is not None:
                 place = min(place, end)
-            sums = sums[1:] + (add_place(sums[0], tokens.x, place, tokens.level),)  # noqa: RUF005 - not in numba
+            added = add_place(sums[0], tokens.x, place, tokens.level)
+            sums = sums[1:] + (added,)  # noqa: RUF005 - not in numba
     return begin + as_index(step) * codeword_length(matrix, word), sums
 
 
 @compiled
 def _add_listed_places(matrix, row, tokens, sums):
     for n in range(_list_places(matrix, row, tokens.places)):
-        sums = sums[1:] + (add_place(sums[0], tokens.x, tokens.places[n], tokens.level),)  # noqa: RUF005 - not in numba
+        added = add_place(sums[0], tokens.x, tokens.places[n], tokens.level)
+        sums = sums[1:] + (added,)  # noqa: RUF005 - not in numba
     return sums
 
 

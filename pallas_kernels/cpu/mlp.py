@@ -1,4 +1,4 @@
-"""Whole experts on NumPy arrays, outside XLA: what a store of experts in host memory calls."""
+"""Whole experts on NumPy arrays, outside XLA, for stores of experts in host memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def expert_mlp(
     *,
     activation: str,
 ) -> None:
-    """Write `scale * (wo @ activation(wi @ x))` of each token's expert into `y`; see `pallas_kernels.packed_mlp`.
+    """Write `scale * (wo @ activation(wi @ x))` of each token's expert into `y`, as `packed_mlp` does.
 
-    Any number of threads may call it at once. The matrices hold NumPy arrays anywhere in memory, which are read where
-    they lie; between the last row of an expert and the next expert there may be anything. It takes memory for the
-    tokens' inputs, activations and outputs, whose lanes are rounded up to 8, 16, 32 or 64 per expert.
+    Any number of threads may call it at once. The matrices hold NumPy arrays anywhere in memory, which are
+    read where they lie; between the last row of an expert and the next expert there may be anything. It takes
+    memory for the tokens' inputs, activations and outputs, whose lanes are rounded up to 8, 16, 32 or 64 per
+    expert.
 
     Args:
         wi: one matrix [d_ff, d_model], or two: the gated expert multiplies by the second one's product.

@@ -29,8 +29,8 @@ def packed_product(
 ) -> Float32[np.ndarray, "result"]:
     """Return activation(W x) of each block's expert and tokens, rows in parallel; from any thread.
 
-    A row is summed in one order however many threads there are, so that the result has the same bits. It takes the
-    memory of the result only.
+    A row is summed in one order however many threads there are, so that the result has the same bits. It
+    takes the memory of the result only.
 
     Args:
         packed: matrices [out, in] of NumPy arrays anywhere in memory, which are read where they lie.
@@ -80,9 +80,10 @@ def _activate(y, activation):
 
 
 def precompile(packed: PackedMatrix) -> None:
-    """Compile `packed_product` and its blocks for such a matrix: for seconds once, later read from numba's cache.
+    """Compile `packed_product` for such a matrix: takes seconds once, later runs read numba's cache.
 
-    Call it while tracing, so that no step waits for it. `packed` may be traced: only dtypes and the table's form count.
+    Call it while tracing, so that no step waits for it. `packed` may be traced: only dtypes and the table's
+    form count.
     """
     table = packed.table
     _precompile(np.dtype(packed.codes.dtype), table.field_bits, table.slots, table.words)

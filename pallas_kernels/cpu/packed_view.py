@@ -11,21 +11,22 @@ from pallas_kernels.cpu.compiled import as_index, compiled, read_only
 from pallas_kernels.operands import DIGIT_BITS, DecodeTable, PackedMatrix
 
 SINGLE_STEP, LANES_STEP = 3, 4
-"""Multiples of the position that a field of `single_entries` and of `lane_entries` holds; see `inner_loop`."""
+"""Factors of the position in the fields of `single_entries` and `lane_entries`; see `inner_loop`."""
 
-_CACHED_TABLES = 8  # a model has one or a few; an entry of upstream's dictionary takes 768 KB
+_CACHED_TABLES = 8  # a model has one or a few; that of upstream's dictionary takes 768 KB
 
 
 class PackedView(NamedTuple):
     """A `PackedMatrix` as compiled functions read it; the arrays are read-only and contiguous.
 
-    Both tables hold the decode table's words with the fields moved: from the lowest bit on, for each slot, `step`
-    times the position plus the digit (`field_bits + DIGIT_BITS` bits), then the codeword's length. They have as many
-    entries as there are values of a code: those beyond the decode table repeat its last, so that no code leads out
-    of bounds.
+    Both tables hold the decode table's words with the fields moved: from the lowest bit on, for each slot,
+    `step` times the position plus the digit (`field_bits + DIGIT_BITS` bits), then the codeword's length.
+    They have as many entries as there are values of a code: those beyond the decode table repeat its last, so
+    that no code leads out of bounds.
 
-    numba compiles an array's number of dimensions into the code, not an integer's value: `field_bits`, `slots` and
-    `words` are empty arrays of as many dimensions as the numbers that they stand for, so that loops over them unroll.
+    numba compiles an array's number of dimensions into the code, not an integer's value: `field_bits`,
+    `slots` and `words` are empty arrays of as many dimensions as the numbers that they stand for, so that
+    loops over them unroll.
 
     Attributes:
         codes: uint8 or uint16 [expert, capacity].

@@ -1,8 +1,9 @@
 """Short vectors of float32 as values of compiled code, kept in registers.
 
-numba leaves loops over a short fixed length to LLVM's vectorizer, which checks for overlapping arrays on every entry
-and keeps sums in memory. Naming the vectors makes the loops of `inner_loop` five times faster. LLVM splits a vector of
-64 lanes into as many registers as the processor needs: four of AVX-512, eight of AVX2.
+numba leaves loops over a short fixed length to LLVM's vectorizer, which checks for overlapping arrays on
+every entry and keeps sums in memory. Naming the vectors makes the loops of `inner_loop` five times faster.
+LLVM splits a vector of 64 lanes into as many registers as the processor needs: four of AVX-512, eight of
+AVX2.
 
 Every function here is for compiled code; nothing checks bounds.
 """

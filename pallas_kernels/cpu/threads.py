@@ -1,9 +1,9 @@
 """Loops shared between threads in small chunks: each thread takes the next chunk when it has finished one.
 
-Chunks that are taken, not assigned, suit a machine with other work to do: a thread that is late or slow takes fewer
-of them. The helpers are Python threads that release the interpreter's lock while they compute, and sleep otherwise:
-a scheduler whose threads wait in a loop (OpenMP's do, for milliseconds) would take the cores from XLA's own threads,
-which run before and after.
+Chunks that are taken, not assigned, suit a machine with other work to do: a thread that is late or slow takes
+fewer of them. The helpers are Python threads that release the interpreter's lock while they compute, and
+sleep otherwise: a scheduler whose threads wait in a loop (OpenMP's do, for milliseconds) would take the cores
+from XLA's own threads, which run before and after.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def parallel_for(body: Callable[..., None], *args: Any) -> None:
     Any number of threads may call this at once: each call has its own counter, all share one pool of helpers.
 
     Args:
-        body: a compiled function that works on the chunks numbered `next_chunk(counter)` until there are none left.
+        body: a compiled function that works on the chunks numbered `next_chunk(counter)` until there are none
+            left.
         args: the operands, the same for each thread.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tokens laid out for the inner loop: grouped by expert, in blocks of lanes that share one pass over the codewords."""
+"""Tokens grouped by expert, in blocks of lanes that share one pass over the expert's codewords."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxtyping import Float32, Int32
 from pallas_kernels.cpu.compiled import compiled, read_only
 from pallas_kernels.cpu.threads import next_chunk, parallel_for
 
-# Columns of zeros behind each block: the inner loop reads several codewords without a check of the position in
-# between, and the tail of a row's last codeword multiplies zeros.
+# Columns of zeros behind each block: the inner loop reads several codewords without a check of the position
+# in between, and the tail of a row's last codeword multiplies zeros.
 SLACK_COLUMNS = 512
 
 MAX_LANES = 64
@@ -24,7 +24,7 @@ _WORTH_SHARING = 1 << 16  # numbers: copying fewer takes less time than waking a
 
 
 class TokenBlocks(NamedTuple):
-    """Assignment of tokens to blocks: a block holds up to 1, 8, 16, 32 or 64 tokens of one expert as its lanes.
+    """Assignment of tokens to blocks of 1, 8, 16, 32 or 64 lanes, each for tokens of one expert.
 
     Data over blocks is one flat float32 array: a block of `width` columns begins at
     `first_lane * (width + SLACK_COLUMNS)`, as [width, lanes] or, for one token, as [width, SINGLE_STRIDE].
@@ -34,8 +34,8 @@ class TokenBlocks(NamedTuple):
     Attributes:
         expert: int32 [block], the expert of each block.
         lanes: int32 [block], 1, 8, 16, 32 or 64.
-        first_lane: int64 [block + 1], lanes before each block, one token counting as `SINGLE_STRIDE`; their sum.
-        first_token: int64 [block + 1], index in `token` of each block's first one; the number of tokens.
+        first_lane: int64 [block + 1], lanes before each block (a single one as `SINGLE_STRIDE`), then all.
+        first_token: int64 [block + 1], index in `token` of each block's first one, then the number of tokens.
         token: int64 [token], the rows of the tokens, block by block.
     """
 
@@ -47,7 +47,7 @@ class TokenBlocks(NamedTuple):
 
     @staticmethod
     def by_expert(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
-        """Return blocks of each expert's tokens: whole ones of 64 lanes, then the smallest that holds the rest.
+        """Return the blocks of each expert's tokens: full ones of 64 lanes, then the smallest for the rest.
 
         Blocks are in the order of the experts, and the tokens of an expert in their own order.
         """
@@ -74,7 +74,7 @@ class TokenBlocks(NamedTuple):
         scale: Float32[np.ndarray, "t"],
         y: Float32[np.ndarray, "t width"],
     ) -> None:
-        """Write to row t of `y` what the blocks hold of token t, times `scale[t]`; the reverse of `dispatch`."""
+        """Write each token's row in the blocks, times its `scale`, to its row of `y`: `dispatch` reversed."""
         self._copy(_combine_chunks, y, data, read_only(scale))
 
     def _copy(self, body: Any, rows: Float32[np.ndarray, "t width"], *others: np.ndarray) -> None:
@@ -109,7 +109,7 @@ def _cut_into_blocks(sorted_index):
 
 
 class _Chunk(NamedTuple):
-    """Some columns of a block: column c of the token at `first_token + i` is `data[start + c * stride + i]`."""
+    """Some columns of a block: that of token `first_token + i` is at `start + column * stride + i`."""
 
     first_token: int
     stop_token: int

@@ -21,7 +21,7 @@ _CHUNK_ROWS = 32
 
 
 def unpack_rows(packed: PackedMatrix, y: Float32[np.ndarray, "expert out in"]) -> None:
-    """Write the matrices of NumPy arrays into `y`, rows in parallel; without scratch memory, from any thread."""
+    """Write matrices of NumPy arrays into `y`, rows in parallel; from any thread, without other memory."""
     parallel_for(_unpack_chunks, view_packed(packed), y)
 
 

@@ -53,7 +53,8 @@ def installed_version() -> tuple[int, int]:
 def version_refusal() -> str | None:
     """Return why the structures cannot be trusted with the installed jaxlib, or None where they can.
 
-    Read from the header, not asked of XLA: XLA says its version in one of the structures.
+    The version is that of the header: XLA gives its own in one of the structures, which could not be trusted
+    yet.
     """
     expected = f"expected version {_dotted(OLDEST_VERSION)} to {_dotted(NEWEST_VERSION)} of XLA's FFI C API"
     try:

@@ -28,14 +28,14 @@ def dense_matmul(
 ) -> Float32[Array, "t out"]:
     """Compute `x @ w` in float32, widening the matrix as it is read.
 
-    For the dense parameters of a decoding step on a CPU, whose time is that of reading them: XLA would first write the
-    widened matrix to memory.
+    For the dense parameters of a decoding step on a CPU, whose time is that of reading them: XLA would first
+    write the widened matrix to memory.
 
     Args:
         x: float32, a few tokens; from a few dozen on, XLA's matrix product is faster.
         w: the matrix in bfloat16, `in` rows, as T5X stores it.
-        backend: "cpu", "reference", or a function to use as the implementation; by default the first of the platform's
-            backends that can run.
+        backend: "cpu", "reference", or a function to use as the implementation; by default the first of the
+            platform's backends that can run.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

@@ -44,7 +44,7 @@ def _encode_on_host(
 
 @functools.lru_cache
 def _compile(code: np.dtype, symbol_digits: int) -> None:
-    """Compile the walk while tracing, so that no step waits for it; numba caches it on disk for later runs."""
+    """Compile the walk while tracing, so that no step waits for it; numba caches it on disk."""
     follow, codes = np.zeros((1, 3**symbol_digits), np.int32), np.zeros(1, code)
     table = EncodeTable(follow, codes, codes, symbol_digits)
     encode_matrix(np.zeros((1, 1), np.uint8), table, np.zeros(1, code), np.zeros(2, np.int32))

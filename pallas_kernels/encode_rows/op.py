@@ -39,18 +39,18 @@ def encode_rows(
 ) -> EncodedRows:
     """Encode each row by itself, greedily by the longest codeword that matches.
 
-    Only the last codeword of a row may run past its end. A digit above 2 counts as 2: no input reads or writes out of
-    bounds. The result has room for a code per symbol, as the worst digits take.
+    Only the last codeword of a row may run past its end. A digit above 2 counts as 2: no input reads or
+    writes out of bounds. The result has room for a code per symbol, as the worst digits take.
 
     Args:
         digits: 0 for zero, 1 for the row's minimum, 2 for its maximum.
         table: the codebook.
-        backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation; by
-            default the first of the platform's backends that can run.
+        backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation;
+            by default the first of the platform's backends that can run.
 
     Raises:
-        ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords than an
-            int32 counts.
+        ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords
+            than an int32 counts.
         NotImplementedError: `backend` cannot run here.
     """
     *experts, rows, width = digits.shape

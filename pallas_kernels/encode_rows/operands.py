@@ -16,15 +16,15 @@ from pallas_kernels.operands import AnyArray
 class EncodeTable:
     """A codebook as encoders take it: a tree of symbols, node 0 the root.
 
-    A symbol is `symbol_digits` consecutive digits, the first the least significant in base 3. Every node ends a
-    codeword or has all of its children, so that a greedy encoder never gets stuck; kernels trust that the nodes
-    in `follow` exist.
+    A symbol is `symbol_digits` consecutive digits, the first the least significant in base 3. Every node ends
+    a codeword or has all of its children, so that a greedy encoder never gets stuck; kernels trust that the
+    nodes in `follow` exist.
 
     Attributes:
         follow: the next node: the child, or ~(the root's child) where a codeword ends before the symbol.
         code: the codeword that ends in a node; any number where none does.
-        last_code: the codeword to write where a row ends in a node: its own, else one that passes through it (its tail
-            runs past the row and is ignored).
+        last_code: the codeword to write where a row ends in a node: its own, else one that passes through it
+            (its tail runs past the row and is ignored).
         symbol_digits: digits per symbol.
     """
 
@@ -47,7 +47,8 @@ class EncodedRows(NamedTuple):
     """Rows as codewords: row r is `codes[..., row_offsets[..., r] : row_offsets[..., r + 1]]`.
 
     Attributes:
-        codes: the codewords, row after row; `encode_rows` returns room for the most codewords, zeros after the last.
+        codes: the codewords, row after row; `encode_rows` returns room for the most codewords, zeros after
+            the last.
         row_offsets: where each row begins among the codes, and the end of the last one.
     """
 

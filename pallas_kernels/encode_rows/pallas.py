@@ -1,7 +1,8 @@
 """Pallas on a GPU: a thread walks the trie along a row, once to count its codewords and once to write them.
 
-Walking twice is cheaper than it looks: the second walk writes each code to its final place, where a single one would
-write and read back a code for every symbol. The trie of a small codebook stays in the first-level cache.
+Walking twice is cheaper than it looks: the second walk writes each code to its final place, where a single
+one would write and read back a code for every symbol. The trie of a small codebook stays in the first-level
+cache.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def encode_rows(
     """See `pallas_kernels.encode_rows`.
 
     Raises:
-        NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that Triton reads
-            as signed.
+        NotImplementedError: digits or codes of 2 to 4 GiB, whose offsets Pallas computes in 32 bits that
+            Triton reads as signed.
     """
     experts, rows, _ = digits.shape
     symbols = symbols_of(digits, table)
@@ -42,7 +43,7 @@ def encode_rows(
     for name, size in (("digits", symbols.size), ("codes", experts * capacity * code.dtype.itemsize)):
         if 2**31 < size <= 2**32:
             raise NotImplementedError(
-                f"Pallas' Triton backend cannot address {name} of {size:,} bytes (between 2 and 4 GiB): encode "
+                f"Pallas' Triton backend cannot address {name} of {size:,} bytes (2 to 4 GiB): encode "
                 f"fewer experts at a time"
             )
     call = functools.partial(
@@ -77,7 +78,7 @@ def _count_kernel(symbols: Any, follow: Any, counts: Any, *, fanout: int) -> Non
 def _write_kernel(
     symbols: Any, follow: Any, code: Any, last_code: Any, row_offsets: Any, codes: Any, *, fanout: int
 ) -> None:
-    """Write the codes; the last place of `codes` is for rows that do not exist: no two threads name the same one."""
+    """Write the codes; the last place of `codes` is for rows that do not exist."""
     expert, rows, live = _rows(symbols)
     nowhere = codes.shape[1] - 1
 

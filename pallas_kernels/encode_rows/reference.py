@@ -19,7 +19,7 @@ def encode_rows(digits: UInt8[Array, "expert row width"], table: EncodeTable) ->
         return jnp.where(reached < 0, ~reached, reached), (code[node], reached < 0)
 
     symbols = symbols_of(digits, table).swapaxes(0, 1)
-    # Shape: [symbol, expert, row]: the code of the node before each symbol, and whether that codeword ends there
+    # Shape: [symbol, expert, row]: the code of the node before each symbol, whether that codeword ends there
     node, (codes, ends) = jax.lax.scan(step, jnp.zeros(symbols.shape[1:], jnp.int32), symbols)
     codes = jnp.concatenate([codes, last_code[node][None]])
     ends = jnp.concatenate([ends, jnp.ones((1, *node.shape), bool)])

@@ -11,7 +11,7 @@ from pallas_kernels.encode_rows.operands import EncodeTable
 def symbols_of(
     digits: UInt8[Array, "expert row width"], table: EncodeTable
 ) -> UInt8[Array, "expert symbol row"]:
-    """Return the rows as symbols below the table's fanout; transposed, so that the walks of all rows read a line."""
+    """Return rows as symbols below the table's fanout, transposed: the walks of all rows read one line."""
     step = table.symbol_digits
     experts, rows, width = digits.shape
     padded = jnp.pad(jnp.minimum(digits, 2), ((0, 0), (0, 0), (0, -width % step)))

@@ -1,7 +1,8 @@
 """The walk along the trie on NumPy arrays, compiled by numba; rows in parallel.
 
-Encoding waits, for each symbol, for the load that the one before it led to. So a thread walks several rows in turn,
-and nothing branches on where a codeword ends: the code is always written, and written over unless one ended.
+Encoding waits, for each symbol, for the load that the one before it led to. So a thread walks several rows in
+turn, and nothing branches on where a codeword ends: the code is always written, and written over unless one
+ended.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def encode_matrix(
     codes: Codes,
     row_offsets: Int32[np.ndarray, "bound"],
 ) -> None:
-    """Write the codes of a matrix, zeros behind them, and its row offsets. Takes a code per symbol of scratch memory.
+    """Write the codes of a matrix, zeros behind them, and its row offsets.
 
-    The digits are known to be 0, 1 or 2: they lead through the table unchecked. `codes` has room for a code per
-    symbol. All arrays are NumPy's.
+    It takes a code per symbol of scratch memory.
+
+    The digits are known to be 0, 1 or 2: they lead through the table unchecked. `codes` has room for a code
+    per symbol. All arrays are NumPy's.
     """
     rows, width = digits.shape
     follow, code, last_code = map(read_only, (table.follow, table.code, table.last_code))

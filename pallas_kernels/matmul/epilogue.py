@@ -20,8 +20,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu":
 class Epilogue:
     """`y = scale * activation(sum) * gate`, where each factor may be None: left out.
 
-    Applying it inside the kernel saves a pass over the activations of an expert. It is passed through `pallas_call`
-    directly: inside a kernel, `gate` and `scale` are references.
+    Applying it inside the kernel saves a pass over the activations of an expert. It is passed through
+    `pallas_call` directly: inside a kernel, `gate` and `scale` are references.
 
     Attributes:
         gate: a factor for each element, in the layout of the result.
@@ -36,7 +36,7 @@ class Epilogue:
     def finish(
         self, total: Float[Array, "*tile"], gate_at: Callable[[Any], Array], scale_at: Callable[[Any], Array]
     ) -> Float[Array, "*tile"]:
-        """Return the tile to store; `gate_at` and `scale_at` load its factors, in shapes that broadcast with it."""
+        """Return the tile to store; `gate_at` and `scale_at` load factors that broadcast with it."""
         if self.activation is not None:
             total = ACTIVATIONS[self.activation](total)
         if self.gate is not None:

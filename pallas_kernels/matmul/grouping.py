@@ -32,13 +32,13 @@ class TokenBlocks:
         """Number of blocks, including those without tokens."""
         return self.expert.shape[0]
 
-    def spread(self, x: Float[Array, "t *width"]) -> Float[Array, "block lanes *width"]:
+    def dispatch(self, x: Float[Array, "t *width"]) -> Float[Array, "block lanes *width"]:
         """Place values of the tokens in their blocks, zeros elsewhere."""
         flat = jnp.zeros((self.count * self.lanes, *x.shape[1:]), x.dtype).at[self.lane].set(x)
         return flat.reshape(-1, self.lanes, *x.shape[1:])
 
-    def collect(self, y: Float[Array, "block lanes width"]) -> Float[Array, "t width"]:
-        """Reverse `spread`."""
+    def combine(self, y: Float[Array, "block lanes width"]) -> Float[Array, "t width"]:
+        """Reverse `dispatch`."""
         return y.reshape(-1, y.shape[-1])[self.lane]
 
     def busy_experts(self) -> tuple[Int32[Array, "busy"], Int32[Array, "1"]]:
@@ -73,6 +73,6 @@ def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) 
 
 
 def lanes_for(tokens: int, num_experts: int, most: int) -> int:
-    """Return the lanes that the average number of tokens per expert fills: a power of two between 8 and `most`."""
+    """Return the power of two between 8 and `most` that holds the average number of tokens per expert."""
     average = -(-tokens // max(num_experts, 1))
     return min(max(8, 1 << (average - 1).bit_length()), most)

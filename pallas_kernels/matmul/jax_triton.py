@@ -17,8 +17,7 @@ GATHERED_FROM = 2
 SEPARATE_TILE = 128
 """Codewords that a warp takes at a time for one token: four per thread."""
 GATHER_TILE, LANES = 32, 8
-"""Codewords at a time, and tokens per block: a thread holds eight sums, and the tokens' values of one column are one
-load of 16 or 32 bytes."""
+"""Codewords at a time, and tokens per block: eight sums per thread, and one load of 16 or 32 bytes per column."""
 
 
 def packed_matmul(
@@ -51,12 +50,12 @@ def gathered(
         return jnp.zeros((0, packed.rows), x.dtype)
     expert = jnp.clip(expert_index, 0, packed.num_experts - 1)
     blocks = group_tokens(expert, packed.num_experts, LANES)
-    operands = blocks.expert, blocks.spread(x).transpose(0, 2, 1)  # the tokens of a block side by side
+    operands = blocks.expert, blocks.dispatch(x).transpose(0, 2, 1)  # the tokens of a block side by side
     result = jax.ShapeDtypeStruct((blocks.count, packed.rows, LANES), x.dtype)
     programs = packed.rows * blocks.count
     tiles = {"TILE": GATHER_TILE, "LANES": LANES}
     y = call(packed_matmul_gather, packed, operands, programs=programs, result=result, **tiles)
-    return blocks.collect(y.transpose(0, 2, 1))
+    return blocks.combine(y.transpose(0, 2, 1))
 
 
 @triton.jit

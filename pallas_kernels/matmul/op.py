@@ -48,18 +48,19 @@ def packed_matmul(
 ) -> Float[Array, "t out"]:
     """Multiply each token by the matrix of its expert: `y[t] = packed[expert_index[t]] @ x[t]`.
 
-    Every implementation chooses by the number of tokens per expert: with few, each token decodes the codewords of its
-    expert; with many, tokens are grouped by expert on the device, so that each expert is decoded once per block of
-    tokens. Sums are float32. No input leads out of bounds: an expert index out of range counts as the nearest one in
-    range, a code beyond the table as its last codeword, and digits beyond a row's end are dropped.
+    Every implementation chooses by the number of tokens per expert: with few, each token decodes the
+    codewords of its expert; with many, tokens are grouped by expert on the device, so that each expert is
+    decoded once per block of tokens. Sums are float32. No input leads out of bounds: an expert index out of
+    range counts as the nearest one in range, a code beyond the table as its last codeword, and digits beyond
+    a row's end are dropped.
 
     Args:
         packed: the experts.
         x: float32 or bfloat16.
         expert_index: read on the device.
-        backend: "cpu", "pallas", "pallas_interpret" (the Pallas kernels interpreted, slowly, on any platform),
-            "jax_triton", "reference", or a function to use as the implementation; by default the first of the
-            platform's backends that can run.
+        backend: "cpu", "pallas", "pallas_interpret" (the Pallas kernels interpreted, slowly, on any
+            platform), "jax_triton", "reference", or a function to use as the implementation; by default the
+            first of the platform's backends that can run.
 
     Returns:
         The products, in the dtype of `x`.

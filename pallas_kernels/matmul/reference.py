@@ -76,4 +76,4 @@ def grouped(
     def step(operands: tuple[Array, Array]) -> Array:
         return jax.lax.cond(operands[0] >= 0, multiply, skip, operands)
 
-    return blocks.collect(jax.lax.map(step, (blocks.expert, blocks.spread(x))))
+    return blocks.combine(jax.lax.map(step, (blocks.expert, blocks.dispatch(x))))

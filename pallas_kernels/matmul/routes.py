@@ -1,8 +1,8 @@
 """The Pallas product: a route for each load, with its own layout of the activations.
 
-With few tokens per expert, each token decodes its expert (`Separate`); with some, blocks of 8 to 32 tokens share the
-decoding (`Gathered`); with many, tensor cores multiply decoded rows (`Dense`). Activations stay in the route's layout
-from one product to the next.
+With few tokens per expert, each token decodes its expert (`Separate`); with some, blocks of 8 to 32 tokens
+share the decoding (`Gathered`); with many, tensor cores multiply decoded rows (`Dense`). Activations stay in
+the route's layout from one product to the next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=tuning.Config)
 
 @dataclasses.dataclass(frozen=True)
 class RouteConfig(tuning.Config):
-    """Tokens per expert, on average, from which tokens are gathered in blocks, and from which products are dense."""
+    """Average tokens per expert from which they are gathered in blocks, and from which products are dense."""
 
     kind: ClassVar[str] = "route"
 
@@ -102,11 +102,11 @@ class Gathered:
 
     def enter(self, x: Array) -> Array:
         """Place tokens in their blocks, transposed."""
-        return self.blocks.spread(x).transpose(0, 2, 1)
+        return self.blocks.dispatch(x).transpose(0, 2, 1)
 
     def enter_scale(self, scale: Array) -> Array:
         """Return [block, lanes]."""
-        return self.blocks.spread(scale)
+        return self.blocks.dispatch(scale)
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
         """Run the `gather` kernel."""
@@ -115,7 +115,7 @@ class Gathered:
 
     def leave(self, y: Array) -> Array:
         """Take tokens out of their blocks."""
-        return self.blocks.collect(y.transpose(0, 2, 1))
+        return self.blocks.combine(y.transpose(0, 2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,11 @@ class Dense:
 
     def enter(self, x: Array) -> Array:
         """Place tokens in their blocks."""
-        return self.blocks.spread(x)
+        return self.blocks.dispatch(x)
 
     def enter_scale(self, scale: Array) -> Array:
         """Return [block, lanes]."""
-        return self.blocks.spread(scale)
+        return self.blocks.dispatch(scale)
 
     def product(self, packed: PackedMatrix, x: Array, epilogue: Epilogue, dtype: Any) -> Array:
         """Run the `tensor_core` kernel."""
@@ -141,7 +141,7 @@ class Dense:
 
     def leave(self, y: Array) -> Array:
         """Take tokens out of their blocks."""
-        return self.blocks.collect(y)
+        return self.blocks.combine(y)
 
 
 def route_for(
@@ -152,7 +152,7 @@ def route_for(
     *,
     interpret: bool = False,
 ) -> Route:
-    """Return the route for these tokens, by their number per expert; `packed` is the first matrix they meet."""
+    """Return the route for these tokens by their number per expert; `packed` is the first matrix."""
     overrides = overrides or Overrides()
     expert = jnp.clip(expert_index, 0, packed.num_experts - 1)
     tokens = expert.shape[0]

@@ -1,7 +1,7 @@
-"""Reads rows of codewords inside jax-triton kernels: the tiles of `pallas_kernels.tiles` in Triton's own language.
+"""Reads rows of codewords inside jax-triton kernels, as `pallas_kernels.tiles` does inside Pallas ones.
 
-Imported only where jax-triton runs. `no_type_check`: Triton compiles the source of these functions, which are never
-called as Python. Expert offsets are 64-bit, so codes may take any number of bytes.
+Imported only where jax-triton runs. `no_type_check`: Triton compiles the source of these functions, which are
+never called as Python. Expert offsets are 64-bit, so codes may take any number of bytes.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def call(
 ) -> Array:
     """Run a kernel with one warp per program and return its `result`.
 
-    The kernel is given `packed`, `operands`, the result and the static arguments. Under vmap the calls run in sequence:
-    jax-triton has no batching rule.
+    The kernel is given `packed`, `operands`, the result and the static arguments. Under vmap the calls run in
+    sequence: jax-triton has no batching rule.
     """
     table = packed.table
     constants = {

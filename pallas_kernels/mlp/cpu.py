@@ -1,4 +1,4 @@
-"""An expert on a CPU by the numba kernels: one host call, in which activations stay in the blocks of tokens."""
+"""An expert on a CPU by the numba kernels: one host call, whose activations stay in blocks of tokens."""
 
 from __future__ import annotations
 

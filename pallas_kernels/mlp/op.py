@@ -55,9 +55,9 @@ def packed_mlp(
 ) -> Float[Array, "t d_model"]:
     """Send each token through its expert: `y = scale * (wo @ activation(wi @ x))`.
 
-    With a pair of `wi` the expert is gated: `y = scale * (wo @ (activation(wi[0] @ x) * (wi[1] @ x)))`. Activations
-    between the products are float32, whatever the dtype of `x`. As in `packed_matmul`, the number of tokens per expert
-    decides how codewords are decoded.
+    With a pair of `wi` the expert is gated: `y = scale * (wo @ (activation(wi[0] @ x) * (wi[1] @ x)))`.
+    Activations between the products are float32, whatever the dtype of `x`. As in `packed_matmul`, the number
+    of tokens per expert decides how codewords are decoded.
 
     Args:
         wi: [expert, d_ff, d_model], or two of them.

@@ -23,7 +23,8 @@ def packed_mlp(
 ) -> Float[Array, "t d_model"]:
     """Compute `pallas_kernels.packed_mlp`; `overrides` replace tuned configurations.
 
-    Tokens are grouped once for all products. Activations between two products are float32, even where `x` is not.
+    Tokens are grouped once for all products. Activations between two products are float32, even where `x` is
+    not.
     """
     route = route_for(wi[0], x.dtype, expert_index, overrides, interpret=interpret)
     tokens = route.enter(x)

@@ -1,7 +1,7 @@
 """Float32 arithmetic for the `digit` of a grid, written in operations that XLA and Triton both have.
 
-Triton has no rounding, no argmin and no slices of values: rounding is by addition, the least of three numbers is found
-by comparison, and the two levels of a row come as a pair.
+Triton has no rounding, no argmin and no slices of values: rounding is by addition, the least of three numbers
+is found by comparison, and the two levels of a row come as a pair.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _FAR = 2.0**20  # farther from zero than any digit, and still rounded
 def divide(a: Float[Array, "*shape"], b: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
     """Return a / b for finite a; correctly rounded by XLA on a CPU, to 2 units in the last place by Triton.
 
-    XLA turns a division by something broadcast into a multiplication by its reciprocal, which is one unit in the
-    last place off often enough to move weights across a rounding border. So b is made to depend on every a;
-    nothing less survives `vmap`.
+    XLA turns a division by something broadcast into a multiplication by its reciprocal, which is one unit in
+    the last place off often enough to move weights across a rounding border. So b is made to depend on every
+    a; nothing less survives `vmap`.
     """
     return a / (b + 0 * a)
 

@@ -40,10 +40,11 @@ def quantize_block(
 ) -> RoundedBlock:
     """Quantize a block of columns in order, each compensating the deviations of those before it.
 
-    With the damped Hessian as H = Lᵀ diag(curvature) L, L unit lower triangular, the value of column i is the one
-    that `grid` gives the target w_i + error_feedback_i + Σ_{j<i} L_ij (w_j - value_j), j in the block. The backends
-    add the terms in different orders: a target within float32 rounding of a border may fall on either side of it,
-    and the columns after it then compensate for that. Weights lie transposed, so that a column is contiguous.
+    With the damped Hessian as H = Lᵀ diag(curvature) L, L unit lower triangular, the value of column i is the
+    one that `grid` gives the target w_i + error_feedback_i + Σ_{j<i} L_ij (w_j - value_j), j in the block.
+    The backends add the terms in different orders: a target within float32 rounding of a border may fall on
+    either side of it, and the columns after it then compensate for that. Weights lie transposed, so that a
+    column is contiguous.
 
     Args:
         w: the weights, float32, as are all numbers here.
@@ -51,11 +52,12 @@ def quantize_block(
         lower: L, of these columns alone; only the entries below its diagonal are read.
         curvature: the cost of a squared deviation from the target in each column.
         levels: two numbers for each row and group, as `grid` takes them.
-        group_index: the group of each column, the same for all experts; an index out of range counts as the nearest in
-            range.
+        group_index: the group of each column, the same for all experts; an index out of range counts as the
+            nearest in range.
         grid: the digits and their values.
-        backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a function to
-            use as the implementation; by default the first of the platform's backends that can run.
+        backend: "cpu" (XLA's compilation of the reference), "pallas", "pallas_interpret", "reference", or a
+            function to use as the implementation; by default the first of the platform's backends that can
+            run.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

@@ -12,7 +12,7 @@ Levels = tuple[Float[Array, "*#shape"], Float[Array, "*#shape"]]
 
 @runtime_checkable
 class BlockGrid(Protocol):
-    """A pytree of float32 scalars with the two functions below, elementwise, in operations that Triton has."""
+    """A pytree of float32 scalars with two elementwise functions, in operations that Triton has."""
 
     def digit(
         self, target: Float[Array, "*shape"], levels: Levels, curvature: Float[Array, ""]

@@ -1,8 +1,8 @@
 """Pallas on a GPU: a thread takes a row through all columns of the block; threads share nothing.
 
-The feedback of a panel stays in registers, its columns unrolled; the deviations of earlier panels are read back from
-the output by the thread that wrote them (one row per thread leaves no other way to lay them out), so there is no
-barrier.
+The feedback of a panel stays in registers, its columns unrolled; the deviations of earlier panels are read
+back from the output by the thread that wrote them (one row per thread leaves no other way to lay them out),
+so there is no barrier.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plain jax.numpy, in float32 at full precision; the implementation on a CPU.
 
-The feedback of the block's earlier columns on a panel of columns is one product, and that of the panel's on each
-column another. So a step touches the panel, not the block.
+The feedback of the block's earlier columns on a panel of columns is one product, and that of the panel's on
+each column another. So a step touches the panel, not the block.
 """
 
 from __future__ import annotations

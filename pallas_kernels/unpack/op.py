@@ -38,8 +38,8 @@ def unpack(
     Args:
         packed: the experts.
         dtype: float32 or bfloat16.
-        backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation; by
-            default the first of the platform's backends that can run.
+        backend: "cpu", "pallas", "pallas_interpret", "reference", or a function to use as the implementation;
+            by default the first of the platform's backends that can run.
 
     Raises:
         ValueError: `dtype` is not one of these.

@@ -1,4 +1,4 @@
-"""Unpacking in plain jax.numpy: a cumulative sum gives every codeword its column, and its nonzeros are scattered."""
+"""Unpacking in plain jax.numpy: codewords find their columns by a cumulative sum and scatter their nonzeros."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The compressed model on the disk: written so that it can be stopped, read lazily, verified to the byte.
+"""The compressed model on disk: written so that it can be resumed, read lazily, verified to the byte.
 
-    run.json                        what the artifact will be of; written first
-    codebooks.safetensors           what the codes mean, as data
+    run.json                        the run that the artifact belongs to; written first
+    codebooks.safetensors           the codebooks, as data
     experts/encoder.layers_01/experts-00000-00015.safetensors    sixteen experts, each one contiguous range
     dense/                          every other parameter, an Orbax checkpoint
-    report.json                     what differs from run to run
+    report.json                     figures of every expert, and what differs from run to run
     SHA256SUMS                      every file; `sha256sum -c SHA256SUMS` checks an artifact without this package
-    manifest.json                   what all of that must be; written last
+    manifest.json                   content and checksums of all of that; written last
 
 Everything but `dense/`, `report.json` and `SHA256SUMS` is the same to the byte in every run.
 """

@@ -1,7 +1,7 @@
-"""The codebooks of an artifact, as data: whoever reads it needs no rule by which they were made.
+"""The file with the codebooks of an artifact, stored as data, so that reading needs no rule to make them.
 
-One safetensors file: of each codebook the lengths of its codewords (the smallest integers that hold them) and
-their digits, two bits each; its name and what else it consists of are in the metadata.
+One safetensors file with the lengths of each codebook's codewords (the smallest integers that hold them) and their
+digits, two bits each; names and the other fields are in the metadata.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DIGIT_BITS = 2
 
 
 def render_codebooks(codebooks: Iterable[Codebook]) -> bytes:
-    """The bytes of the file."""
+    """Return the bytes of the file."""
     tensors: list[tuple[str, np.ndarray]] = []
     described = []
     for index, codebook in enumerate(sorted(codebooks, key=lambda codebook: codebook.name)):
@@ -37,10 +37,10 @@ def render_codebooks(codebooks: Iterable[Codebook]) -> bytes:
 
 
 def read_codebooks(path: Path) -> dict[str, Codebook]:
-    """The codebooks of a file, by name.
+    """Read the codebooks of a file, by name.
 
     Raises:
-      CheckpointError: the file is missing or damaged, or something in it is no codebook.
+        CheckpointError: the file is missing or damaged, or something in it is not a codebook.
     """
     header = read_header(path)
     arrays = {name: read_all(tensor) for name, tensor in lazy_tensors(path, header).items()}
@@ -52,5 +52,7 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
             stored = {"lengths": arrays[f"{index}.lengths"], "digits": digits, "symbol_digits": symbol_digits}
             codebooks[fields["name"]] = Codebook.from_arrays(fields["name"], stored)
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError("holds no codebook", path=path, found=repr(error)) from error
+        raise CheckpointError(
+            "holds something that is not a codebook", path=path, found=repr(error)
+        ) from error
     return codebooks

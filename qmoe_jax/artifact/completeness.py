@@ -1,8 +1,8 @@
-"""Whether the parts of an artifact make up a whole model: asked before the manifest is written."""
+"""Checks that the parts of an artifact make up a whole model, before the manifest is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
@@ -13,10 +13,10 @@ from qmoe_jax.parameters import STACKS, ExpertKernel, expert_matrices, expert_sh
 
 
 def find_groups(root: Path) -> list[GroupKey]:
-    """The expert groups on the disk, whichever host wrote them.
+    """Return the expert groups on disk, whichever host wrote them.
 
     Raises:
-      CheckpointError: there is a file among them that is none.
+        CheckpointError: there is a file among them that is not an expert group.
     """
     keys = []
     for path in sorted((root / EXPERTS).rglob("*")):
@@ -24,29 +24,29 @@ def find_groups(root: Path) -> list[GroupKey]:
             continue
         key = GroupKey.from_path(path.relative_to(root).as_posix())
         if key is None:
-            raise CheckpointError("is no expert group", path=path, remedy="remove it")
+            raise CheckpointError("is not an expert group", path=path, remedy="remove it")
         keys.append(key)
     return keys
 
 
 def check_complete(
-    root: Path, run: Run, keys: Iterable[GroupKey], dense: Mapping[str, object]
+    root: Path, run: Run, files: Mapping[GroupKey, str], dense: Mapping[str, object]
 ) -> dict[str, Kind]:
-    """How each compressed kernel is packed, after a check that every expert is there exactly once.
+    """Check that every expert is there exactly once, and return the packing of each compressed kernel.
 
     Args:
-      root: the artifact.
-      run: gives the architecture and the codebooks.
-      keys: the groups.
-      dense: the dense parameters by name; the kernels of a layer left uncompressed are among them.
+        root: the artifact.
+        run: architecture and codebooks.
+        files: file of each group, relative to `root`.
+        dense: the dense parameters by name; the kernels of an uncompressed layer are among them.
 
     Raises:
-      CheckpointError: an expert is missing or twice there, or groups of one layer are packed differently.
+        CheckpointError: an expert is missing or there twice, or groups of one layer are packed differently.
     """
     by_layer: dict[tuple[str, int], list[GroupKey]] = {
         (stack, layer): [] for stack in STACKS for layer in run.config.sparse_layers(stack)
     }
-    for key in sorted(keys):
+    for key in sorted(files):
         if (key.stack, key.layer) not in by_layer:
             raise CheckpointError("is a group of a layer without experts", path=root / key.path)
         by_layer[key.stack, key.layer].append(key)
@@ -57,17 +57,20 @@ def check_complete(
             continue
         _check_experts(root, run.config.num_experts, f"{stack}/layers_{layer}", groups)
         for key in groups:
-            group = GroupFile.open(root, key)
+            group = GroupFile.open(root, key, files[key])
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
                 if kinds.setdefault(name := ExpertKernel(stack, layer, matrix).path, kind) != kind:
                     raise CheckpointError(
-                        "is packed unlike its layer", path=root / key.path, expected=kinds[name], found=kind
+                        "is packed differently from its layer",
+                        path=root / key.path,
+                        expected=kinds[name],
+                        found=kind,
                     )
     return kinds
 
 
 def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupKey]) -> None:
-    """The groups, sorted, must hold every expert once."""
+    """Check that the groups, sorted, hold every expert once."""
     position = 0
     for key in groups:
         if key.start != position:
@@ -88,10 +91,11 @@ def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupK
 def check_matrices(
     path: Path, run: Run, matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
 ) -> dict[str, Kind]:
-    """How the matrices of a group (kind and shape of each) are packed, after a check that they fit the run.
+    """Check that the matrices of a group (kind and shape of each) fit the run, and return their kinds.
 
     Raises:
-      CheckpointError: they are not the model's matrices, or need a codebook that the run has not; names `path`.
+        CheckpointError: they are not the model's matrices, or need a codebook that the run does not have; names
+            `path`.
     """
     found = {matrix: shape for matrix, (_, shape) in matrices.items()}
     if found != (expected := expert_shapes(run.config)):

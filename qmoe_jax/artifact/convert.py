@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy.typing as npt
 
-from qmoe_jax.artifact.kinds import Ternary
+from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.open import open_checkpoint
-from qmoe_jax.artifact.reader import ArtifactReader, PackedKernel
+from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.huggingface import write_huggingface
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x import write_t5x
@@ -93,7 +93,7 @@ def _require_ternary(checkpoint: Checkpoint) -> ArtifactReader:
         )  # fmt: skip
     for name in filter(is_expert, checkpoint.names()):
         kind = checkpoint.kind(name)
-        if not isinstance(kind, Ternary) or kind.group_size is not None or kind.input_scaled:
+        if not runs_packed(kind):
             raise CheckpointError(
                 problem, path=checkpoint.path, key=name, expected=expected, found=kind or "not compressed"
             )
@@ -102,7 +102,5 @@ def _require_ternary(checkpoint: Checkpoint) -> ArtifactReader:
 
 def _ternary_matrix(artifact: ArtifactReader, name: str, expert: int) -> TernaryMatrix:
     """Return the digits and levels of an expert's matrix, as upstream's writer asks for them."""
-    kernel = artifact.tensors[name]
-    assert isinstance(kernel, PackedKernel)
-    matrix = next(kernel.layer.read(slice(expert, expert + 1)))[kernel.matrix]
+    (matrix,) = artifact.matrices(name, slice(expert, expert + 1))
     return unpack_digits(matrix, artifact.codebooks), matrix.parts["levels"]

@@ -1,4 +1,4 @@
-"""The dense parameters: written by Orbax, read by tensorstore, in parts and cast on the way.
+"""Dense parameters: written by Orbax, read by TensorStore.
 
 Orbax keeps the tree as one OCDBT store (few files, however many arrays) of zarr arrays named by their path
 joined with dots; `orbax.checkpoint` reads the directory like any other of its own.
@@ -6,7 +6,6 @@ joined with dots; `orbax.checkpoint` reads the directory like any other of its o
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -22,20 +21,23 @@ from flax import traverse_util
 from qmoe_jax.artifact.manifest import ArrayRecord
 from qmoe_jax.files.durable import sync_folder
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.tensor import LazyTensor, read_all
 
 DENSE = "dense"
 
 CHUNK_BYTES = 1 << 24
-"""Bytes of a zarr chunk, which is what a read decodes at a time on each core: small beside the largest array
+"""Size of a zarr chunk in bytes, which is what a read decodes at a time on each core: small beside the largest array
 (c-2048's embedding has 267 MB in float32), large enough to stream."""
 
 
 def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
-    """Writes the parameters under `root`/dense, replacing what is there; returns what each array must be.
+    """Write the parameters under `root`/dense, replacing what is there.
 
-    Memory: Orbax holds the compressed chunks of what it is writing, beside the tree itself. With several
-      hosts,
-    all of them call this, and Orbax has the first one write.
+    Memory: the whole tree, which the caller holds, and the compressed chunks of all arrays, which Orbax holds until
+    they are written. With several hosts, all of them call this, and Orbax has the first one write.
+
+    Returns:
+        Shape, dtype and checksum of each array.
     """
     import orbax.checkpoint as ocp
 
@@ -52,70 +54,58 @@ def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what Orbax had half-written when a run was killed."""
+    """Remove what Orbax had half-written when a run was killed."""
     for folder in root.glob(f"{DENSE}.orbax-checkpoint-tmp*"):
         shutil.rmtree(folder)
 
 
-@dataclasses.dataclass(frozen=True)
-class DenseTensor:
-    """One array of an artifact's Orbax checkpoint; opened only when it is read."""
+def dense_tensor(root: Path, name: str, record: ArrayRecord) -> LazyTensor:
+    """Return one array of an artifact's Orbax checkpoint, which is opened only when it is read.
 
-    root: Path
-    name: str
-    record: ArrayRecord
+    Args:
+        root: the artifact.
+        name: path of the parameter.
+        record: its shape and dtype according to the manifest.
+    """
+    dtype = np.dtype(record.dtype)  # ml_dtypes has registered bfloat16
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that the manifest gives."""
-        return self.record.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype that the manifest gives (`ml_dtypes.bfloat16` among them)."""
-        return np.dtype(self.record.dtype)
-
-    def read(self, rows: slice) -> np.ndarray:
-        """Rows `rows` of the first axis (a scalar: everything), in the stored dtype."""
-        return self._read(rows, self.dtype)
-
-    def read_as(self, dtype: np.dtype) -> np.ndarray:
-        """All of it, cast chunk by chunk as it is read: never whole in two dtypes."""
-        return self._read(slice(None), dtype)
-
-    def content(self) -> ArrayRecord:
-        """What the array on the disk is found to be. Raises `CheckpointError` where it cannot be read."""
-        return _record_of(self.read(slice(None)))
-
-    def _read(self, rows: slice, dtype: np.dtype) -> np.ndarray:
-        base = {"driver": "file", "path": os.path.abspath(self.root / DENSE) + "/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": self.name.replace("/", ".") + "/"}
+    def read(rows: slice) -> np.ndarray:
+        base = {"driver": "file", "path": os.path.abspath(root / DENSE) + "/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
             store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()
-            if (store.shape, store.dtype.numpy_dtype) != (self.shape, self.dtype):
+            if (store.shape, store.dtype.numpy_dtype) != (record.shape, dtype):
                 found = f"{store.dtype.name} {store.shape}"
-                raise self._error(f"{self.record.dtype} {self.shape}", found)
-            store = store[rows] if self.shape else store
-            return ts.cast(store, dtype).read().result()
-        except (
-            ValueError,
-            OSError,
-        ) as error:  # tensorstore: missing, truncated, or not what its checksums say
-            raise self._error(None, str(error).split("\n", 1)[0]) from error
+                raise _unreadable(root, name, f"{record.dtype} {record.shape}", found)
+            return (store[rows] if record.shape else store).read().result()
+        except (ValueError, OSError) as error:  # missing, truncated, or not what TensorStore's checksums say
+            raise _unreadable(root, name, None, str(error).split("\n", 1)[0]) from error
 
-    def _error(self, expected: str | None, found: str) -> CheckpointError:
-        return CheckpointError(
-            "a dense parameter cannot be read",
-            path=self.root / DENSE,
-            key=self.name,
-            expected=expected,
-            found=found,
-            remedy="copy the artifact again",
-        )
+    return LazyTensor(record.shape, dtype, read)
+
+
+def stored_record(root: Path, name: str, record: ArrayRecord) -> ArrayRecord:
+    """Return shape, dtype and checksum of an array as it lies on disk.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another shape or dtype than `record`.
+    """
+    return _record_of(read_all(dense_tensor(root, name, record)))
+
+
+def _unreadable(root: Path, name: str, expected: str | None, found: str) -> CheckpointError:
+    return CheckpointError(
+        "a dense parameter cannot be read",
+        path=root / DENSE,
+        key=name,
+        expected=expected,
+        found=found,
+        remedy="copy the artifact again",
+    )
 
 
 def _record_of(array: np.ndarray) -> ArrayRecord:
-    """Shape, dtype and checksum of an array."""
+    """Return shape, dtype and checksum of an array."""
     little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
     sha256 = hashlib.sha256(little.reshape(-1).view(np.uint8).data).hexdigest()
     return ArrayRecord(tuple(array.shape), array.dtype.name, sha256)

@@ -1,10 +1,10 @@
-"""The file of one expert group: several experts of a layer, each of them one contiguous range of bytes.
+"""The file of one expert group: several experts of a layer, each one contiguous range of bytes.
 
 A group file is safetensors. An expert's tensors `<expert>.<matrix>.<part>` lie side by side, larger elements
 first, so that each is aligned where it lies; `<expert>.padding` fills up to the next expert's beginning, a
-multiple of 16 bytes. The metadata say which run the file belongs to, how its matrices are packed, and the
-SHA-256 of all that and the data, so that a file can be trusted (or refused) on its own, before there is a
-manifest: it must be exactly what its content renders to.
+multiple of 16 bytes. The metadata name the run that the file belongs to, the packing of its matrices, and the
+SHA-256 of all that and the data, so that a file can be checked on its own, before there is a manifest: it must be
+exactly what its content renders to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Expert = Mapping[str, PackedExpertMatrix]
 
 @dataclasses.dataclass(frozen=True, order=True)
 class GroupKey:
-    """Experts `start` to `stop - 1` of a layer of a stack ('encoder' or 'decoder')."""
+    """Experts `start` to `stop - 1` of a layer of a stack ("encoder" or "decoder")."""
 
     stack: str
     layer: int
@@ -43,13 +43,13 @@ class GroupKey:
 
     @property
     def path(self) -> str:
-        """The group's file, relative to the artifact; its name has the first expert and the last."""
+        """Path of the group's file, relative to the artifact, named after the first expert and the last."""
         name = f"experts-{self.start:05d}-{self.stop - 1:05d}.safetensors"
         return f"{EXPERTS}/{self.stack}.layers_{self.layer:02d}/{name}"
 
     @classmethod
     def from_path(cls, path: str) -> GroupKey | None:
-        """The key of a relative path, None where that is no group file."""
+        """Return the key of a relative path; None where it is not a group file."""
         pattern = rf"{EXPERTS}/(encoder|decoder)\.layers_(\d+)/experts-(\d+)-(\d+)\.safetensors"
         match = re.fullmatch(pattern, path)
         if match is None:
@@ -59,10 +59,10 @@ class GroupKey:
 
 
 def render_group(key: GroupKey, experts: Sequence[Expert], run: str) -> list[bytes | memoryview]:
-    """The bytes of a group file, in pieces; `run` is the digest of the run that the group belongs to.
+    """Return the bytes of a group file, in pieces; `run` is the digest of the run that the group belongs to.
 
     Raises:
-      ValueError: the experts are not as many as the key says, or not all packed in one way.
+        ValueError: the number of experts is not the key's, or they are not all packed in one way.
     """
     if len(experts) != key.stop - key.start:
         raise ValueError(f"{key.path}: expected {key.stop - key.start} experts, found {len(experts)}")
@@ -87,19 +87,19 @@ def render_group(key: GroupKey, experts: Sequence[Expert], run: str) -> list[byt
 
 
 def _expert_tensors(first: int, experts: Sequence[Expert]) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Each expert's tensors in the order of their bytes, every part in one dtype throughout the group."""
-    slots = [
+    """Yield each expert's tensors in the order of their bytes, every part in one dtype throughout the group."""
+    parts = [
         (matrix, part) for matrix in sorted(experts[0]) for part in PARTS if part in experts[0][matrix].parts
     ]
     dtypes = {
         (matrix, part): np.result_type(*(expert[matrix].parts[part].dtype for expert in experts))
-        for matrix, part in slots
+        for matrix, part in parts
     }
-    slots.sort(key=lambda slot: -dtypes[slot].itemsize)
+    parts.sort(key=lambda key: -dtypes[key].itemsize)
     for number, expert in enumerate(experts, first):
         tensors = [
             (f"{number}.{matrix}.{part}", expert[matrix].parts[part].astype(dtypes[matrix, part], copy=False))
-            for matrix, part in slots
+            for matrix, part in parts
         ]
         if padding := -sum(array.nbytes for _, array in tensors) % ALIGNMENT:
             tensors.append((f"{number}.padding", np.zeros(padding, np.uint8)))
@@ -107,8 +107,8 @@ def _expert_tensors(first: int, experts: Sequence[Expert]) -> Iterator[list[tupl
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """One tensor of every expert of a group; only the number of codes differs between experts."""
+class StoredPart:
+    """A part that every expert of a group has; only the number of codes differs between experts."""
 
     matrix: str
     part: str
@@ -117,13 +117,13 @@ class Slot:
 
     @property
     def shape_of_view(self) -> tuple[int, ...]:
-        """The shape, with the codes as many as there are bytes."""
+        """The shape, with -1 for the number of codes."""
         return (-1,) if self.part == "codes" else self.shape
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertExtent:
-    """Where one expert lies: one `pread` of `nbytes` at `offset` of `path` has all of it."""
+    """The range of bytes of one expert: one `pread` of `nbytes` at `offset` of `path` reads all of it."""
 
     path: Path
     offset: int
@@ -132,55 +132,55 @@ class ExpertExtent:
     expert: int
 
     def read(self) -> memoryview:
-        """The expert's bytes. Raises `CheckpointError` where the file is missing or cut short."""
+        """Read the expert's bytes. Raises `CheckpointError` where the file is missing or cut short."""
         return read_exactly(self.path, self.offset, self.nbytes)
 
     def parse(self, buffer: bytes | bytearray | memoryview) -> dict[str, PackedExpertMatrix]:
-        """The expert's matrices, as views of its bytes (whoever read them)."""
+        """Return the expert's matrices as views of its bytes, which the caller has read."""
         return self.group.parse(self.expert, buffer)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupFile:
-    """An opened group file: its header, kept small (8 bytes a tensor), for there may be thousands of them.
+    """The header of a group file, kept small (8 bytes per tensor), since there may be thousands of them.
 
     Attributes:
-      path: the file.
-      key: the experts in it.
-      run: digest of the run that wrote it.
-      matrices: how each matrix is packed, and its shape (out, in).
-      slots: the tensors of an expert, in the order of their bytes.
-      data_begin: length of the header, in bytes.
-      offsets: where each tensor of each expert begins, counted from the end of the header; the last column is
-        where the next expert begins.
+        path: the file.
+        key: the experts in it.
+        run: digest of the run that wrote it.
+        matrices: kind and shape (out, in) of each matrix.
+        parts: the parts of an expert, in the order of their bytes.
+        data_begin: length of the header, in bytes.
+        offsets: int64 `[expert, part + 2]`, the beginnings of the parts, of the padding and of the next expert, in
+            bytes from the end of the header.
     """
 
     path: Path
     key: GroupKey
     run: str
     matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
-    slots: tuple[Slot, ...]
+    parts: tuple[StoredPart, ...]
     data_begin: int
     offsets: np.ndarray
 
     @classmethod
     def open(cls, root: Path, key: GroupKey, location: str | None = None) -> GroupFile:
-        """Reads a group file's header.
+        """Read a group file's header.
 
         Args:
-          root: the artifact.
-          key: the experts.
-          location: their file, relative to `root`; `key.path` unless a manifest says otherwise.
+            root: the artifact.
+            key: the experts.
+            location: their file, relative to `root`; `key.path` unless a manifest says otherwise.
 
         Raises:
-          CheckpointError: the file is missing, cut short, not a group file, or of a kind unknown here.
+            CheckpointError: the file is missing, cut short, not a group file, or of a kind unknown here.
         """
         location = location or key.path
         path = root / location
         header = read_header(path)
         if (found := header.metadata.get("format")) != FORMAT:
             raise CheckpointError(
-                "is no expert group of this version", path=path, expected=FORMAT, found=found
+                "is not an expert group of this version", path=path, expected=FORMAT, found=found
             )
         if (found := header.metadata.get("group")) != location:
             raise CheckpointError("holds other experts", path=path, expected=location, found=found)
@@ -194,39 +194,39 @@ class GroupFile:
                 for name, fields in packed.items()
             }
             run = header.metadata["run"]
-            slots, offsets = _layout(header, key)
-            if {slot.matrix for slot in slots} != matrices.keys():
+            stored, offsets = _layout(header, key)
+            if {part.matrix for part in stored} != matrices.keys():
                 raise ValueError(f"tensors of other matrices than {sorted(matrices)}")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError("has a damaged header", path=path, found=repr(error)) from error
-        return cls(path, key, run, matrices, slots, header.data_begin, offsets)
+        return cls(path, key, run, matrices, stored, header.data_begin, offsets)
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole file."""
+        """Size of the whole file in bytes."""
         return self.data_begin + int(self.offsets[-1, -1])
 
     def extent(self, expert: int) -> ExpertExtent:
-        """Where an expert (by its number in the layer) lies."""
+        """Return the range of bytes of an expert, given its number within the layer."""
         begins = self.offsets[expert - self.key.start]
         offset = self.data_begin + int(begins[0])
         return ExpertExtent(self.path, offset, int(begins[-1] - begins[0]), self, expert)
 
     def parse(self, expert: int, buffer: bytes | bytearray | memoryview) -> dict[str, PackedExpertMatrix]:
-        """The matrices of an expert, as views of its bytes."""
+        """Return the matrices of an expert as views of its bytes."""
         begins = (self.offsets[expert - self.key.start] - self.offsets[expert - self.key.start, 0]).tolist()
         parts: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.matrices}
-        for slot, begin, end in zip(self.slots, begins[:-2], begins[1:-1], strict=True):
-            count = (end - begin) // slot.dtype.itemsize
-            view = np.frombuffer(buffer, slot.dtype, count, begin)
-            parts[slot.matrix][slot.part] = view.reshape(slot.shape_of_view)
+        for stored, begin, end in zip(self.parts, begins[:-2], begins[1:-1], strict=True):
+            count = (end - begin) // stored.dtype.itemsize
+            view = np.frombuffer(buffer, stored.dtype, count, begin)
+            parts[stored.matrix][stored.part] = view.reshape(stored.shape_of_view)
         return {
             name: PackedExpertMatrix(kind, shape, parts[name])
             for name, (kind, shape) in self.matrices.items()
         }
 
     def read(self, start: int, stop: int) -> list[dict[str, PackedExpertMatrix]]:
-        """Experts `start` to `stop - 1`, in one read."""
+        """Read experts `start` to `stop - 1` at once."""
         if start >= stop:
             return []
         first, last = self.extent(start), self.extent(stop - 1)
@@ -235,11 +235,11 @@ class GroupFile:
         return [extent.parse(data[extent.offset - first.offset :][: extent.nbytes]) for extent in extents]
 
 
-def _layout(header: Header, key: GroupKey) -> tuple[tuple[Slot, ...], np.ndarray]:
-    """The slots that all experts have, and the offsets [expert, slot + 2]: each tensor, the padding, the end.
+def _layout(header: Header, key: GroupKey) -> tuple[tuple[StoredPart, ...], np.ndarray]:
+    """Return the parts that all experts have, and `GroupFile.offsets`.
 
     Raises:
-      ValueError: a tensor has no place in the scheme.
+        ValueError: the tensors do not lie as `render_group` writes them.
     """
     by_expert: dict[int, list[TensorEntry]] = {expert: [] for expert in range(key.start, key.stop)}
     for entry in header.tensors:
@@ -247,15 +247,15 @@ def _layout(header: Header, key: GroupKey) -> tuple[tuple[Slot, ...], np.ndarray
     layouts, offsets = set(), []
     for expert, entries in by_expert.items():
         tensors = [entry for entry in entries if entry.name != f"{expert}.padding"]
-        layouts.add(tuple(map(_slot, tensors)))
+        layouts.add(tuple(map(_stored_part, tensors)))
         offsets.append([*(entry.begin for entry in tensors), tensors[-1].end, entries[-1].end])
     if len(layouts) != 1 or [row[0] for row in offsets[1:]] != [row[-1] for row in offsets[:-1]]:
         raise ValueError("experts do not lie side by side")
     return layouts.pop(), np.array(offsets, np.int64)
 
 
-def _slot(entry: TensorEntry) -> Slot:
+def _stored_part(entry: TensorEntry) -> StoredPart:
     _, matrix, part = entry.name.split(".")
     if part not in PARTS:
         raise ValueError(f"{entry.name}: unknown part")
-    return Slot(matrix, part, entry.dtype, () if part == "codes" else entry.shape)
+    return StoredPart(matrix, part, entry.dtype, () if part == "codes" else entry.shape)

@@ -1,28 +1,29 @@
-"""How a quantized matrix is packed: each kind turns digits and levels into stored parts, and back.
+"""Kinds of packing: each turns the digits and levels of a quantized matrix into stored parts, and back.
 
-A kind is plain data in the manifest and in every group file. To add one, write a class with the methods of
-`Kind` and list it in `KINDS`; a reader refuses every other name.
+A kind is plain data in the manifest and in every group file. To add one, write a class with the methods of `Kind` and
+list it in `KINDS`; a reader refuses every other name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, UInt8
 
 from qmoe_jax.artifact.bits import pack_bits, packed_bytes, smallest_dtype, unpack_bits
 from qmoe_jax.coding import Codebook, EncodedRows, decode, encode
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.quantization import Grid, ternary_grid, uniform_grid
 
 Codebooks = Mapping[str, Codebook]
-"""By name."""
+"""Codebooks by name."""
 
 Parts = Mapping[str, np.ndarray]
-"""What a packed matrix is stored as: see `PackedExpertMatrix`."""
+"""The stored arrays of a packed matrix: see `PackedExpertMatrix`."""
 
 LevelDtype = Literal["bfloat16", "float32"]
 
@@ -31,18 +32,17 @@ LEVEL_DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
 }
 
-PARTS = ("levels", "scales", "zeros", "input_scale", "column_group", "counts", "codes")
-"""Everything that a matrix may be stored as; a reader refuses a part of another name."""
+PARTS = ("levels", "scales", "zeros", "column_group", "counts", "codes")
+"""Names of the parts that a matrix may have; a reader refuses a part of another name."""
 
 
 class Kind(Protocol):
-    """How a matrix [out, in] is packed: a frozen dataclass. Levels belong to a row, or to a group of its columns.
+    """Packing of a matrix [out, in]: a frozen dataclass. Levels belong to a row, or to a group of its columns.
 
     Attributes:
-      name: what the manifest calls it.
-      group_size: columns that share their levels; None: the whole row does.
-      level_dtype: what levels are rounded to. bfloat16 is what upstream's models have.
-      input_scaled: whether there is a scale for each input column, to be applied to x.
+        name: name in the manifest.
+        group_size: columns that share their levels; None for the whole row.
+        level_dtype: dtype that levels are rounded to. bfloat16 is what upstream's models have.
     """
 
     name: ClassVar[str]
@@ -52,8 +52,11 @@ class Kind(Protocol):
     def group_size(self) -> int | None: ...  # noqa: D102
     @property
     def level_dtype(self) -> LevelDtype: ...  # noqa: D102
+
     @property
-    def input_scaled(self) -> bool: ...  # noqa: D102
+    def grid(self) -> Grid:
+        """The grid that gives digits their values."""
+        ...
 
     def pack(
         self,
@@ -61,19 +64,23 @@ class Kind(Protocol):
         levels: Float[np.ndarray, "out group 2"],
         codebooks: Codebooks,
     ) -> dict[str, np.ndarray]:
-        """Digits and levels as parts."""
+        """Return digits and levels as parts."""
         ...
 
     def digits(
         self, parts: Parts, shape: tuple[int, int], codebooks: Codebooks
     ) -> UInt8[np.ndarray, "out in"]:
-        """The digits again. Raises `coding.CorruptStream` or `ValueError` where they cannot be."""
+        """Return the digits that `pack` was given.
+
+        Raises:
+            ValueError: the parts are damaged; `coding.CorruptStream` where codewords are.
+        """
         ...
 
-    def values(
-        self, parts: Parts, digits: UInt8[np.ndarray, "out in"], group: Int[np.ndarray, "in"]
-    ) -> Float32[np.ndarray, "out in"]:
-        """What the digits stand for, given the group of each column."""
+    def levels(
+        self, parts: Parts
+    ) -> tuple[Float32[np.ndarray, "out group"], Float32[np.ndarray, "out group"]]:
+        """Return the two numbers, as the grid has them, of each row and group."""
         ...
 
 
@@ -85,7 +92,11 @@ class Ternary:
     codebook: str
     group_size: int | None = None
     level_dtype: LevelDtype = "bfloat16"
-    input_scaled: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The ternary grid."""
+        return ternary_grid()
 
     def pack(
         self,
@@ -93,7 +104,7 @@ class Ternary:
         levels: Float[np.ndarray, "out group 2"],
         codebooks: Codebooks,
     ) -> dict[str, np.ndarray]:
-        """Parts `levels`, `counts`, `codes`."""
+        """Return the parts `levels`, `counts`, `codes`."""
         encoded = encode(digits, self._codebook(codebooks))
         counts = np.diff(np.asarray(encoded.row_offsets))
         return {
@@ -105,23 +116,19 @@ class Ternary:
     def digits(
         self, parts: Parts, shape: tuple[int, int], codebooks: Codebooks
     ) -> UInt8[np.ndarray, "out in"]:
-        """Decodes every row to exactly `in` digits, else raises `coding.CorruptStream`."""
+        """Decode every row to exactly `in` digits. Raises `coding.CorruptStream` where that is impossible."""
         return np.asarray(decode(self.encoded(parts), self._codebook(codebooks), shape[1]))
 
-    def values(
-        self, parts: Parts, digits: UInt8[np.ndarray, "out in"], group: Int[np.ndarray, "in"]
-    ) -> Float32[np.ndarray, "out in"]:
-        """Looks each digit up in its group's (0, minimum, maximum)."""
-        levels = parts["levels"].astype(np.float32).reshape(len(digits), -1, 2)
-        table = np.pad(levels, ((0, 0), (0, 0), (1, 0)))
-        values = np.empty(digits.shape, np.float32)
-        # A row at a time: the index of a whole matrix would be 8 bytes a weight.
-        for row, row_digits in enumerate(digits):
-            values[row] = table[row, group, row_digits]
-        return values
+    def levels(
+        self, parts: Parts
+    ) -> tuple[Float32[np.ndarray, "out group"], Float32[np.ndarray, "out group"]]:
+        """Return minimum and maximum."""
+        stored = parts["levels"]
+        levels = stored.astype(np.float32).reshape(len(stored), -1, 2)
+        return levels[..., 0], levels[..., 1]
 
     def encoded(self, parts: Parts) -> EncodedRows:
-        """The stream that `coding` reads: codes, and where rows begin among them."""
+        """Return the codewords with the offsets of rows among them, as `coding` reads them."""
         counts = parts["counts"]
         offsets = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=offsets[1:])
@@ -129,19 +136,23 @@ class Ternary:
 
     def _codebook(self, codebooks: Codebooks) -> Codebook:
         if self.codebook not in codebooks:
-            raise ValueError(f"no codebook {self.codebook!r}, only {sorted(codebooks)}")
+            raise ValueError(f"codebook: expected one of {sorted(codebooks)}, found {self.codebook!r}")
         return codebooks[self.codebook]
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """k-bit digits, bit-packed along each row; a digit stands for (digit - zero) * scale."""
+    """k-bit digits, bit-packed along each row; a digit stands for (digit - zero point) * scale."""
 
     name: ClassVar[str] = "uniform"
     bits: int
     group_size: int | None = None
     level_dtype: LevelDtype = "bfloat16"
-    input_scaled: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The uniform grid of `bits`."""
+        return uniform_grid(self.bits)
 
     def pack(
         self,
@@ -149,7 +160,7 @@ class Uniform:
         levels: Float[np.ndarray, "out group 2"],
         codebooks: Codebooks,
     ) -> dict[str, np.ndarray]:
-        """Parts `scales`, `zeros`, `codes`. Raises `ValueError` where a zero point is no integer."""
+        """Return the parts `scales`, `zeros`, `codes`. Raises `ValueError` where a zero point is not an integer."""
         scales, zeros = levels[..., 0], levels[..., 1]
         if not np.array_equal(zeros, np.rint(zeros)):
             raise ValueError("zero points must be integers")
@@ -162,37 +173,43 @@ class Uniform:
     def digits(
         self, parts: Parts, shape: tuple[int, int], codebooks: Codebooks
     ) -> UInt8[np.ndarray, "out in"]:
-        """Unpacks every row; raises `ValueError` where the bytes are not as many as the shape says."""
+        """Unpack every row. Raises `ValueError` where the number of bytes does not fit the shape."""
         out, width = shape
         codes, expected = parts["codes"], out * packed_bytes(width, self.bits)
         if codes.size != expected:
             raise ValueError(f"expected {expected} bytes of digits, found {codes.size}")
         return unpack_bits(codes.reshape(out, -1), self.bits, width)
 
-    def values(
-        self, parts: Parts, digits: UInt8[np.ndarray, "out in"], group: Int[np.ndarray, "in"]
-    ) -> Float32[np.ndarray, "out in"]:
-        """(digit - zero) * scale, in float32."""
-        scales = parts["scales"].astype(np.float32).reshape(len(digits), -1)
-        zeros = parts["zeros"].astype(np.float32).reshape(len(digits), -1)
-        if scales.shape[1] > 1:
-            scales, zeros = scales[:, group], zeros[:, group]
-        return (digits - zeros) * scales
+    def levels(
+        self, parts: Parts
+    ) -> tuple[Float32[np.ndarray, "out group"], Float32[np.ndarray, "out group"]]:
+        """Return scale and zero point."""
+        scales, zeros = parts["scales"], parts["zeros"]
+        flat = lambda part: part.astype(np.float32).reshape(len(part), -1)
+        return flat(scales), flat(zeros)
 
 
 KINDS: Mapping[str, type[Ternary] | type[Uniform]] = {kind.name: kind for kind in (Ternary, Uniform)}
 
+RESERVED = {"input_scaled": False}
+"""Options that every kind has in the files and that have one value: room for a scale per input column."""
+
+
+def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
+    """Return whether the kernels multiply by a matrix of this kind as it is: ternary, one pair of levels per row."""
+    return isinstance(kind, Ternary) and kind.group_size is None
+
 
 def kind_to_json(kind: Kind) -> dict[str, Any]:
-    """A kind as the manifest has it."""
-    return {"name": kind.name, **dataclasses.asdict(kind)}
+    """Return a kind as the manifest has it."""
+    return {"name": kind.name, **dataclasses.asdict(kind), **RESERVED}
 
 
 def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
-    """The kind that a manifest or a group file names; `path` is for the error.
+    """Return the kind that a manifest or a group file names; `path` is for the error.
 
     Raises:
-      CheckpointError: the name or one of the options is unknown to this version.
+        CheckpointError: the name or one of the options is unknown to this version.
     """
     name, options = str(fields.get("name")), {key: value for key, value in fields.items() if key != "name"}
     remedy = "read it with a newer version of qmoe_jax"
@@ -205,18 +222,19 @@ def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
             remedy=remedy,
         )
     known = {field.name for field in dataclasses.fields(KINDS[name])}
-    if options.keys() != known or options["level_dtype"] not in LEVEL_DTYPES:
+    reserved = {key: options.pop(key, None) for key in RESERVED}
+    if options.keys() != known or reserved != RESERVED or options["level_dtype"] not in LEVEL_DTYPES:
         raise CheckpointError(
             "unknown options of packing",
             path=path,
             key=name,
-            expected=f"{sorted(known)}, level_dtype one of {sorted(LEVEL_DTYPES)}",
-            found=dict(options),
+            expected=f"{sorted(known)}, level_dtype one of {sorted(LEVEL_DTYPES)}, {RESERVED}",
+            found=options | reserved,
             remedy=remedy,
         )
     return KINDS[name](**options)
 
 
 def num_groups(kind: Kind, width: int) -> int:
-    """How many groups a row of `width` columns has."""
+    """Return the number of groups in a row of `width` columns."""
     return 1 if kind.group_size is None else -(-width // kind.group_size)

@@ -1,8 +1,7 @@
-"""The manifest: what an artifact is and what each of its bytes must be; and the run that it came from.
+"""The manifest, which lists the content and checksums of an artifact, and the run that the artifact came from.
 
-Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every
-flipped bit shows: the file must be exactly what its content renders to, and its content must hash to its own
-checksum.
+Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every flipped bit
+is found: the file must be exactly what its content renders to, and its content must hash to its own checksum.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ REPORT = "report.json"
 
 
 def canonical(content: Mapping[str, Any]) -> bytes:
-    """The one way that JSON is written here. Raises `TypeError` or `ValueError` for what JSON cannot hold."""
+    """Return the canonical JSON of an object. Raises `TypeError` or `ValueError` for values that JSON cannot hold."""
     return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of an object's canonical JSON."""
+    """Return the SHA-256 of an object's canonical JSON."""
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
@@ -43,11 +42,11 @@ class Run:
     """Everything that decides the bytes of an artifact; two runs that are equal write the same.
 
     Attributes:
-      config: the architecture.
-      options: of the compression, as JSON.
-      source: what was compressed and with what: digests of the checkpoint and of the calibration data, as
-        JSON. Not their paths, which may change between a run and its resumption.
-      codebooks: digest of each codebook, by name.
+        config: the architecture.
+        options: options of the compression, as JSON values.
+        source: digests of the checkpoint and of the calibration data, as JSON values. Not their paths, which may
+            change between a run and its resumption.
+        codebooks: digest of each codebook, by name.
     """
 
     config: SwitchConfig
@@ -56,12 +55,12 @@ class Run:
     codebooks: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values (tuples become lists)."""
+        """Return the fields as JSON values (tuples become lists)."""
         return json.loads(canonical(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, root: Path) -> Run:
-        """The run that began an artifact. Raises `CheckpointError` where its file is damaged."""
+        """Read the run that began an artifact. Raises `CheckpointError` where its file is damaged."""
         path = root / RUN
         try:
             return cls.from_json(read_canonical(path))
@@ -70,7 +69,7 @@ class Run:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Run:
-        """The run that `to_json` wrote. Raises `KeyError` or `TypeError` where fields are missing."""
+        """Return the run that `to_json` wrote. Raises `KeyError` or `TypeError` where fields are missing."""
         config: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in fields["config"].items()
         }
@@ -78,11 +77,11 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """What group files carry to say which run they belong to."""
+        """Digest by which group files name their run."""
         return digest(self.to_json())
 
     def differences(self, other: Run) -> dict[str, tuple[Any, Any]]:
-        """Each setting in which two runs differ: its name, ours, the other's."""
+        """Return each setting in which two runs differ, by name: our value and the other's."""
         ours, theirs = _flatten(self.to_json()), _flatten(other.to_json())
         keys = sorted(ours.keys() | theirs.keys())
         return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
@@ -90,7 +89,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class GroupRecord:
-    """One expert group: the experts, their file, what it must be."""
+    """One expert group in the manifest: the experts, their file, its size and checksum."""
 
     key: GroupKey
     path: str
@@ -107,22 +106,22 @@ class ArrayRecord:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ArrayRecord:
-        """From the manifest's fields."""
+        """Return the record that the manifest's fields describe."""
         return cls(tuple(fields["shape"]), fields["dtype"], fields["sha256"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What an artifact holds.
+    """The content of an artifact.
 
     Attributes:
-      run: what it came from.
-      kinds: how each compressed expert kernel is packed, by its name in the parameter tree.
-      groups: the expert groups, sorted.
-      dense: the arrays of the Orbax checkpoint `dense/`, by name. Its files carry times, so they are not
-        listed here but in the artifact's SHA256SUMS.
-      files: the other files that are the same in every run, such as the codebooks.
-      summary: what the compression says about its result, as JSON.
+        run: the run that it came from.
+        kinds: packing of each compressed expert kernel, by its name in the parameter tree.
+        groups: the expert groups, sorted.
+        dense: the arrays of the Orbax checkpoint `dense/`, by name. Its files carry times, so they are not listed
+            here but in the artifact's SHA256SUMS.
+        files: the other files that are the same in every run, such as the codebooks.
+        summary: figures of the result that are the same in every run, as JSON values.
     """
 
     run: Run
@@ -133,7 +132,7 @@ class Manifest:
     summary: Mapping[str, Any]
 
     def render(self) -> bytes:
-        """The manifest's bytes."""
+        """Return the manifest's bytes."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -148,10 +147,10 @@ class Manifest:
 
     @classmethod
     def read(cls, root: Path) -> Manifest:
-        """Reads and checks the manifest of an artifact.
+        """Read and check the manifest of an artifact.
 
         Raises:
-          CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
+            CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
         """
         path = root / MANIFEST
         if (root / RUN).exists() and not path.exists():
@@ -159,13 +158,13 @@ class Manifest:
                 "is unfinished",
                 path=root,
                 expected=MANIFEST,
-                found="only what a compression that was stopped had written",
-                remedy="run the same compression again: it goes on where it was stopped",
+                found="only the files of an interrupted compression",
+                remedy="run the same compression again: it resumes",
             )
         content = read_canonical(path)
         if content.get("format") != FORMAT:
             raise CheckpointError(
-                "is no qmoe artifact", path=path, expected=FORMAT, found=content.get("format")
+                "is not a qmoe artifact", path=path, expected=FORMAT, found=content.get("format")
             )
         if content.get("version") != VERSION:
             raise CheckpointError(
@@ -196,10 +195,10 @@ class Manifest:
 
 
 def read_canonical(path: Path) -> dict[str, Any]:
-    """Reads a JSON object and checks that the file is exactly what it would be written as.
+    """Read a JSON object and check that the file is its canonical JSON.
 
     Raises:
-      CheckpointError: the file is missing or no JSON object, or differs by as much as a space.
+        CheckpointError: the file is missing or not a JSON object, or differs by as much as a space.
     """
     data = read_whole(path)
     try:
@@ -230,7 +229,7 @@ def _damaged(path: Path, expected: str, found: str) -> CheckpointError:
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one, keys joined by dots."""
+    """Return nested objects as one, keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""Reading an artifact: as a checkpoint like any other, as packed matrices, or one expert by one `pread`."""
+"""Reading of an artifact: as a checkpoint like any other, as packed matrices, or one expert by one `pread`."""
 
 from __future__ import annotations
 
@@ -6,31 +6,27 @@ import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from pallas_kernels import PackedMatrix
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, read_codebooks
-from qmoe_jax.artifact.dense import DenseTensor
+from qmoe_jax.artifact.dense import dense_tensor
 from qmoe_jax.artifact.groups import ExpertExtent, GroupFile
-from qmoe_jax.artifact.kinds import Codebooks, Kind, Ternary
+from qmoe_jax.artifact.kinds import Codebooks, Kind, runs_packed
 from qmoe_jax.artifact.manifest import GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import pack
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.tensor import Shard, Tensor
+from qmoe_jax.files.tensor import LazyTensor, Shard, Tensor
 from qmoe_jax.parameters import ExpertKernel, expert_shapes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertLayer:
-    """The compressed experts of one layer; a group's header is read when first one of its experts is."""
+    """The compressed experts of one layer; a group's header is read with the first of its experts."""
 
     root: Path
     run: str
@@ -39,18 +35,18 @@ class ExpertLayer:
 
     @property
     def num_experts(self) -> int:
-        """How many experts the layer has."""
+        """Number of experts."""
         return self.groups[-1].key.stop
 
     def extent(self, expert: int) -> ExpertExtent:
-        """Where an expert lies. Raises `IndexError` where the layer has no such expert."""
+        """Return the location of an expert. Raises `IndexError` where the layer has no such expert."""
         if not 0 <= expert < self.num_experts:
             raise IndexError(f"no expert {expert}: the layer has {self.num_experts}")
         index = bisect.bisect_right(self.groups, expert, key=lambda group: group.key.start) - 1
         return self._open(self.groups[index]).extent(expert)
 
     def read(self, experts: slice) -> Iterator[dict[str, PackedExpertMatrix]]:
-        """A range of experts, one read a group."""
+        """Yield a range of experts, with one read per group."""
         start, stop, _ = experts.indices(self.num_experts)
         for group in self.groups:
             begin, end = max(start, group.key.start), min(stop, group.key.stop)
@@ -58,11 +54,11 @@ class ExpertLayer:
                 yield from self._open(group).read(begin, end)
 
     def files(self) -> Iterator[GroupFile]:
-        """The header of every group."""
+        """Yield the file of every group."""
         return map(self._open, self.groups)
 
     def _open(self, group: GroupRecord) -> GroupFile:
-        """A group's file, checked against the manifest as far as its header goes."""
+        """Open a group's file and check its header against the manifest."""
         if group.path not in self._opened:
             file = GroupFile.open(self.root, group.key, group.path)
             expected, found = (group.record.bytes, self.run), (file.nbytes, file.run)
@@ -78,45 +74,44 @@ class ExpertLayer:
         return self._opened[group.path]
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedKernel:
-    """One matrix of a layer's experts as a tensor [expert, in, out] in float32, dequantized as it is read."""
+def expert_tensor(
+    layer: ExpertLayer, matrix: str, shape: tuple[int, int], codebooks: Codebooks
+) -> LazyTensor:
+    """Return one matrix of a layer's experts as a float32 tensor [expert, in, out], dequantized as it is read.
 
-    layer: ExpertLayer
-    matrix: str
-    shape: tuple[int, ...]
-    codebooks: Codebooks
+    Args:
+        layer: the experts.
+        matrix: name of the matrix.
+        shape: (out, in).
+        codebooks: by name.
+    """
+    out, width = shape
 
-    @property
-    def dtype(self) -> np.dtype:
-        """float32: what dequantizing gives."""
-        return np.dtype(np.float32)
-
-    def read(self, rows: slice) -> Float32[np.ndarray, "expert in out"]:
-        """The experts of a range. Raises `CheckpointError` naming the expert whose codes are damaged."""
-        start, stop, _ = rows.indices(self.shape[0])
-        values = np.empty((max(0, stop - start), *self.shape[1:]), np.float32)
-        for index, expert in enumerate(self.layer.read(rows)):
+    def read(rows: slice) -> Float32[np.ndarray, "expert in out"]:
+        start, stop, _ = rows.indices(layer.num_experts)
+        values = np.empty((max(0, stop - start), width, out), np.float32)
+        for index, expert in enumerate(layer.read(rows)):
             try:
-                values[index] = dequantize(expert[self.matrix], self.codebooks).T
+                values[index] = dequantize(expert[matrix], codebooks).T
             except ValueError as error:
-                path = self.layer.extent(start + index).path
-                key = f"expert {start + index}, {self.matrix}"
+                path, key = layer.extent(start + index).path, f"expert {start + index}, {matrix}"
                 raise CheckpointError("is damaged", path=path, key=key, found=str(error)) from error
         return values
+
+    return LazyTensor((layer.num_experts, width, out), np.dtype(np.float32), read)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArtifactReader(Checkpoint):
-    """An artifact: a `Checkpoint` whose expert kernels come back dequantized, and more.
+    """An artifact as a checkpoint whose expert kernels are dequantized as they are read, and as packed matrices.
 
-    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
-    is an `CheckpointError` that names it, with the bytes expected and found.
+    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short is a
+    `CheckpointError` that names it, with the bytes expected and found.
 
     Attributes:
-      manifest: what the artifact is.
-      codebooks: by name.
-      layers: the compressed layers, by stack ('encoder' or 'decoder') and number.
+        manifest: the content of the manifest.
+        codebooks: by name.
+        layers: the compressed layers, by stack ("encoder" or "decoder") and number.
     """
 
     manifest: Manifest
@@ -125,10 +120,10 @@ class ArtifactReader(Checkpoint):
 
     @classmethod
     def open(cls, path: str | Path) -> ArtifactReader:
-        """Opens an artifact.
+        """Open an artifact.
 
         Raises:
-          CheckpointError: it is unfinished, damaged, or of a version or kind unknown here.
+            CheckpointError: it is unfinished, damaged, or of a version or kind unknown here.
         """
         root = Path(path)
         manifest = Manifest.read(root)
@@ -139,14 +134,14 @@ class ArtifactReader(Checkpoint):
             raise CheckpointError("is damaged", path=root / CODEBOOKS, expected=expected, found=found)
         layers = _layers(root, manifest)
         tensors: dict[str, Tensor] = {
-            name: DenseTensor(root, name, record) for name, record in manifest.dense.items()
+            name: dense_tensor(root, name, record) for name, record in manifest.dense.items()
         }
         shapes = expert_shapes(manifest.run.config)
         for (stack, number), layer in layers.items():
-            for matrix, (out, width) in shapes.items():
-                shape = (layer.num_experts, width, out)
-                name = ExpertKernel(stack, number, matrix).path
-                tensors[name] = PackedKernel(layer, matrix, shape, codebooks)
+            for matrix, shape in shapes.items():
+                tensors[ExpertKernel(stack, number, matrix).path] = expert_tensor(
+                    layer, matrix, shape, codebooks
+                )
         return cls(
             path=root,
             format="qmoe",
@@ -159,59 +154,40 @@ class ArtifactReader(Checkpoint):
         )
 
     def kind(self, name: str) -> Kind | None:
-        """How an expert kernel is packed; None for a parameter that is not compressed."""
+        """Return the packing of an expert kernel; None for a parameter that is not compressed."""
         self.shape(name)
         return self.manifest.kinds.get(name)
 
-    def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
-        """A range of the experts of a kernel as the kernels of `pallas_kernels` take them, in host memory.
+    def matrices(self, name: str, experts: slice | None = None) -> list[PackedExpertMatrix]:
+        """Read a range of the experts of a compressed kernel as they are stored."""
+        kernel = ExpertKernel.parse(name)
+        layer = self.layers[kernel.stack, kernel.layer]
+        return [expert[kernel.matrix] for expert in layer.read(experts or slice(None))]
 
-        The matrices are [out, in]. A kernel that is `input_scaled` wants `input_scale` applied to x first.
+    def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
+        """Read a range of the experts of a kernel, packed for the kernels of `pallas_kernels`, into host memory.
+
+        The matrices are [out, in].
 
         Raises:
-          ValueError: the kernel is not ternary with one pair of levels a row.
+            ValueError: the kernel is not ternary with one pair of levels per row.
         """
         kind = self.kind(name)
-        if not isinstance(kind, Ternary) or kind.group_size is not None:
-            raise ValueError(f"{name} is no ternary kernel with levels a row, but {kind}")
-        matrices = self._matrices(name, experts)
+        if not runs_packed(kind):
+            raise ValueError(f"{name}: expected ternary weights with levels per row, found {kind}")
+        matrices = self.matrices(name, experts)
         streams = [kind.encoded(matrix.parts) for matrix in matrices]
         levels = np.stack([matrix.parts["levels"] for matrix in matrices])
         return pack(streams, levels, self.codebooks[kind.codebook], self.shape(name)[1])
 
-    def input_scale(self, name: str, experts: slice | None = None) -> Float[np.ndarray, "expert in"] | None:
-        """The scale of each input column of a range of experts, None for a kernel that has none."""
-        kind = self.kind(name)
-        if kind is None or not kind.input_scaled:
-            return None
-        return np.stack([matrix.parts["input_scale"] for matrix in self._matrices(name, experts)])
-
     def expert_extent(self, stack: str, layer: int, expert: int) -> ExpertExtent:
-        """Where one expert lies, all of its matrices in one contiguous range; the extent reads and parses it.
+        """Return the contiguous range of bytes that has all matrices of one expert; it reads and parses them.
 
-        Raises `KeyError` or `IndexError` where there is no such compressed layer or expert.
+        Raises:
+            KeyError: there is no such compressed layer.
+            IndexError: the layer has no such expert.
         """
         return self.layers[stack, layer].extent(expert)
-
-    def dense_params(self, dtype: Any = None) -> dict[str, Any]:
-        """Every parameter that is not compressed, as a nested dict of arrays on the default device.
-
-        Args:
-          dtype: cast to while reading; None: as stored.
-
-        Memory: the result and one array more.
-        """
-        params = {}
-        for name, tensor in self.tensors.items():
-            if isinstance(tensor, DenseTensor):
-                array = tensor.read_as(tensor.dtype if dtype is None else np.dtype(jnp.dtype(dtype)))
-                params[name] = jax.device_put(array).block_until_ready()
-        return traverse_util.unflatten_dict(params, sep="/")
-
-    def _matrices(self, name: str, experts: slice | None) -> list[PackedExpertMatrix]:
-        tensor = self.tensors[name]
-        assert isinstance(tensor, PackedKernel)
-        return [expert[tensor.matrix] for expert in tensor.layer.read(experts or slice(None))]
 
 
 def _layers(root: Path, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer]:
@@ -223,7 +199,7 @@ def _layers(root: Path, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer
 
 
 def _shards(root: Path, manifest: Manifest) -> list[Shard]:
-    """The expert files and the codebooks, by their sizes; what they contain, `verify` looks at."""
+    """Return the expert files and the other listed files, checked by size; `verify` checks their content."""
     expected = {group.path: group.record for group in manifest.groups} | dict(manifest.files)
     shards = []
     for path, record in expected.items():

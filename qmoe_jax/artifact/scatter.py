@@ -1,4 +1,4 @@
-"""One expert read straight to where it will be used: no byte of it is copied twice."""
+"""Reading of one expert straight into the memory where it is used, without another copy."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from qmoe_jax.artifact.groups import ExpertExtent, Slot
+from qmoe_jax.artifact.groups import ExpertExtent, StoredPart
 from qmoe_jax.files.reading import read_into
 
-Destination = Callable[[Slot, int], np.ndarray]
-"""Given a tensor of the expert and its number of elements: the contiguous array that it is read into."""
+Destination = Callable[[StoredPart, int], np.ndarray]
+"""Returns the contiguous array that a part of the expert is read into, given its number of elements."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScatterRead:
-    """A range of a file, and the pieces of memory that it fills one after another.
+    """A range of a file, and the pieces of memory that it fills in order.
 
     Attributes:
-      path: the file.
-      nbytes: its whole size; a file of any other size is not the one that was opened.
-      offset: where the range begins.
-      pieces: writable bytes.
+        path: the file.
+        nbytes: size of the whole file; a file of any other size is not the one that was opened.
+        offset: beginning of the range in the file, in bytes.
+        pieces: writable bytes.
     """
 
     path: Path
@@ -33,27 +33,27 @@ class ScatterRead:
 
     @property
     def size(self) -> int:
-        """Bytes of the range."""
+        """Size of the range in bytes."""
         return sum(map(len, self.pieces))
 
     def split(self, parts: int) -> Iterator[ScatterRead]:
-        """The same range as at most `parts` reads of about equal size, which may run at once."""
+        """Yield the same range as at most `parts` reads of about equal size, which may run at once."""
         share = max(1, -(-self.size // parts))
         for begin in range(0, self.size, share):
             pieces = tuple(_cut(self.pieces, begin, begin + share))
             yield dataclasses.replace(self, offset=self.offset + begin, pieces=pieces)
 
     def run(self) -> None:
-        """Reads; the GIL is free meanwhile.
+        """Read; the GIL is free meanwhile.
 
         Raises:
-          CheckpointError: the file is missing, of another size than it was, or cannot be read.
+            CheckpointError: the file is missing, of another size than it was, or cannot be read.
         """
         read_into(self.path, self.offset, self.pieces, file_size=self.nbytes)
 
 
 def _cut(pieces: tuple[memoryview, ...], begin: int, end: int) -> Iterator[memoryview]:
-    """What lies between two bytes of the pieces."""
+    """Yield the bytes `begin` to `end` of the pieces."""
     position = 0
     for piece in pieces:
         part = piece[max(0, begin - position) : max(0, end - position)]
@@ -63,19 +63,19 @@ def _cut(pieces: tuple[memoryview, ...], begin: int, end: int) -> Iterator[memor
 
 
 def scatter_read(extent: ExpertExtent, destination: Destination) -> ScatterRead:
-    """The read that brings every tensor of an expert to its destination (the padding behind them is left out).
+    """Return the read that fills the destinations of all parts of an expert, without the padding behind them.
 
     Raises:
-      ValueError: a destination has another number of bytes than the tensor.
+        ValueError: a destination has another number of bytes than the part.
     """
     group = extent.group
     begins = group.offsets[extent.expert - group.key.start].tolist()
     pieces = []
-    for slot, begin, end in zip(group.slots, begins[:-2], begins[1:-1], strict=True):
-        array = destination(slot, (end - begin) // slot.dtype.itemsize)
+    for stored, begin, end in zip(group.parts, begins[:-2], begins[1:-1], strict=True):
+        array = destination(stored, (end - begin) // stored.dtype.itemsize)
         piece = array.reshape(-1).view(np.uint8).data
         if len(piece) != end - begin:
-            expected = f"{end - begin} bytes for {slot.matrix}.{slot.part}"
+            expected = f"{end - begin} bytes for {stored.matrix}.{stored.part}"
             raise ValueError(
                 f"{extent.path}, expert {extent.expert}: expected {expected}, found {len(piece)}"
             )

@@ -1,4 +1,4 @@
-"""What a model costs on the disk, everything counted."""
+"""Size of an artifact on disk, everything counted."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from qmoe_jax.artifact.sums import SUMS, listed_files
 
 OVERHEAD = "headers and padding"
 BFLOAT16_BITS = 16
+"""Bits per parameter of the model that sizes are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes on the disk, and the parameters that they hold.
+    """Bytes on disk, and the parameters that they hold.
 
     Attributes:
-      expert_parameters: in compressed experts.
-      other_parameters: everything else, layers left uncompressed among them.
-      expert_parts: bytes in the expert files by what they are: codes, counts, levels, ..., headers and
-        padding.
-      codebook_bytes: the codebooks' file.
-      dense_bytes: the Orbax checkpoint.
-      other_bytes: manifest, checksums, attached files; not the report, which no one needs to run the model.
+        expert_parameters: number of parameters in compressed experts.
+        other_parameters: number of all others, uncompressed layers among them.
+        expert_parts: bytes of the expert files by part (codes, counts, levels, ...), and of headers and padding.
+        codebook_bytes: size of the codebooks' file.
+        dense_bytes: size of the Orbax checkpoint.
+        other_bytes: size of manifest, checksums and attached files; not of the report, which is not needed to run
+            the model.
     """
 
     expert_parameters: int
@@ -42,32 +43,32 @@ class Sizes:
 
     @property
     def expert_bytes(self) -> int:
-        """The expert files and the codebooks, whole."""
+        """Size of the expert files and the codebooks."""
         return sum(self.expert_parts.values()) + self.codebook_bytes
 
     @property
     def total_bytes(self) -> int:
-        """The artifact without its report."""
+        """Size of the artifact without its report."""
         return self.expert_bytes + self.dense_bytes + self.other_bytes
 
     @property
     def bits_per_expert_parameter(self) -> float:
-        """Headers, padding and codebooks counted; 0 where nothing is compressed."""
+        """Bits with headers, padding and codebooks; 0 where nothing is compressed."""
         return 8 * self.expert_bytes / self.expert_parameters if self.expert_parameters else 0.0
 
     @property
     def bits_per_parameter(self) -> float:
-        """Of the whole model, everything counted."""
+        """Bits of the whole model, everything counted."""
         return 8 * self.total_bytes / (self.expert_parameters + self.other_parameters)
 
     @property
     def compression_ratio(self) -> float:
-        """How many times smaller than all parameters in bfloat16."""
+        """Size of all parameters in bfloat16 as a multiple of the artifact's."""
         return BFLOAT16_BITS / self.bits_per_parameter
 
 
 def measure(path: str | Path) -> Sizes:
-    """Measures an artifact's files. Raises `CheckpointError` as opening it does."""
+    """Measure an artifact's files. Raises `CheckpointError` as opening it does."""
     root = Path(path)
     reader = ArtifactReader.open(root)
     size = {name: (root / name).stat().st_size for name in [*listed_files(root), SUMS] if name != REPORT}
@@ -88,12 +89,12 @@ def measure(path: str | Path) -> Sizes:
 
 
 def _expert_parts(root: Path, reader: ArtifactReader) -> dict[str, int]:
-    """Bytes of all expert files by part, from their headers."""
+    """Return the bytes of all expert files by part, from their headers."""
     parts: collections.Counter[str] = collections.Counter()
     for record in reader.manifest.groups:
         group = GroupFile.open(root, record.key, record.path)
         lengths = (group.offsets[:, 1:-1] - group.offsets[:, :-2]).sum(0)
-        for slot, length in zip(group.slots, lengths.tolist(), strict=True):
-            parts[slot.part] += length
+        for stored, length in zip(group.parts, lengths.tolist(), strict=True):
+            parts[stored.part] += length
         parts[OVERHEAD] += group.nbytes - int(lengths.sum())
     return dict(parts)

@@ -1,12 +1,13 @@
-"""Writing an artifact so that it can be stopped at any moment: finished groups stay, the manifest comes last.
+"""Writing of an artifact that may be interrupted at any moment: finished groups stay, the manifest comes last.
 
-`run.json` is written first and says what run the directory belongs to, the codebooks next, then the groups as
-they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and `manifest.json`.
-Several hosts write disjoint groups into one directory; nothing is merged at the end.
+`run.json` is written first and names the run that the directory belongs to, the codebooks next, then the groups as
+they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and `manifest.json`. Several
+hosts write disjoint groups into one directory; nothing is merged at the end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import re
@@ -46,12 +47,12 @@ from qmoe_jax.files.errors import CheckpointError
 
 
 class ArtifactWriter:
-    """One run's hand on its directory. A context manager: it holds the directory's lock until it is closed.
+    """The writer of one run's artifact, a context manager that holds the directory's lock until it is closed.
 
     Attributes:
-      root: the directory.
-      run: what decides the bytes.
-      host: which host this is; 0 also writes what all share.
+        root: the directory.
+        run: everything that decides the bytes.
+        host: number of this host; host 0 also writes the files that all share.
     """
 
     def __init__(
@@ -64,20 +65,20 @@ class ArtifactWriter:
         codebooks: Iterable[Codebook] = (),
         host: int = 0,
     ):
-        """Begins an artifact, or goes on with one that was stopped.
+        """Begin an artifact, or resume an interrupted one.
 
         Args:
-          path: a directory that is missing, empty, or this very run's.
-          config: the architecture.
-          options: of the compression, as JSON values.
-          source: digests of the checkpoint and of the calibration data, as JSON values: with the options, all
-            that decides the bytes. No paths, which may change between a run and its resumption.
-          codebooks: those that the expert matrices name.
-          host: `jax.process_index()` where several hosts write.
+            path: a directory that is missing, empty, or of the same run.
+            config: the architecture.
+            options: options of the compression, as JSON values.
+            source: digests of the checkpoint and of the calibration data, as JSON values: with the options,
+                everything that decides the bytes. No paths, which may change between a run and its resumption.
+            codebooks: the codebooks that the expert matrices name.
+            host: `jax.process_index()` where several hosts write.
 
         Raises:
-          CheckpointError: the directory holds something else or another run's artifact, or another process
-            writes it.
+            CheckpointError: the directory holds something else or another run's artifact, or another process is
+                writing it.
         """
         codebooks = list(codebooks)
         digests = {codebook.name: codebook.digest for codebook in codebooks}
@@ -85,6 +86,7 @@ class ArtifactWriter:
         self.run = Run(config, options, source, digests)
         self._digest = self.run.digest
         self._groups: dict[GroupKey, FileRecord] = {}
+        self._linked: dict[GroupKey, GroupKey] = {}
         self._files: dict[str, FileRecord] = {}
         self._dense: dict[str, ArrayRecord] | None = None
         self._require_ours()
@@ -106,20 +108,20 @@ class ArtifactWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets another process write. Whatever has been written stays."""
+        """Release the lock. Whatever has been written stays."""
         (self.root / f".lock-{self.host}").unlink(missing_ok=True)
         os.close(self._lock)
 
     @property
     def finished(self) -> bool:
-        """Whether the artifact is whole: the manifest is there."""
+        """Whether the manifest is there, so that the artifact is whole."""
         return (self.root / MANIFEST).exists()
 
     def has_group(self, stack: str, layer: int, start: int, stop: int) -> bool:
-        """Whether experts `start` to `stop - 1` are written; if so, every byte of their file is checked.
+        """Return whether experts `start` to `stop - 1` are written, after a check of every byte of their file.
 
         Raises:
-          CheckpointError: there is such a file, but it is damaged or another run's.
+            CheckpointError: there is such a file, but it is damaged or another run's.
         """
         key = GroupKey(stack, layer, start, stop)
         if key in self._groups:
@@ -130,11 +132,11 @@ class ArtifactWriter:
         return True
 
     def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> None:
-        """Writes the experts from `start` on; when this returns they are durable.
+        """Write the experts from `start` on; when this returns they are durable.
 
         Raises:
-          CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be written.
-          ValueError: they are not all packed in one way.
+            CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be written.
+            ValueError: they are not all packed in one way.
         """
         key = GroupKey(stack, layer, start, start + len(experts))
         matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
@@ -143,19 +145,36 @@ class ArtifactWriter:
         pieces = render_group(key, experts, self._digest)
         self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
 
+    def link_group(self, stack: str, layer: int, source: GroupKey) -> None:
+        """Let the experts `source.start` to `source.stop - 1` of another layer be read from the file of `source`.
+
+        Args:
+          stack: 'encoder' or 'decoder'.
+          layer: the layer without a file of its own for these experts.
+          source: a group that this process has written or checked.
+
+        Raises:
+          ValueError: `source` is not such a group.
+        """
+        if source not in self._groups:
+            raise ValueError(
+                f"{source.path}: expected a group that was written or checked before it is linked to"
+            )
+        self._linked[dataclasses.replace(source, stack=stack, layer=layer)] = source
+
     def read_group(
         self, stack: str, layer: int, start: int, stop: int
     ) -> list[dict[str, PackedExpertMatrix]]:
-        """The experts of a group written before, for a resumed run to run its tokens through."""
+        """Read the experts of a group that was written before."""
         return GroupFile.open(self.root, GroupKey(stack, layer, start, stop)).read(start, stop)
 
     def write_dense(self, tree: Mapping[str, Any]) -> None:
-        """Writes every parameter that is in no group, a nested dict of arrays. Every host calls this."""
+        """Write every parameter that is in no group, a nested dict of arrays. Every host calls this."""
         self._reopen()
         self._dense = save_dense(self.root, tree)
 
     def attach(self, name: str, content: bytes) -> None:
-        """Adds a file that is the same in every run (such as the tokenizer); the manifest will list it."""
+        """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
         path, record = self.root / name, record_of_pieces([content])
         if self.host == 0 and not (path.exists() and record_of(path) == record):
             self._reopen()
@@ -167,26 +186,29 @@ class ArtifactWriter:
         write_durably(self.root / REPORT, [report.render()])
 
     def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
-        """Checks that nothing is missing, and writes the report, the checksums and, last, the manifest.
+        """Check that nothing is missing, and write the report, the checksums and, last, the manifest.
 
-        Groups that this process neither wrote nor checked are read and checked here. With several hosts, the
-        first one calls this when all are done.
+        Groups that this process neither wrote nor checked are read and checked here. With several hosts, the first
+        one calls this when all are done.
 
         Args:
-          summary: what the compression says about its result and is the same in every run; goes into the
-            manifest.
-          report: what differs from run to run, such as times; goes into `report.json`.
+            summary: figures of the result that are the same in every run, for the manifest.
+            report: the report of the run; an empty one by default.
 
         Raises:
-          CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or there
-            is a file that does not belong here.
+            CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or there is
+                a file that does not belong here.
         """
         for key in find_groups(self.root):
             self.has_group(key.stack, key.layer, key.start, key.stop)
-        groups = tuple(GroupRecord(key, key.path, record) for key, record in sorted(self._groups.items()))
+        sources = {key: key for key in self._groups} | self._linked
+        groups = tuple(
+            GroupRecord(key, source.path, self._groups[source]) for key, source in sorted(sources.items())
+        )
         if self._dense is None:
             raise CheckpointError("has no dense parameters", path=self.root, remedy="call write_dense first")
-        kinds = check_complete(self.root, self.run, self._groups, self._dense)
+        files = {group.key: group.path for group in groups}
+        kinds = check_complete(self.root, self.run, files, self._dense)
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
@@ -196,13 +218,15 @@ class ArtifactWriter:
         return manifest
 
     def _require_no_other_file(self, known: set[str]) -> None:
-        """Raises `CheckpointError` where a file lies here that `verify` would complain of."""
+        """Raise `CheckpointError` where `verify` would report a file as extra."""
         for path in listed_files(self.root):
             if path not in known | {REPORT, MANIFEST} and not path.startswith(f"{DENSE}/"):
-                raise CheckpointError("is no part of the artifact", path=self.root / path, remedy="remove it")
+                raise CheckpointError(
+                    "is not part of the artifact", path=self.root / path, remedy="remove it"
+                )
 
     def _render_sums(self, manifest: Manifest) -> bytes:
-        """The checksum of every file; those that this process has written or checked are not read again."""
+        """Return the checksum file; files that this process has written or checked are not read again."""
         sums = {group.path: group.record.sha256 for group in manifest.groups}
         sums |= {name: record.sha256 for name, record in self._files.items()}
         others = (path for path in listed_files(self.root) if path not in sums)
@@ -210,13 +234,13 @@ class ArtifactWriter:
         return render_sums(sums | {MANIFEST: record_of_pieces([manifest.render()]).sha256})
 
     def _reopen(self) -> None:
-        """Makes a finished artifact an unfinished one, before anything in it changes."""
+        """Make a finished artifact an unfinished one, before anything in it changes."""
         if self.finished:
             (self.root / MANIFEST).unlink()
             sync_folder(self.root)
 
     def _check_group(self, key: GroupKey) -> FileRecord:
-        """Reads a group's file and checks that it is this run's, and what its content would be written as."""
+        """Check that a group's file is this run's, and exactly what its content would be written as."""
         path, group = self.root / key.path, GroupFile.open(self.root, key)
         if group.run != self._digest:
             raise CheckpointError(
@@ -233,12 +257,12 @@ class ArtifactWriter:
                 path=path,
                 expected=expected,
                 found=found,
-                remedy="remove it: the run makes it again",
+                remedy="remove it: the run writes it again",
             )
         return found
 
     def _require_ours(self) -> None:
-        """Raises `CheckpointError` where the directory holds anything but this run."""
+        """Raise `CheckpointError` where the directory holds anything but this run."""
         found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
         found = {name for name in found if not re.fullmatch(r"\.lock-\d+|\..*\.\d+\.tmp", name)}
         if not found:
@@ -263,7 +287,7 @@ class ArtifactWriter:
             )
 
     def _clean(self) -> None:
-        """Removes what a killed run of this host left half-written."""
+        """Remove what a killed run of this host left half-written."""
         for path in temporary_files(self.root, self.host):
             path.unlink()
         if self.host == 0:
@@ -275,7 +299,7 @@ def _settings(names: Iterable[str], values: Iterable[Any]) -> str:
 
 
 def _lock(path: Path) -> int:
-    """Takes the lock that a process holds while it writes; the system frees it however the process ends."""
+    """Take the lock that a process holds while it writes; the system frees it however the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""`SHA256SUMS`: the checksum of every file of an artifact, in the format of `sha256sum -c`.
+"""The file `SHA256SUMS`: the checksum of every file of an artifact, in the format of `sha256sum -c`.
 
 It covers what the manifest cannot list because it differs from run to run: the files of `dense/`, into which
 Orbax writes times, and the report.
@@ -15,11 +15,11 @@ from qmoe_jax.files.reading import read_whole
 SUMS = "SHA256SUMS"
 
 FOREIGN = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"})
-"""What people and hubs lay beside an artifact; these, and hidden entries, are no part of it."""
+"""Files that people and hubs put beside an artifact; these, and hidden entries, do not belong to it."""
 
 
 def listed_files(root: Path) -> list[str]:
-    """Every file of an artifact, relative and sorted, `SHA256SUMS` left out."""
+    """Return every file of an artifact except `SHA256SUMS`, as sorted relative paths."""
     top = (entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name not in FOREIGN)
     files = (file for entry in top for file in ([entry] if not entry.is_dir() else entry.rglob("*")))
     return sorted(
@@ -28,15 +28,15 @@ def listed_files(root: Path) -> list[str]:
 
 
 def render_sums(sums: Mapping[str, str]) -> bytes:
-    """The bytes of the file, from checksums by relative path."""
+    """Return the bytes of the file, from checksums by relative path."""
     return "".join(f"{sums[path]}  {path}\n" for path in sorted(sums)).encode()
 
 
 def read_sums(root: Path) -> dict[str, str]:
-    """The checksums by relative path.
+    """Read the checksums by relative path.
 
     Raises:
-      CheckpointError: the file is missing, or differs in any way from what `render_sums` writes.
+        CheckpointError: the file is missing, or differs in any way from what `render_sums` writes.
     """
     path = root / SUMS
     data = read_whole(path)

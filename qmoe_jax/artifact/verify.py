@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qmoe_jax.artifact.dense import DENSE, DenseTensor
+from qmoe_jax.artifact.dense import DENSE, stored_record
 from qmoe_jax.artifact.kinds import Codebooks
 from qmoe_jax.artifact.manifest import MANIFEST, REPORT, GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import unpack_digits
@@ -106,7 +106,7 @@ def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
     """Yield a problem for each dense array whose content, read as a model reads it, is not the one listed."""
     for name, expected in manifest.dense.items():
         try:
-            content = DenseTensor(root, name, expected).content()
+            content = stored_record(root, name, expected)
         except CheckpointError as error:
             yield str(error)
             continue

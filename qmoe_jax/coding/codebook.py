@@ -22,10 +22,10 @@ class Trie:
     """The codewords as a tree of symbols (see `EncodeTable`); node 0 is the root.
 
     Attributes:
-      child: the node that a symbol leads to, -1 where there is none.
-      code: the codeword that ends in a node, -1 where none does.
-      last_code: the codeword to write where a row ends in a node: its own, else the one that the lowest symbols lead
-        to (its tail runs past the row and is ignored).
+        child: the node that a symbol leads to, -1 where there is none.
+        code: the codeword that ends in a node, -1 where none does.
+        last_code: the codeword to write where a row ends in a node: its own, else the one that the lowest
+            symbols lead to (its tail runs past the row and is ignored).
     """
 
     child: Int32[np.ndarray, "node symbol"]
@@ -38,15 +38,15 @@ class Trie:
 class Codebook:
     """Codewords that each stand for a sequence of ternary digits; a codeword's rank is its code.
 
-    A row is coded greedily by the longest codeword that matches. This never gets stuck because each node of the trie
-    ends a codeword or has all of its children (checked): a dictionary closed under prefixes satisfies this, and so do
-    the leaves of a complete tree. Two codebooks are equal if their codewords are.
+    A row is coded greedily by the longest codeword that matches. This never gets stuck because each node of
+    the trie ends a codeword or has all of its children (checked): a dictionary closed under prefixes
+    satisfies this, and so do the leaves of a complete tree. Two codebooks are equal if their codewords are.
 
     Attributes:
-      name: its name in an artifact and in reports.
-      lengths: digits of each codeword, at least 1.
-      digits: the codewords, one per row, zero beyond their length.
-      symbol_digits: digits per symbol; all lengths are multiples of it.
+        name: its name in an artifact and in reports.
+        lengths: digits of each codeword, at least 1.
+        digits: the codewords, one per row, zero beyond their length.
+        symbol_digits: digits per symbol; all lengths are multiples of it.
     """
 
     name: str
@@ -98,7 +98,8 @@ class Codebook:
         """Check the invariants.
 
         Raises:
-          ValueError: an invariant is broken; the message names the codeword, with what was expected and found.
+            ValueError: an invariant is broken; the message names the codeword, with what was expected and
+                found.
         """
         if not 0 < self.size <= MAX_CODEWORDS:
             raise ValueError(f"{self.name}: expected 1 to {MAX_CODEWORDS} codewords, found {self.size}")
@@ -127,8 +128,8 @@ class Codebook:
         """Return the codebook of stored arrays: `lengths`, `digits` and the scalar `symbol_digits`.
 
         Raises:
-          KeyError: an array is missing.
-          ValueError: the arrays are not a codebook.
+            KeyError: an array is missing.
+            ValueError: the arrays are not a codebook.
         """
         lengths, digits = np.asarray(arrays["lengths"], np.int32), np.asarray(arrays["digits"], np.uint8)
         if lengths.ndim != 1 or digits.ndim != 2 or len(lengths) != len(digits):
@@ -175,7 +176,7 @@ def _build_trie(codebook: Codebook) -> Trie:
 def _last_codes(
     child: Int32[np.ndarray, "node symbol"], code: Int32[np.ndarray, "node"]
 ) -> Int32[np.ndarray, "node"]:
-    """Return the last codes: every node without a codeword goes down to its first child, until all have one."""
+    """Return the last codes: a node without a codeword goes down to its first child, until all have one."""
     first_child = np.take_along_axis(child, (child >= 0).argmax(1)[:, None], 1)[:, 0]
     node = np.arange(len(code))
     while (inner := code[node] < 0).any():

@@ -19,7 +19,7 @@ AnyArray = jax.Array | np.ndarray
 
 
 class CorruptStream(ValueError):
-    """A stream that no matrix was encoded to; the message names row and position (in codewords of the row)."""
+    """A stream that no matrix was encoded to; the message names the row and the codeword in it."""
 
 
 def encode(
@@ -28,17 +28,18 @@ def encode(
     """Encode each row by itself, greedily by the longest codeword that matches.
 
     Args:
-      digits: 0, 1 or 2 each; at least one row and column. Digits on a GPU are encoded there.
-      codebook: the code.
-      backend: of `pallas_kernels.encode_rows`; by default the first that can run on the platform. Each gives the same
-        bytes.
+        digits: 0, 1 or 2 each; at least one row and column. Digits on a GPU are encoded there.
+        codebook: the code.
+        backend: of `pallas_kernels.encode_rows`; by default the first that can run on the platform. Each
+            gives the same bytes.
 
     Returns:
-      The codewords and row offsets, in host memory, without room behind them.
+        The codewords and row offsets, in host memory, without room behind them.
 
     Raises:
-      ValueError: a digit is not 0, 1 or 2, there is none, or there may be more codewords than an int32 counts.
-      NotImplementedError: `backend` cannot run here.
+        ValueError: a digit is not 0, 1 or 2, there is none, or there may be more codewords than an int32
+            counts.
+        NotImplementedError: `backend` cannot run here.
     """
     if digits.ndim != 2 or 0 in digits.shape:
         raise ValueError(f"expected at least one row and column of digits, found {digits.shape}")
@@ -61,14 +62,14 @@ def decode(
     """Return the digits of every row.
 
     Args:
-      encoded: a matrix; it is checked, wherever it comes from.
-      codebook: the code that it was encoded with.
-      width: digits of a row.
-      backend: "cpu" (compiled by numba; the default where that is there) or "reference".
+        encoded: a matrix; it is checked, wherever it comes from.
+        codebook: the code that it was encoded with.
+        width: digits of a row.
+        backend: "cpu" (compiled by numba; the default where that is there) or "reference".
 
     Raises:
-      CorruptStream: the offsets do not fit the codes, a code is not in the codebook, or the codewords of a row do not
-        cover its `width` digits exactly, but for the last one, which may run past.
+        CorruptStream: the offsets do not fit the codes, a code is not in the codebook, or the codewords of a
+            row do not cover its `width` digits exactly, but for the last one, which may run past.
     """
     codes, row_offsets = np.ascontiguousarray(encoded.codes), np.asarray(encoded.row_offsets)
     _check_offsets(row_offsets, codes)

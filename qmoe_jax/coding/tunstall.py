@@ -1,4 +1,4 @@
-"""Tunstall codebooks over single ternary digits: the leaves of the most probable complete tree (Tunstall, 1967)."""
+"""Tunstall codebooks over ternary digits: the leaves of the most probable complete tree (Tunstall, 1967)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def tunstall_codebook(p_zero: float = 0.885, code_bits: int = 8, max_length: int
     `max_length` digits is not expanded. The codes are in the order of falling probability, ties by digits.
 
     Args:
-      p_zero: probability of a zero, between 0 and 1.
-      code_bits: bits of a codeword, 2 to 16.
-      max_length: most digits of a codeword.
+        p_zero: probability of a zero, between 0 and 1.
+        code_bits: bits of a codeword, 2 to 16.
+        max_length: most digits of a codeword.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     if not 0 < p_zero < 1:
         raise ValueError(f"p_zero: expected a probability between 0 and 1, found {p_zero}")

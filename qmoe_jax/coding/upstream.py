@@ -1,4 +1,4 @@
-"""Upstream QMoE's dictionary: the 65,536 most probable runs of digit pairs (arXiv 2310.16795, §4; `sub1.py`)."""
+"""Upstream QMoE's dictionary: the 65,536 most probable runs of digit pairs (arXiv 2310.16795, §4)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def pair_probabilities() -> list[float]:
 def upstream_codebook() -> Codebook:
     """Return the dictionary, entries in the order of their codes.
 
-    Rounding decides both order and membership, so probabilities are multiplied one after the other in float64, as
-    the original does: exact arithmetic gives another dictionary. Ties go to the smaller sequence.
+    Rounding decides both order and membership, so probabilities are multiplied one after the other in
+    float64, as the original does: exact arithmetic gives another dictionary. Ties go to the smaller sequence.
     """
     pairs = pair_probabilities()
     frontier: list[tuple[float, bytes]] = [(-1.0, b"")]

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import PackedMatrix
 from pallas_kernels.backend import platform
+from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
@@ -27,7 +28,6 @@ from qmoe_jax.inference.placement import (
     PlacementPlan,
     plan_placement,
     read_host_experts,
-    runs_packed,
 )
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
@@ -43,9 +43,9 @@ def load_model(
     """Load a checkpoint of any format with dense experts; a compressed one is dequantized.
 
     Args:
-      checkpoint: a T5X, Hugging Face, upstream-QMoE or qmoe directory, by path or opened.
-      dtype: dtype of the computation and of all parameters except the router's.
-      capacity: rule for tokens beyond an expert's capacity; None drops none.
+        checkpoint: a T5X, Hugging Face, upstream-QMoE or qmoe directory, by path or opened.
+        dtype: dtype of the computation and of all parameters except the router's.
+        capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.
@@ -74,13 +74,15 @@ def load_compressed(
     `qmoe_jax.expert_statistics(params)` returns the store's counters.
 
     Args:
-      checkpoint: an artifact, or a compressed directory of upstream QMoE, by path or opened.
-      dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense parameters stored
-        in bfloat16 stay so and are widened as they are read.
-      experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory, never
-        copied to a device. "disk": in the artifact, read when they are routed to. None: the first of these that fits.
-      expert_cache: bytes of host memory for experts read from disk; by default a share of the available memory.
-      capacity: rule for tokens beyond an expert's capacity; None drops none.
+        checkpoint: an artifact, or a compressed directory of upstream QMoE, by path or opened.
+        dtype: dtype of the computation and of the dense parameters except the router's; on a CPU, dense
+            parameters stored in bfloat16 stay so and are widened as they are read.
+        experts: placement of the experts. "device": in device memory, as parameters. "host": in host memory,
+            never copied to a device. "disk": in the artifact, read when they are routed to. None: the first
+            of these that fits.
+        expert_cache: bytes of host memory for experts read from disk; by default a share of the available
+            memory.
+        capacity: rule for tokens beyond an expert's capacity; None drops none.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.

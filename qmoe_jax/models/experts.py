@@ -93,8 +93,8 @@ def grouped_apply(
         mine = (lax.dynamic_index_in_dim(kernel, index, keepdims=False).astype(x.dtype) for kernel in kernels)
         return carry, function(rows, *mine)
 
-    _, out = lax.scan(one_block, None, (blocks.spread(x), blocks.expert))
-    return blocks.collect(out)
+    _, out = lax.scan(one_block, None, (blocks.dispatch(x), blocks.expert))
+    return blocks.combine(out)
 
 
 def grouped_hidden(

@@ -1,8 +1,9 @@
 """Damping and factorization of Hessians: one triangular factor, found once and used for any grid.
 
-The textbook way is Cholesky, inverse, Cholesky again, to get U with H⁻¹ = UᵀU. One factorization is enough: with J the
-reversal of the order and J H J = C Cᵀ, the lower triangular J Cᵀ J is the inverse of Uᵀ. `gptq.py` works on that factor
-directly, which saves the inversion too; here it is split into a unit diagonal and a scale of each row.
+The textbook way is Cholesky, inverse, Cholesky again, to get U with H⁻¹ = UᵀU. One factorization is enough:
+with J the reversal of the order and J H J = C Cᵀ, the lower triangular J Cᵀ J is the inverse of Uᵀ. `gptq.py`
+works on that factor directly, which saves the inversion too; here it is split into a unit diagonal and a
+scale of each row.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pallas_kernels import pytree
 
 AnyArray = jax.Array | np.ndarray
 
-# Upstream's value, meant for its scale of a Hessian, n/2 XᵀX over n tokens: it matters only where inputs are all but
-# zero.
+# Upstream's value, meant for its scale of a Hessian, n/2 XᵀX over n tokens: it matters only where inputs are
+# all but zero.
 DAMPING_FLOOR = 1e-6
 
 
@@ -31,12 +32,12 @@ class Factor:
     """Damped Hessians of several experts as H = Lᵀ diag(curvature) L, columns in the order of quantization.
 
     Attributes:
-      lower: L, lower triangular with a unit diagonal; the identity where `fallback`. GPTQ's U is
-        diag(curvature)^-½ L⁻ᵀ.
-      curvature: the cost of a squared deviation in each column once those before it are quantized: 1 / U_ii²; 1 where
-        `fallback`.
-      order: the columns in the order of quantization (activation order); None: as they stand.
-      fallback: true where the Hessian was zero, or had no factor (indefinite, infinite or NaN entries).
+        lower: L, lower triangular with a unit diagonal; the identity where `fallback`. GPTQ's U is
+            diag(curvature)^-½ L⁻ᵀ.
+        curvature: the cost of a squared deviation in each column once those before it are quantized: 1 /
+            U_ii²; 1 where `fallback`.
+        order: the columns in the order of quantization (activation order); None: as they stand.
+        fallback: true where the Hessian was zero, or had no factor (indefinite, infinite or NaN entries).
     """
 
     lower: Float[Array, "expert in in"]
@@ -48,7 +49,7 @@ class Factor:
 def damping_term(
     hessian: Float[AnyArray, "expert in in"], damping: float | Float[Array, ""]
 ) -> Float[Array, "expert"]:
-    """Return the number that is added to each diagonal: `damping` times its mean, at least `DAMPING_FLOOR`."""
+    """Return the addend of each diagonal: `damping` times its mean, at least `DAMPING_FLOOR`."""
     return jnp.maximum(damping * _diagonal(hessian).mean(axis=-1), DAMPING_FLOOR)
 
 
@@ -62,12 +63,13 @@ def factorize(
     """Damp and factor the Hessians of several experts; takes two more arrays of the Hessians' size.
 
     Args:
-      hessian: XᵀX, symmetric, at any positive scale, not damped.
-      damping: fraction of the mean of the diagonal that is added to the diagonal.
-      activation_order: order the columns by falling diagonal (ties: as they stand), see `gptq.py`.
+        hessian: XᵀX, symmetric, at any positive scale, not damped.
+        damping: fraction of the mean of the diagonal that is added to the diagonal.
+        activation_order: order the columns by falling diagonal (ties: as they stand), see `gptq.py`.
 
     Returns:
-      The factors. An expert whose Hessian is zero or has no factor gets the identity and is flagged in `fallback`.
+        The factors. An expert whose Hessian is zero or has no factor gets the identity and is flagged in
+        `fallback`.
     """
     width = hessian.shape[-1]
     damped = jnp.asarray(hessian, jnp.float32)

@@ -1,22 +1,22 @@
 """GPTQ over the experts of a layer; `reference.py` has the textbook form, to be read first.
 
-Columns are quantized in order, each compensating the error accumulated so far. With H = Lᵀ C L (`factorization.py`: L
-unit lower triangular, C diagonal) and the deviation D = W - Q, the error tr(D H Dᵀ) is the sum of squares of L Dᵀ,
-weighted by C. Row i of L Dᵀ depends on the columns up to i alone:
+Columns are quantized in order, each compensating the error accumulated so far. With H = Lᵀ C L
+(`factorization.py`: L unit lower triangular, C diagonal) and the deviation D = W - Q, the error tr(D H Dᵀ) is
+the sum of squares of L Dᵀ, weighted by C. Row i of L Dᵀ depends on the columns up to i alone:
 
     (L Dᵀ)_i = error_feedback_i + w_i - q_i,    error_feedback_i = Σ_{j<i} L_ij (w_j - q_j)
 
-so the best q_i is the grid's value for the target w_i + error_feedback_i. That is GPTQ: this target is the weight that
-it has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like this nothing is inverted, and the
-weights of later columns are not rewritten after every block.
+so the best q_i is the grid's value for the target w_i + error_feedback_i. That is GPTQ: this target is the
+weight that it has updated for all earlier columns, and C_ii is its 1 / U_ii². Written like this nothing is
+inverted, and the weights of later columns are not rewritten after every block.
 
 Inside, weights lie transposed, [in, out], so that a column is contiguous, and columns are taken in blocks
-(`pallas_kernels.quantize_block` quantizes one): the feedback of all earlier columns on a block is a few matrix
-products.
+(`pallas_kernels.quantize_block` quantizes one): the feedback of all earlier columns on a block is a few
+matrix products.
 
-Activation order (`factorize(activation_order=True)`) is a permutation of the problem: columns are taken by falling
-diagonal of the Hessian, the factor is that of the permuted Hessian, groups are of neighbours in this order, and
-results are put back into the order of the weights at the end. Only `_quantize_expert` knows of it.
+Activation order (`factorize(activation_order=True)`) is a permutation of the problem: columns are taken by
+falling diagonal of the Hessian, the factor is that of the permuted Hessian, groups are of neighbours in this
+order, and results are put back into the order of the weights at the end. Only `_quantize_expert` knows of it.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ def gptq(
 ) -> Quantized:
     """Quantize the weights of several experts so that their outputs change least; float32 at full precision.
 
-    An expert whose Hessian is zero (no tokens) or cannot be factored is rounded to nearest and flagged in `fallback`;
-    the others are not affected. Beside its arguments and results this takes three arrays of the Hessians' size and
-    two of the weights'.
+    An expert whose Hessian is zero (no tokens) or cannot be factored is rounded to nearest and flagged in
+    `fallback`; the others are not affected. Beside its arguments and results this takes three arrays of the
+    Hessians' size and two of the weights'.
 
     Args:
-      w: the weights, any float type, finite.
-      hessian: XᵀX of each expert's inputs, symmetric, at any positive scale, not damped.
-      grid: the levels and digits.
-      damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal.
-      block_size: columns per block. It changes the result only with groups.
-      group_size: columns that share levels, found when their first column is reached; None: the whole row.
-      activation_order: quantize the columns of the largest diagonal first. Groups then follow this order.
-      backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
+        w: the weights, any float type, finite.
+        hessian: XᵀX of each expert's inputs, symmetric, at any positive scale, not damped.
+        grid: the levels and digits.
+        damping: fraction of the mean of the Hessian's diagonal that is added to the diagonal.
+        block_size: columns per block. It changes the result only with groups.
+        group_size: columns that share levels, found when their first column is reached; None: the whole row.
+        activation_order: quantize the columns of the largest diagonal first. Groups then follow this order.
+        backend: of `pallas_kernels.quantize_block`; by default the first that can run on the platform.
 
     Raises:
-      ValueError: the shapes do not fit each other, or an option is out of range.
-      NotImplementedError: `backend` cannot run here.
+        ValueError: the shapes do not fit each other, or an option is out of range.
+        NotImplementedError: `backend` cannot run here.
     """
     experts, _, width = w.shape
     if hessian.shape != (experts, width, width):
@@ -108,8 +108,8 @@ def gptq_with_factor(
     """Run `gptq` on factored Hessians: for several grids over the same ones, and for `relative_error`.
 
     Raises:
-      ValueError: a block or group size is below 1.
-      NotImplementedError: `backend` cannot run here.
+        ValueError: a block or group size is below 1.
+        NotImplementedError: `backend` cannot run here.
     """
     if block_size < 1 or (group_size is not None and group_size < 1):
         raise ValueError(
@@ -220,8 +220,8 @@ def _find_levels(
 ) -> Levels:
     """Find the levels of the groups that begin in a block, from the weights that GPTQ holds at its start.
 
-    Those weights are updated for all columns before the block: moved to where, not yet quantized, they compensate
-    these columns in full, so that L Dᵀ = 0 from there on.
+    Those weights are updated for all columns before the block: moved to where, not yet quantized, they
+    compensate these columns in full, so that L Dᵀ = 0 from there on.
     """
     span, size, count = schedule.span, schedule.group_size, schedule.groups_per_block
     start, first = block * schedule.block_size, schedule.first_group(block)

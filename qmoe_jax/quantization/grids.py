@@ -1,13 +1,15 @@
 """Grids: the levels of a row of weights, and the digit that each weight becomes.
 
-A solver is given a grid and knows nothing else about it. To add a grid, write a class with the methods of `Grid` and
-add a row to `tests/quantization/test_grid_contract.py`; no solver and no kernel changes.
+A solver is given a grid and knows nothing else about it. To add a grid, write a class with the methods of
+`Grid` and add a row to `tests/quantization/test_grid_contract.py`; no solver and no kernel changes.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +19,23 @@ from jaxtyping import Array, Float, UInt8
 from pallas_kernels import pytree
 from pallas_kernels.quantize_block.arithmetic import divide, round_half_to_even
 
-AnyArray = jax.Array | np.ndarray
-Levels = tuple[Float[AnyArray, "*#shape"], Float[AnyArray, "*#shape"]]
+Levels = Sequence[Float[Array, "*#shape"]]
+"""The two numbers of each group, as two arrays."""
+
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 class Grid(abc.ABC):
     """Levels of a group of weights in one row, and the digits that name them.
 
-    The contract, beside the shapes: a grid is a pytree of scalars, so that its numbers can change without a new
-    compilation; zero is a value of every group, exactly; and zeros added to a group change none of its levels
-    (solvers pad with columns of zeros). `digit` and `value` are elementwise and run inside the kernel of
-    `pallas_kernels.quantize_block`, so they use operations that Triton has (`quantize_block/arithmetic.py`). All
-    arithmetic is float32.
+    The contract, beside the shapes: a grid is a pytree of scalars, so that its numbers can change without a
+    new compilation; zero is a value of every group, exactly; and zeros added to a group change none of its
+    levels (solvers pad with columns of zeros). `digit` and `value` are elementwise and run inside the kernel
+    of `pallas_kernels.quantize_block`, so they use operations that Triton has
+    (`quantize_block/arithmetic.py`). All arithmetic is float32.
 
-    The two numbers that describe the levels of a group lie side by side in arrays (`find_levels`), and come as a pair
-    of arrays to `digit` and `value`: `jnp.unstack(levels, axis=-1)`.
+    The two numbers that describe the levels of a group lie side by side in arrays (`find_levels`), and come
+    as a pair of arrays to `digit` and `value`: `jnp.unstack(levels, axis=-1)`.
     """
 
     @property
@@ -50,14 +54,14 @@ class Grid(abc.ABC):
         """Return the digit of each target.
 
         Args:
-          target: the weights, with what GPTQ adds to them.
-          levels: the two numbers of each target's group.
-          curvature: the cost of a squared deviation from the target: 1 / U[i, i]**2 in GPTQ's terms, 1 where nothing
-            is known. A grid that takes the nearest level does not use it.
+            target: the weights, with what GPTQ adds to them.
+            levels: the two numbers of each target's group.
+            curvature: the cost of a squared deviation from the target: 1 / U[i, i]**2 in GPTQ's terms, 1
+                where nothing is known. A grid that takes the nearest level does not use it.
         """
 
     @abc.abstractmethod
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return the value of each digit: the one definition of dequantization.
 
         NumPy arrays give a NumPy array, without jax; ternary values have the type of the levels.
@@ -69,9 +73,10 @@ class Grid(abc.ABC):
 class TernaryGrid(Grid):
     """Zero and the row's extremes: digit 0 is zero, 1 the row minimum (<= 0), 2 the row maximum (>= 0).
 
-    The levels are (minimum, maximum). A weight becomes an extreme beyond half of it, strictly: a tie goes to zero. A
-    row without negative (positive) weights has minimum (maximum) zero and never uses that digit, even for a target
-    that error feedback moved there. A row of zeros has the levels -1 and 1, which none of its weights takes.
+    The levels are (minimum, maximum). A weight becomes an extreme beyond half of it, strictly: a tie goes to
+    zero. A row without negative (positive) weights has minimum (maximum) zero and never uses that digit, even
+    for a target that error feedback moved there. A row of zeros has the levels -1 and 1, which none of its
+    weights takes.
     """
 
     @property
@@ -92,20 +97,22 @@ class TernaryGrid(Grid):
         is_low = (target < low / 2) & (low < 0)
         return jnp.where(is_high, 2, jnp.where(is_low, 1, 0)).astype(jnp.uint8)
 
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return zero, the minimum or the maximum, in the type of the levels."""
         low, high = levels
-        numpy = np if isinstance(digit, np.ndarray) else jnp
+        numpy: Any = np if isinstance(digit, np.ndarray) else jnp
         return numpy.where(digit == 2, high, numpy.where(digit == 1, low, numpy.zeros_like(low)))
 
 
 @pytree.register(leaves=(), static=("bits",))
 @dataclasses.dataclass(frozen=True)
 class UniformGrid(Grid):
-    """Evenly spaced levels from the row's minimum (<= 0) to its maximum (>= 0): value = step * (digit - zero point).
+    """Evenly spaced levels from the row's minimum (<= 0) to its maximum (>= 0).
 
-    The levels are (step, zero point), the zero point being the digit of zero. Rounding is half to even. On a CPU this
-    is bit for bit what NumPy's float32 gives.
+    A digit stands for step * (digit - zero point).
+
+    The levels are (step, zero point), the zero point being the digit of zero. Rounding is half to even. On a
+    CPU this is bit for bit what NumPy's float32 gives.
     """
 
     bits: int
@@ -130,7 +137,7 @@ class UniformGrid(Grid):
         nearest = round_half_to_even(divide(target, step))
         return jnp.clip(nearest + zero_point, 0, self.num_digits - 1).astype(jnp.uint8)
 
-    def value(self, digit: UInt8[AnyArray, "*shape"], levels: Levels) -> Float[AnyArray, "*shape"]:
+    def value(self, digit: UInt8[A, "*shape"], levels: Sequence[Float[A, "*#shape"]]) -> Float[A, "*shape"]:
         """Return step * (digit - zero point), in float32."""
         step, zero_point = levels
         return step * (digit.astype(np.float32) - zero_point)
@@ -145,7 +152,7 @@ def uniform_grid(bits: int) -> UniformGrid:
     """Return the grid of 2, 3 or 4 bits: evenly spaced levels over the range of the row.
 
     Raises:
-      ValueError: another number of bits.
+        ValueError: another number of bits.
     """
     if bits not in (2, 3, 4):
         raise ValueError(

@@ -28,11 +28,12 @@ def join_groups(x: Shaped[Array, "*row group size"], width: int) -> Shaped[Array
 
 @dataclasses.dataclass(frozen=True)
 class GroupSchedule:
-    """The blocks in which GPTQ, going through `width` columns in blocks of `block_size`, finds levels of groups.
+    """The blocks in which GPTQ, going through columns in blocks of `block_size`, finds the levels of groups.
 
-    A group as wide as the matrix gets its levels before the first block. Otherwise, as upstream: when the first column
-    of a group is reached, from the weights at the start of that block. A block finds as many groups as can begin in
-    any block, from the first that begins in it on; those of them that begin later are found again in their own block.
+    A group as wide as the matrix gets its levels before the first block. Otherwise, as upstream: when the
+    first column of a group is reached, from the weights at the start of that block. A block finds as many
+    groups as can begin in any block, from the first that begins in it on; those of them that begin later are
+    found again in their own block.
     """
 
     width: int

@@ -42,15 +42,15 @@ def add_tokens(
 ) -> Hessians:
     """Add the tokens of a batch to the sums of their experts.
 
-    However uneven the routing, each token is multiplied once: the tokens are sorted by expert and taken in tiles, each
-    of one expert. Beside the sums, which are updated in place (**the argument is donated**: use the returned
-    Hessians), it takes `TILE * in` floats of tokens and one [in, in] product.
+    However uneven the routing, each token is multiplied once: the tokens are sorted by expert and taken in
+    tiles, each of one expert. Beside the sums, which are updated in place (**the argument is donated**: use
+    the returned Hessians), it takes `TILE * in` floats of tokens and one [in, in] product.
 
     Args:
-      hessians: the sums so far.
-      x: inputs of the layer, any float type; products and sums are float32 at full precision.
-      expert_index: the expert of each token. Tokens of experts outside 0 .. expert - 1 are ignored, so a group of
-        experts can be given all tokens with its first expert's number subtracted.
+        hessians: the sums so far.
+        x: inputs of the layer, any float type; products and sums are float32 at full precision.
+        expert_index: the expert of each token. Tokens of experts outside 0 .. expert - 1 are ignored, so a
+            group of experts can be given all tokens with its first expert's number subtracted.
     """
     num_experts = hessians.counts.shape[0]
     if x.shape[0] == 0:

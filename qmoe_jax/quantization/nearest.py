@@ -23,12 +23,12 @@ def round_to_nearest(
     """Quantize each weight to the digit that the grid gives it with curvature 1.
 
     Args:
-      w: the weights, any float type; the arithmetic is float32.
-      grid: the levels and digits.
-      group_size: columns that share levels; None: the whole row. The last group may be smaller.
+        w: the weights, any float type; the arithmetic is float32.
+        grid: the levels and digits.
+        group_size: columns that share levels; None: the whole row. The last group may be smaller.
 
     Raises:
-      ValueError: the group size is below 1.
+        ValueError: the group size is below 1.
     """
     if group_size is not None and group_size < 1:
         raise ValueError(f"round_to_nearest: group_size must be None or >= 1, found {group_size}.")

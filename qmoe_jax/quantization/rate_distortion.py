@@ -1,8 +1,8 @@
 """A ternary grid that weighs the error of a digit against the bits it costs.
 
-Entropy-constrained quantization: the digit minimizes curvature * (w - value)**2 + rate * bits. One rate for a whole
-model gives all its matrices the same slope of error against bits, which is the best split of a size between them. With
-rate 0 and level scale 1 this is `ternary_grid()`.
+Entropy-constrained quantization: the digit minimizes curvature * (w - value)**2 + rate * bits. One rate for a
+whole model gives all its matrices the same slope of error against bits, which is the best split of a size
+between them. With rate 0 and level scale 1 this is `ternary_grid()`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ DEFAULT_BITS_PER_DIGIT = (-math.log2(0.885), -math.log2(0.0575), -math.log2(0.05
 @pytree.register(leaves=("rate", "bits_per_digit", "level_scale"), static=())
 @dataclasses.dataclass(frozen=True)
 class RateDistortionGrid(TernaryGrid):
-    """The levels and values of `TernaryGrid`, scaled, with the digit of least error and rate; the lowest in a tie.
+    """The levels and values of `TernaryGrid`, scaled, with the digit of least error and rate.
 
-    It is held to the contract of grids, so that a solver can be given a rate; no option of `compress` uses it yet.
+    In a tie the lowest digit is taken. It is held to the contract of grids, so that a solver can be given a
+    rate; no option of `compress` uses it yet.
 
     Attributes:
-      rate: the cost of a bit, in the unit of curvature * deviation**2: with a Hessian of XᵀX, squared error of the
-        layer's output summed over the calibration tokens.
-      bits_per_digit: bits of the digits 0, 1 and 2 under the entropy code that follows; zero is the cheapest.
-      level_scale: factor between the row's extremes and the levels.
+        rate: the cost of a bit, in the unit of curvature * deviation**2: with a Hessian of XᵀX, squared error
+            of the layer's output summed over the calibration tokens.
+        bits_per_digit: bits of the digits 0, 1 and 2 under the entropy code that follows; zero is the
+            cheapest.
+        level_scale: factor between the row's extremes and the levels.
     """
 
     rate: Float[Array, ""]
@@ -62,12 +64,13 @@ def rate_distortion_grid(
     """Return a grid that accepts `rate` of error for each bit saved.
 
     Args:
-      rate: >= 0, see `RateDistortionGrid`. It may change without a new compilation: bisect it to a target size.
-      bits_per_digit: bits of the digits 0, 1 and 2, each >= 0, none below the first.
-      level_scale: > 0.
+        rate: >= 0, see `RateDistortionGrid`. It may change without a new compilation: bisect it to a target
+            size.
+        bits_per_digit: bits of the digits 0, 1 and 2, each >= 0, none below the first.
+        level_scale: > 0.
 
     Raises:
-      ValueError: an argument is out of range.
+        ValueError: an argument is out of range.
     """
     bits = np.asarray(bits_per_digit, np.float32)
     if bits.shape != (3,) or not np.isfinite(bits).all() or bits.min() < 0 or bits.argmin() != 0:

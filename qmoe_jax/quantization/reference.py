@@ -1,7 +1,7 @@
 """Textbook GPTQ in NumPy, one expert and one column at a time.
 
-Cholesky, inverse, Cholesky; every column updates all that follow it in its block, every block all blocks that follow.
-Slow and plain, it shares nothing with `gptq.py`, which tests and benchmarks compare with it.
+Cholesky, inverse, Cholesky; every column updates all that follow it in its block, every block all blocks that
+follow. Slow and plain, it shares nothing with `gptq.py`, which tests and benchmarks compare with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def gptq_reference(
     """Return values and digits of one expert; `bits` None is ternary. The arithmetic is in the type of `w`.
 
     Raises:
-      numpy.linalg.LinAlgError: the damped Hessian is not positive definite.
+        numpy.linalg.LinAlgError: the damped Hessian is not positive definite.
     """
     width = w.shape[1]
     order = np.argsort(-np.diagonal(hessian), kind="stable") if activation_order else np.arange(width)

@@ -19,20 +19,21 @@ PANELS = 8
 def relative_error(
     q: Quantized, w: Float[jax.Array | np.ndarray, "expert out in"], factor: Factor | None
 ) -> Float[Array, "expert"]:
-    """Return tr(D H Dᵀ) / tr(W H Wᵀ) of each expert, D the deviation of its values from W, H its damped Hessian.
+    """Return tr(D H Dᵀ) / tr(W H Wᵀ) of each expert.
 
-    The numerator is `2 * q.error`. With H = Lᵀ C L the denominator is the sum of squares of L Wᵀ, weighted by C: one
-    triangular product, in float32 at full precision. It takes one array of the weights' size, two in activation
-    order.
+    D is the deviation of the quantized values from the weights W, and H the damped Hessian. The numerator is
+    `2 * q.error`. With H = Lᵀ C L the denominator is the sum of squares of L Wᵀ, weighted by C: one
+    triangular product, in float32 at full precision. It takes one array of the weights' size, two in
+    activation order.
 
     Args:
-      q: the quantized matrices.
-      w: the weights that were quantized, any float type.
-      factor: the factored Hessians that `q` was found with, damped as they are (`damping_term`), the identity where
-        `fallback`. None: H is the identity, as for `round_to_nearest`.
+        q: the quantized matrices.
+        w: the weights that were quantized, any float type.
+        factor: the factored Hessians that `q` was found with, damped as they are (`damping_term`), the
+            identity where `fallback`. None: H is the identity, as for `round_to_nearest`.
 
     Returns:
-      The errors; 0 for a matrix of zeros, NaN for one with a NaN weight.
+        The errors; 0 for a matrix of zeros, NaN for one with a NaN weight.
     """
     w = jnp.asarray(w, jnp.float32)
     energy = jnp.sum(w**2, axis=(1, 2)) if factor is None else _energy(w, factor)

@@ -1,4 +1,4 @@
-"""The file of an expert group: genuine safetensors, one contiguous range an expert."""
+"""The file of an expert group: valid safetensors, one contiguous range per expert."""
 
 import os
 import pathlib
@@ -24,7 +24,7 @@ def write_group(root: pathlib.Path, kind: Kind) -> list:
 
 
 @every_kind
-def test_the_safetensors_library_reads_it(tmp_path: pathlib.Path, kind: Kind) -> None:
+def test_the_safetensors_library_reads_a_group_file(tmp_path: pathlib.Path, kind: Kind) -> None:
     experts = write_group(tmp_path, kind)
     found = safetensors.flax.load_file(tmp_path / KEY.path)
     expected = {
@@ -59,7 +59,7 @@ def test_an_expert_is_one_aligned_range(tmp_path: pathlib.Path, kind: Kind) -> N
     assert position == len(data) == group.nbytes
 
 
-def test_counts_of_one_dtype_throughout_a_group(tmp_path: pathlib.Path) -> None:
+def test_codeword_counts_have_one_dtype_throughout_a_group(tmp_path: pathlib.Path) -> None:
     """A row of 300 codewords in one expert makes the counts of all 16-bit."""
     rng, kind = np.random.default_rng(0), samples.KINDS["ternary"]
     digits = [rng.choice(3, (2, 900), p=p).astype(np.uint8) for p in ([0.9, 0.05, 0.05], [0.1, 0.4, 0.5])]
@@ -79,14 +79,14 @@ def test_experts_packed_in_different_ways_are_refused() -> None:
         render_group(KEY, experts, "the run")
 
 
-def test_a_path_says_which_experts() -> None:
+def test_the_path_of_a_group_file_names_its_experts() -> None:
     assert KEY.path == "experts/encoder.layers_01/experts-00002-00003.safetensors"
     assert GroupKey.from_path(KEY.path) == KEY
     assert GroupKey.from_path("experts/encoder.layers_1/experts-00002-00003.safetensors") is None
     assert GroupKey.from_path("experts/notes.txt") is None
 
 
-def test_a_file_that_shrinks_after_it_was_opened(tmp_path: pathlib.Path) -> None:
+def test_reading_an_expert_of_a_file_that_shrank_is_an_error(tmp_path: pathlib.Path) -> None:
     write_group(tmp_path, samples.KINDS["ternary"])
     extent = GroupFile.open(tmp_path, KEY).extent(3)
     os.truncate(tmp_path / KEY.path, extent.offset + 5)
@@ -99,7 +99,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, -1], ids=lambda size: f"{size} bytes")
-def test_a_truncated_file_does_not_open(tmp_path: pathlib.Path, size: int) -> None:
+def test_a_truncated_group_file_does_not_open(tmp_path: pathlib.Path, size: int) -> None:
     write_group(tmp_path, samples.KINDS["ternary"])
     path = tmp_path / KEY.path
     os.truncate(path, size if size >= 0 else path.stat().st_size + size)
@@ -107,18 +107,18 @@ def test_a_truncated_file_does_not_open(tmp_path: pathlib.Path, size: int) -> No
         GroupFile.open(tmp_path, KEY)
 
 
-def test_other_files_do_not_open(tmp_path: pathlib.Path) -> None:
+def test_files_that_are_not_group_files_do_not_open(tmp_path: pathlib.Path) -> None:
     path = tmp_path / KEY.path
     path.parent.mkdir(parents=True)
     path.write_bytes(b"something else altogether")
     with pytest.raises(CheckpointError, match="is not a safetensors file"):
         GroupFile.open(tmp_path, KEY)
     safetensors.flax.save_file({"weight": jax.numpy.ones(3)}, path)
-    with pytest.raises(CheckpointError, match="no expert group of this version"):
+    with pytest.raises(CheckpointError, match="not an expert group of this version"):
         GroupFile.open(tmp_path, KEY)
 
 
-def test_a_file_in_anothers_place_does_not_open(tmp_path: pathlib.Path) -> None:
+def test_a_group_file_in_the_place_of_another_does_not_open(tmp_path: pathlib.Path) -> None:
     write_group(tmp_path, samples.KINDS["ternary"])
     other = GroupKey("encoder", 1, 0, 2)
     (tmp_path / KEY.path).rename(tmp_path / other.path)

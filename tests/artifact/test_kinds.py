@@ -1,4 +1,4 @@
-"""Every kind of packing: what goes in comes out, to the bit."""
+"""Kinds of packing: digits and levels survive to the bit."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +50,7 @@ def weights_of(kind: Kind, digits: np.ndarray, levels: np.ndarray, group: np.nda
 @every_kind
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reordered", [False, True], ids=["", "reordered"])
-def test_dequantizing_gives_what_the_digits_stand_for(
+def test_dequantized_weights_are_the_values_of_the_digits(
     kind: Kind, shape: tuple[int, int], reordered: bool
 ) -> None:
     rng, groups = np.random.default_rng(3), num_groups(kind, shape[1])
@@ -60,19 +60,14 @@ def test_dequantizing_gives_what_the_digits_stand_for(
         if reordered
         else np.arange(shape[1]) // (kind.group_size or shape[1])
     )
-    scale = rng.uniform(0.5, 2, shape[1]).astype(np.float32) if kind.input_scaled else None
-    packed = pack_matrix(
-        kind, digits, levels, samples.CODEBOOKS, column_group=group if reordered else None, input_scale=scale
-    )
+    packed = pack_matrix(kind, digits, levels, samples.CODEBOOKS, group_index=group if reordered else None)
     np.testing.assert_array_equal(unpack_digits(packed, samples.CODEBOOKS), digits)
     expected = weights_of(kind, digits, levels, group)
-    if scale is not None:
-        expected = expected * scale.astype(LEVEL_DTYPES[kind.level_dtype]).astype(np.float32)
     np.testing.assert_array_equal(dequantize(packed, samples.CODEBOOKS), expected)
 
 
 @every_kind
-def test_a_kind_survives_json(kind: Kind) -> None:
+def test_a_kind_of_packing_survives_json(kind: Kind) -> None:
     assert kind_from_json(kind_to_json(kind), "somewhere") == kind
 
 
@@ -82,6 +77,7 @@ def test_a_kind_survives_json(kind: Kind) -> None:
         ({"name": "vector"}, "vector"),
         ({"lattice": "E8"}, "lattice"),
         ({"level_dtype": "float8"}, "float8"),
+        ({"input_scaled": True}, "input_scaled"),
     ],
 )
 def test_an_unknown_kind_is_refused_by_name(change: dict, named: str) -> None:
@@ -91,7 +87,7 @@ def test_an_unknown_kind_is_refused_by_name(change: dict, named: str) -> None:
     assert "newer version" in str(caught.value)
 
 
-def test_quantized_experts_are_packed_as_the_solver_leaves_them() -> None:
+def test_quantized_experts_keep_their_own_group_of_each_column() -> None:
     """Each expert keeps its own order of the columns; one whose groups follow the columns stores none."""
     kind, rng, shape = samples.KINDS["ternary, groups"], np.random.default_rng(5), (6, 20)
     digits = np.stack([samples.random_digits(kind, shape, rng) for _ in range(2)])
@@ -106,7 +102,7 @@ def test_quantized_experts_are_packed_as_the_solver_leaves_them() -> None:
         np.testing.assert_array_equal(dequantize(matrix, samples.CODEBOOKS), expected)
 
 
-def test_levels_of_another_shape_are_refused() -> None:
+def test_packing_refuses_levels_of_another_shape() -> None:
     digits = np.zeros((4, 20), np.uint8)
     with pytest.raises(ValueError, match=r"expected levels \(4, 3, 2\), found \(4, 1, 2\)"):
         pack_matrix(
@@ -114,18 +110,18 @@ def test_levels_of_another_shape_are_refused() -> None:
         )
 
 
-def test_a_zero_point_between_integers_is_refused() -> None:
+def test_packing_refuses_a_zero_point_that_is_not_an_integer() -> None:
     levels = np.full((4, 1, 2), 0.5, np.float32)
     with pytest.raises(ValueError, match="integers"):
         pack_matrix(Uniform(2), np.zeros((4, 20), np.uint8), levels, {})
 
 
-def test_a_digit_too_large_is_refused() -> None:
+def test_packing_refuses_a_digit_with_too_many_bits() -> None:
     with pytest.raises(ValueError, match="expected numbers of 2 bits, found 4"):
         pack_bits(np.full((1, 3), 4, np.uint8), 2)
 
 
-def test_counts_that_do_not_fill_a_row_are_refused() -> None:
+def test_unpacking_refuses_codeword_counts_that_do_not_fill_a_row() -> None:
     packed = samples.random_matrix(samples.KINDS["ternary"], (6, 40), np.random.default_rng(0))
     packed.parts["counts"][2] -= 1
     packed.parts["counts"][3] += 1
@@ -135,7 +131,7 @@ def test_counts_that_do_not_fill_a_row_are_refused() -> None:
 
 @given(data=st.data(), bits=st.integers(1, 8), rows=st.integers(1, 3), count=st.integers(1, 40))
 @settings(deadline=None, max_examples=40)
-def test_bits_survive_packing(data: st.DataObject, bits: int, rows: int, count: int) -> None:
+def test_numbers_survive_bit_packing(data: st.DataObject, bits: int, rows: int, count: int) -> None:
     numbers = data.draw(arrays.arrays(np.uint8, (rows, count), elements=st.integers(0, 2**bits - 1)))
     packed = pack_bits(numbers, bits)
     assert packed.shape == (rows, packed_bytes(count, bits))
@@ -146,5 +142,5 @@ def test_bits_survive_packing(data: st.DataObject, bits: int, rows: int, count: 
     ("numbers", "dtype"),
     [([0, 255], "uint8"), ([0, 256], "uint16"), ([65536], "uint32"), ([-1, 4], "int16"), ([-40000], "int32")],
 )
-def test_integers_are_stored_as_small_as_they_can_be(numbers: list[int], dtype: str) -> None:
+def test_smallest_dtype_holds_all_integers(numbers: list[int], dtype: str) -> None:
     assert smallest_dtype(np.array(numbers)) == dtype

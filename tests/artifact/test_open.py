@@ -1,4 +1,4 @@
-"""One function opens every format."""
+"""Opening of any format by one function."""
 
 import pathlib
 
@@ -10,18 +10,18 @@ from qmoe_jax.files.errors import CheckpointError
 DATA = pathlib.Path(__file__).parent.parent / "golden"
 
 
-def test_our_artifact(whole: pathlib.Path) -> None:
+def test_open_checkpoint_opens_an_artifact(whole: pathlib.Path) -> None:
     assert is_artifact(whole)
     assert isinstance(open_checkpoint(str(whole)), ArtifactReader)
 
 
 @pytest.mark.parametrize(("path", "form"), [("t5x/switch_c_tiny_f32", "t5x"), ("hf_tiny_a", "huggingface")])
-def test_a_dense_checkpoint(path: str, form: str) -> None:
+def test_open_checkpoint_opens_a_dense_checkpoint(path: str, form: str) -> None:
     assert not is_artifact(DATA / path)
     assert open_checkpoint(DATA / path).format == form
 
 
-def test_nothing_of_a_known_format(tmp_path: pathlib.Path) -> None:
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(CheckpointError, match="no checkpoint of a known format") as caught:
         open_checkpoint(tmp_path)
@@ -37,7 +37,7 @@ def test_a_shard_cut_short_is_found_on_opening(artifact: pathlib.Path) -> None:
     assert isinstance(open_checkpoint(artifact, check=False), ArtifactReader)
 
 
-def test_an_unfinished_artifact(artifact: pathlib.Path) -> None:
+def test_an_unfinished_artifact_is_refused(artifact: pathlib.Path) -> None:
     (artifact / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="unfinished"):
         open_checkpoint(artifact)

@@ -1,4 +1,4 @@
-"""Writing an artifact: the same bytes however often it is stopped, and never over something else."""
+"""Writing of an artifact: the same bytes however often it is interrupted, and never over something else."""
 
 import hashlib
 import pathlib
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qmoe_jax.artifact import ArtifactReader, CheckpointError, Kind, dequantize, verify
+from qmoe_jax.artifact import ArtifactReader, CheckpointError, GroupKey, Kind, dequantize, verify
 from tests.helpers import artifact_samples as samples
 
 every_kind = pytest.mark.parametrize("kind", samples.KINDS.values(), ids=samples.KINDS)
@@ -42,7 +42,7 @@ def test_two_runs_write_the_same_bytes(
     assert digests(tmp_path) == digests(artifact_of(kind))
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     killed = tmp_path / "killed"
     kept: dict[pathlib.Path, int] = {}
     for enough in (2, 5):  # groups written when the process is killed
@@ -81,7 +81,7 @@ def test_a_resumed_run_reads_its_groups(tmp_path: pathlib.Path) -> None:
             )
 
 
-def test_hosts_write_into_one_directory(
+def test_two_hosts_write_one_artifact(
     artifact_of: Callable[[Kind], pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     kind = samples.KINDS["2 bits"]
@@ -98,7 +98,7 @@ def test_hosts_write_into_one_directory(
     assert verify(root).ok
 
 
-def test_finishing_again_changes_nothing(tmp_path: pathlib.Path) -> None:
+def test_finishing_an_artifact_twice_changes_no_byte(tmp_path: pathlib.Path) -> None:
     samples.write_artifact(tmp_path)
     before = digests(tmp_path)
     samples.write_artifact(tmp_path)
@@ -125,7 +125,7 @@ def test_a_directory_with_something_else_is_refused(tmp_path: pathlib.Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_another_runs_artifact_is_refused_naming_the_setting(tmp_path: pathlib.Path) -> None:
+def test_an_artifact_of_another_run_is_refused_by_the_setting(tmp_path: pathlib.Path) -> None:
     samples.writer(tmp_path, damping=0.1).close()
     with pytest.raises(CheckpointError, match="another run") as caught:
         samples.writer(tmp_path, damping=0.2)
@@ -147,7 +147,7 @@ def test_a_group_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
             artifact.has_group("encoder", 1, 0, 2)
 
 
-def test_a_damaged_group_is_not_reused(tmp_path: pathlib.Path) -> None:
+def test_a_damaged_group_is_refused_when_a_run_resumes(tmp_path: pathlib.Path) -> None:
     """Before there is a manifest nothing else says what the file must be: every byte counts."""
     with samples.writer(tmp_path) as artifact:
         experts = samples.random_experts(samples.KINDS["ternary"], "encoder", 1, 0, 1)
@@ -163,13 +163,13 @@ def test_a_damaged_group_is_not_reused(tmp_path: pathlib.Path) -> None:
         assert path.name in str(caught.value)
 
 
-def test_two_processes_do_not_write_at_once(tmp_path: pathlib.Path) -> None:
+def test_a_second_writer_of_the_same_directory_is_refused(tmp_path: pathlib.Path) -> None:
     with samples.writer(tmp_path), pytest.raises(CheckpointError, match="another process"):
         samples.writer(tmp_path)
     samples.writer(tmp_path).close()
 
 
-def test_an_artifact_with_a_hole_is_not_finished(tmp_path: pathlib.Path) -> None:
+def test_an_artifact_with_missing_experts_cannot_be_finished(tmp_path: pathlib.Path) -> None:
     kind = samples.KINDS["ternary"]
     with samples.writer(tmp_path) as artifact:
         with pytest.raises(CheckpointError, match="no dense parameters"):
@@ -227,3 +227,23 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: pathlib.Path) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not artifact.has_group("encoder", 1, 0, 2)
+
+
+def test_a_layer_can_be_linked_to_the_files_of_another(tmp_path: pathlib.Path) -> None:
+    (stack, layer), other = samples.LAYERS
+    with samples.writer(tmp_path) as artifact:
+        for start, stop in samples.GROUPS:
+            key = GroupKey(stack, layer, start, stop)
+            with pytest.raises(ValueError, match="expected a group that was written"):
+                artifact.link_group(*other, key)
+            experts = samples.random_experts(samples.KINDS["ternary"], stack, layer, start, stop)
+            artifact.write_group(stack, layer, start, experts)
+            artifact.link_group(*other, key)
+        artifact.write_dense(samples.dense_tree())
+        artifact.finish()
+    assert verify(tmp_path).ok
+    reader = ArtifactReader.open(tmp_path)
+    for expert in range(samples.CONFIG.num_experts):
+        extents = [reader.expert_extent(*place, expert) for place in samples.LAYERS]
+        assert extents[0].path == extents[1].path
+        assert extents[0].read() == extents[1].read()

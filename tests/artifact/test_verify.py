@@ -1,4 +1,4 @@
-"""`verify` finds a flipped bit anywhere, and every file that is cut short, missing or one too many."""
+"""Verification: a flipped bit anywhere, a truncated, missing or extra file."""
 
 import pathlib
 import random
@@ -12,7 +12,7 @@ from qmoe_jax.artifact.manifest import canonical, digest
 GROUP = "experts/encoder.layers_01/experts-00002-00003.safetensors"
 
 
-def test_an_intact_artifact_is(whole: pathlib.Path) -> None:
+def test_an_intact_artifact_has_no_problems(whole: pathlib.Path) -> None:
     heard: list[tuple[int, int, str]] = []
     found = verify(whole, progress=lambda *call: heard.append(call))
     files = [path for path in whole.rglob("*") if path.is_file() and path.name != "SHA256SUMS"]
@@ -24,7 +24,7 @@ def test_an_intact_artifact_is(whole: pathlib.Path) -> None:
     assert heard[-1] == (found.bytes, found.bytes, "run.json")
 
 
-def test_a_flipped_bit_is_found_in_every_file(artifact: pathlib.Path) -> None:
+def test_verify_finds_a_flipped_bit_in_any_file(artifact: pathlib.Path) -> None:
     rng = random.Random(0)
     for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
         original = path.read_bytes()
@@ -51,25 +51,25 @@ def test_every_bit_of_the_manifest_counts(artifact: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("target", [GROUP, "codebooks.safetensors", "run.json", "SHA256SUMS", "report.json"])
-def test_a_file_cut_short_is_found(artifact: pathlib.Path, target: str) -> None:
+def test_verify_finds_a_truncated_file(artifact: pathlib.Path, target: str) -> None:
     path = artifact / target
     path.write_bytes(path.read_bytes()[:-3])
     assert any(path.name in problem for problem in verify(artifact).problems)
 
 
 @pytest.mark.parametrize("target", [GROUP, "codebooks.safetensors", "dense/manifest.ocdbt", "report.json"])
-def test_a_missing_file_is_found(artifact: pathlib.Path, target: str) -> None:
+def test_verify_finds_a_missing_file(artifact: pathlib.Path, target: str) -> None:
     (artifact / target).unlink()
     assert any(f"{target}: expected a file, found none" in problem for problem in verify(artifact).problems)
 
 
 @pytest.mark.parametrize("target", ["experts/encoder.layers_01/notes.txt", "dense/d/more", "model.bin"])
-def test_a_file_too_many_is_found(artifact: pathlib.Path, target: str) -> None:
+def test_verify_finds_an_extra_file(artifact: pathlib.Path, target: str) -> None:
     (artifact / target).write_text("not ours")
     assert verify(artifact).problems == (f"{target}: expected no such file, found one",)
 
 
-def test_what_hubs_add_is_no_problem(artifact: pathlib.Path) -> None:
+def test_files_that_hubs_add_are_not_a_problem(artifact: pathlib.Path) -> None:
     (artifact / "README.md").write_text("# A model")
     (artifact / ".gitattributes").write_text("*.safetensors filter=lfs")
     assert verify(artifact).ok
@@ -103,7 +103,7 @@ def test_a_manifest_from_the_future_is_refused(artifact: pathlib.Path) -> None:
     assert "newer version" in str(caught.value)
 
 
-def test_a_directory_that_is_no_artifact(tmp_path: pathlib.Path) -> None:
+def test_verifying_a_directory_that_is_not_an_artifact_finds_a_problem(tmp_path: pathlib.Path) -> None:
     found = verify(tmp_path)
     assert not found.ok
     assert "manifest.json" in found.problems[0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
+from qmoe_jax.compression import experts
 
 SENTINELS = 480
 
@@ -20,15 +21,31 @@ def samples(data):
 
 @pytest.fixture(scope="session")
 def compressed(data, samples, tmp_path_factory):
-    """Compress the tiny model once for each set of options."""
-    made = {}
+    """Compress the tiny model once for each set of options; `gptq_calls` has the default's, (w, hessian, result)."""
+    made, calls = {}, []
+    factorize, gptq_with_factor, hessians = experts.factorize, experts.gptq_with_factor, []
+
+    def record_hessian(hessian, *arguments, **options):
+        hessians.append(np.array(hessian))
+        return factorize(hessian, *arguments, **options)
+
+    def record_result(w, *arguments, **options):
+        result = gptq_with_factor(w, *arguments, **options)
+        calls.append((np.array(w), hessians[-1], result))
+        return result
 
     def make(**options):
         key = tuple(sorted(options.items()))
         if key not in made:
             path = tmp_path_factory.mktemp("artifact") / "model"
             config = qj.CompressionConfig(sentinel_start=SENTINELS, **options)
-            made[key] = path, qj.compress(data / "hf_tiny_a", path, samples[:16], config)
+            with pytest.MonkeyPatch.context() as patch:
+                if not options:
+                    patch.setattr(experts, "factorize", record_hessian)
+                    patch.setattr(experts, "gptq_with_factor", record_result)
+                made[key] = path, qj.compress(data / "hf_tiny_a", path, samples[:16], config)
         return made[key]
+
+    make.gptq_calls = calls
 
     return make

@@ -12,11 +12,14 @@ import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression import resume
 from qmoe_jax.compression.exact import FOLDER
-from qmoe_jax.files.tensor import ArrayTensor
+from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.parameters import is_expert
+from tests.helpers.golden_digits import Problem
 
 SENTINELS = 480
 KERNELS = ("encoder/layers_1", "encoder/layers_3", "decoder/layers_1", "decoder/layers_3")
+EQUAL_DIGITS = 0.996  # in the first layer that differs at all: a row in a hundred may meet a border
+EQUAL_BEHIND = 0.95  # in those behind it, calibrated on what followed
 LEVEL_ROUNDING = 0.06  # levels rounded to bfloat16 alone move a sample's loss by .03
 
 
@@ -25,14 +28,38 @@ def stored_bytes(path):
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_ternary_digits_match_upstream(data, compressed):
+def test_every_digit_follows_from_its_hessian_and_those_before(compressed):
+    compressed()
+    assert len(compressed.gptq_calls) == 2 * len(KERNELS)
+    for w, hessian, q in compressed.gptq_calls:
+        for number in range(len(w)):
+            problem = Problem.of(w[number], hessian[number], fallback=bool(q.fallback[number]))
+            expert = problem.replay(q.digits[number], q.levels[number])
+            expert.assert_digits_follow()
+            expert.assert_levels_follow()
+
+
+def test_digits_match_upstream(data, compressed):
+    """Each layer is calibrated on the outputs of those before: behind the first that differs, others may follow."""
     golden = np.load(data / "e2e_tiny_a_gptq_digits.npz")
     reader = qj.open_checkpoint(compressed()[0])
-    for key in golden.files:
+    differed = None
+
+    def place(key):
+        _, stack, _, layer, matrix, _ = key.split(".")
+        return KERNELS.index(f"{stack}/layers_{layer}"), matrix
+
+    assert len(golden.files) == 2 * len(KERNELS)
+    for key in sorted(golden.files, key=place):
         _, stack, _, layer, matrix, _ = key.split(".")
         kernel = reader.read(f"{stack}/layers_{layer}/mlp/expert/{matrix}/kernel").swapaxes(1, 2)
         equal = np.mean(np.sign(kernel) == np.array([0, -1, 1])[golden[key]])
-        assert equal >= 0.996, f"{key}: {equal:.4f} of the digits are equal"
+        first = differed in (None, (stack, layer))
+        assert equal >= (EQUAL_DIGITS if first else EQUAL_BEHIND), (
+            f"{key}: {equal:.4f} of the digits are equal"
+        )
+        if equal < 1 and first:
+            differed = stack, layer
 
 
 @pytest.mark.parametrize(("run", "options"), [("rtn1.5", {"method": "nearest"}), ("gptq1.5", {})])
@@ -205,7 +232,7 @@ def damaged_model(data, path, values):
     for name, (place, value) in values.items():
         array = reader.read(name)
         array[place] = value
-        tensors[name] = ArrayTensor(array)
+        tensors[name] = in_memory(array)
     return qj.convert(dataclasses.replace(reader, tensors={**reader.tensors, **tensors}), path, "huggingface")
 
 

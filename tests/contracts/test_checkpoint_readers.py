@@ -1,4 +1,4 @@
-"""What every checkpoint layout must do, one row per layout."""
+"""The contract of every checkpoint layout, one row per layout."""
 
 import collections
 import hashlib

@@ -1,4 +1,4 @@
-"""Two models side by side: zeros where they are equal, numpy's and `evaluate`'s figures where they are not."""
+"""Comparison of two models: zeros where they are equal, the figures of NumPy and `evaluate` where they are not."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def comparison(tiny, perturbed, examples):
 
 
 @pytest.mark.parametrize("original", ["switch_base_tiny_f32", "switch_c_tiny_f32"], ids=["tied", "untied"])
-def test_a_converted_copy_differs_by_nothing(data, tmp_path, original):
+def test_a_converted_copy_has_no_differences(data, tmp_path, original):
     reader = qj.open_checkpoint(data / "t5x" / original)
     copy = qj.convert(reader, tmp_path / "copy", "huggingface")
     scratch = tmp_path / "scratch"
@@ -85,7 +85,7 @@ def test_a_converted_copy_differs_by_nothing(data, tmp_path, original):
     assert result.notes == ()
 
 
-def test_losses_are_those_of_evaluate(models, examples, comparison):
+def test_compared_losses_are_those_of_evaluate(models, examples, comparison):
     model, *both = models
     original, compressed = (qj.evaluate(model, params, examples) for params in both)
     assert comparison.original_loss == pytest.approx(original.loss, abs=1e-5)
@@ -93,7 +93,7 @@ def test_losses_are_those_of_evaluate(models, examples, comparison):
     assert (comparison.tokens, comparison.examples) == (original.tokens, len(examples))
 
 
-def test_predictions_are_those_of_the_logits(models, examples, comparison):
+def test_compared_predictions_are_those_of_the_logits(models, examples, comparison):
     model, *both = models
     batch = next(batches(examples, len(examples)))
     real = np.arange(batch.decoder.shape[1]) < batch.lengths[:, None] - 1
@@ -106,7 +106,7 @@ def test_predictions_are_those_of_the_logits(models, examples, comparison):
     assert comparison.next_token_agreement == pytest.approx(np.mean(a.argmax(-1) == b.argmax(-1)), abs=1e-9)
 
 
-def test_only_what_follows_a_changed_tensor_moves(tiny, perturbed, comparison):
+def test_only_layers_after_a_changed_tensor_differ(tiny, perturbed, comparison):
     changed = perturbed[1]
     errors = dict(comparison.weight_errors)
     expected = relative_error(tiny.read(changed), perturbed[0].read(changed))
@@ -126,7 +126,7 @@ def test_only_what_follows_a_changed_tensor_moves(tiny, perturbed, comparison):
     assert set(agreements.values()) == {1.0}
 
 
-def test_padding_does_not_count(tiny, perturbed, examples, comparison):
+def test_encoder_padding_does_not_change_a_comparison(tiny, perturbed, examples, comparison):
     padded = [(np.append(encoder, np.zeros(9, np.int32)), decoder) for encoder, decoder in examples]
     result = qj.compare(tiny, perturbed[0], padded)
     assert result.compressed_loss == pytest.approx(comparison.compressed_loss, abs=1e-5)
@@ -136,7 +136,7 @@ def test_padding_does_not_count(tiny, perturbed, examples, comparison):
         assert found.router_agreement == expected.router_agreement
 
 
-def test_renumbered_experts_are_other_choices_of_the_same_model(tiny, examples):
+def test_renumbered_experts_change_router_choices_but_not_the_model(tiny, examples):
     layer, order = "encoder/layers_1/mlp", np.roll(np.arange(8), 1)
     router = f"{layer}/router/router_weights/w/kernel"
     renumbered = replace(
@@ -153,7 +153,7 @@ def test_renumbered_experts_are_other_choices_of_the_same_model(tiny, examples):
     assert result.compressed_loss == pytest.approx(result.original_loss, abs=1e-5)
 
 
-def test_an_artifact_is_measured_as_it_decodes(tiny, examples, tmp_path):
+def test_weight_errors_of_an_artifact_are_those_of_its_decoded_weights(tiny, examples, tmp_path):
     config = qj.CompressionConfig(method="nearest", sentinel_start=480)
     qj.compress(tiny.path, tmp_path / "artifact", draw_examples(480, seed=2), config)
     result = qj.compare(tiny.path, tmp_path / "artifact", examples, experts_per_read=4)
@@ -168,7 +168,7 @@ def test_an_artifact_is_measured_as_it_decodes(tiny, examples, tmp_path):
     assert fields["layers"][1] == dataclasses.asdict(result.layers[1])
 
 
-def test_a_head_stored_apart_is_compared_with_the_embedding(tiny, data, examples, comparison):
+def test_an_untied_output_projection_is_compared_with_the_embedding(tiny, data, examples, comparison):
     """Upstream's directories keep a tied model's head in bfloat16 beside an embedding in float32."""
     result = qj.compare(tiny, data / "upstream_ckpt_tiny_a", examples)
     assert result.weight_errors[EMBEDDING] == 0.0
@@ -181,7 +181,7 @@ def test_a_head_stored_apart_is_compared_with_the_embedding(tiny, data, examples
     assert result.original_loss == pytest.approx(comparison.original_loss, abs=1e-5)
 
 
-def test_what_no_tensor_tells_is_noted(tiny, examples):
+def test_differences_between_configurations_are_noted(tiny, examples):
     other = dataclasses.replace(tiny, config=dataclasses.replace(tiny.config, layer_norm_epsilon=1e-2))
     result = qj.compare(tiny, other, examples)
     assert result.notes == (
@@ -191,7 +191,7 @@ def test_what_no_tensor_tells_is_noted(tiny, examples):
     assert result.kl_divergence > 0
 
 
-def test_another_model_is_refused_by_the_tensor(tiny, data, examples):
+def test_models_with_different_tensors_are_refused_by_name(tiny, data, examples):
     name = "encoder/layers_0/mlp/wi/kernel"
     tensors = {key: tensor for key, tensor in tiny.tensors.items() if key != name}
     lacking = dataclasses.replace(tiny, path="lacking", tensors=tensors)
@@ -227,7 +227,7 @@ class Counted:
         return self.tensor.read(rows)
 
 
-def test_a_layer_at_a_time_and_a_range_of_experts(tiny, examples, tmp_path):
+def test_a_comparison_reads_a_layer_at_a_time_and_ranges_of_experts(tiny, examples, tmp_path):
     reads = []
     counted = {name: Counted(tensor, name, reads) for name, tensor in tiny.tensors.items()}
     original = dataclasses.replace(tiny, tensors=counted)
@@ -254,7 +254,7 @@ def test_comparing_reports_progress_layer_by_layer(tiny, examples):
     assert list(dict.fromkeys(labels))[6] == "decoder layer 1"
 
 
-def test_bfloat16_is_close(tiny, examples, comparison):
+def test_a_comparison_in_bfloat16_is_close_to_float32(tiny, examples, comparison):
     result = qj.compare(tiny, tiny, examples, dtype="bfloat16")
     assert (result.kl_divergence, result.next_token_agreement) == (0.0, 1.0)
     # a random model's routers turn rounding into other choices

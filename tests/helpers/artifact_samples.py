@@ -40,7 +40,6 @@ KINDS = {
     "ternary, 16-bit codes": Ternary(WORD_CODES.name),
     "ternary, float32 levels": Ternary(BYTE_CODES.name, level_dtype="float32"),
     "ternary, groups": Ternary(BYTE_CODES.name, group_size=8),
-    "ternary, input scale": Ternary(BYTE_CODES.name, input_scaled=True),
     "2 bits": Uniform(2),
     "3 bits, groups": Uniform(3, group_size=16),
     "4 bits, groups, float32 levels": Uniform(4, group_size=7, level_dtype="float32"),
@@ -71,8 +70,7 @@ def random_matrix(
         random_digits(kind, shape, rng),
         random_levels(kind, shape, rng),
         CODEBOOKS,
-        column_group=rng.integers(0, groups, shape[1]) if reordered else None,
-        input_scale=rng.uniform(0.5, 2, shape[1]).astype(np.float32) if kind.input_scaled else None,
+        group_index=rng.integers(0, groups, shape[1]) if reordered else None,
     )
 
 

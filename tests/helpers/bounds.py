@@ -1,7 +1,7 @@
 """Checks every load and store of a Pallas kernel against its array, in interpret mode.
 
-Interpret mode clamps an index out of range, so finite outputs alone would not show one: within `checked_kernels`,
-`plt.load` and `plt.store` count the elements that lie outside.
+Interpret mode clamps an index out of range, so finite outputs alone would not show one: within
+`checked_kernels`, `plt.load` and `plt.store` count the elements that lie outside.
 """
 
 import contextlib

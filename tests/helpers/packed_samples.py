@@ -1,4 +1,4 @@
-"""Random packed experts beside the dense weights that they stand for."""
+"""Random packed experts with the dense weights that they represent."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.samples import P_ZERO, dequantize, random_digits
 from pallas_kernels import PackedMatrix
 from qmoe_jax.coding import Codebook, encode, pack, tunstall_codebook, upstream_codebook
 
@@ -25,23 +26,21 @@ class Sample(NamedTuple):
 
 
 def sample(
-    codebook: Codebook, shape: tuple[int, int, int], *, p_zero=0.885, levels="bfloat16", seed=0
+    codebook: Codebook, shape: tuple[int, int, int], *, p_zero=P_ZERO, levels="bfloat16", seed=0
 ) -> Sample:
-    """Experts of `shape` [expert, out, in]; `p_zero` is one density, or one for each expert."""
+    """Draw experts of `shape` [expert, out, in]; `p_zero` is one sparsity, or one per expert."""
     experts, rows, width = shape
     rng = np.random.default_rng(seed)
-    nonzero = rng.random(shape) >= np.broadcast_to(p_zero, experts)[:, None, None]
-    digits = (nonzero * rng.integers(1, 3, shape)).astype(np.uint8)
+    digits = random_digits(shape, np.broadcast_to(p_zero, experts)[:, None, None], rng)
     extremes = np.stack([-rng.random((experts, rows)) - 0.1, rng.random((experts, rows)) + 0.1], -1)
     extremes = extremes.astype(jnp.dtype(levels))
     packed = pack([encode(d, codebook) for d in digits], extremes, codebook, width)
     packed.validate()
-    table = np.concatenate([np.zeros((experts, rows, 1)), extremes.astype(np.float64)], -1)
-    return Sample(packed, np.take_along_axis(table, digits.astype(np.int64), -1))
+    return Sample(packed, dequantize(digits, extremes))
 
 
 def tokens(sample_: Sample, count: int, dtype="float32", seed=1) -> tuple[jnp.ndarray, jnp.ndarray]:
-    """(x, expert index): every expert may get many tokens, or none."""
+    """Return (x, expert index); every expert may get many tokens, or none."""
     rng = np.random.default_rng(seed)
     experts, _, width = sample_.weights.shape
     x = jnp.asarray(rng.standard_normal((count, width)), jnp.float32).astype(dtype)
@@ -49,14 +48,14 @@ def tokens(sample_: Sample, count: int, dtype="float32", seed=1) -> tuple[jnp.nd
 
 
 def products(sample_: Sample, x, expert_index) -> tuple[np.ndarray, np.ndarray]:
-    """(the exact product, the sum of the magnitudes of its terms), float64."""
+    """Return the exact product and the sum of the magnitudes of its terms, float64."""
     weights = sample_.weights[np.asarray(expert_index)]
     x = np.asarray(x, np.float64)
     return np.einsum("toi,ti->to", weights, x), np.einsum("toi,ti->to", np.abs(weights), np.abs(x))
 
 
 def corrupted(packed: PackedMatrix, seed: int) -> PackedMatrix:
-    """Random codes, many beyond the table where their type can hold such; random offsets, negative and beyond."""
+    """Return random codes, many beyond the table if their dtype allows, and random offsets, many out of range."""
     rng = np.random.default_rng(seed)
     top = np.iinfo(packed.codes.dtype).max
     codes = rng.integers(0, top, packed.codes.shape, endpoint=True).astype(packed.codes.dtype)

@@ -1,4 +1,4 @@
-"""Runs jax-triton's calls on a CPU, in the interpreter of Triton itself: real loads and stores on NumPy's memory."""
+"""Runs jax-triton kernels on a CPU in Triton's interpreter: real loads and stores on NumPy's memory."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ MARGIN = 4096  # bytes on either side of an array: NaN of any type, found unchan
 
 
 def interpreted_kernels() -> types.ModuleType:
-    """Import the product by jax-triton with kernels that Triton interprets; skip the test where it is not installed."""
+    """Import the product by jax-triton, interpreted by Triton; skip the test where it is not installed."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported first, which must not have happened
     pytest.importorskip("triton", reason="triton is not installed: make test-newest runs these")
     pytest.importorskip("jax_triton", reason="jax-triton cannot be imported", exc_type=ImportError)
@@ -56,7 +56,7 @@ class Tensor:
 
 
 def triton_call(*arrays, kernel, grid, num_warps, num_stages, out_type=None, out_shape=None, **static):
-    """`jax_triton.triton_call`, interpreted; what the kernel does not write is NaN, as is what lies outside."""
+    """Interpret a `jax_triton.triton_call`; elements that the kernel does not write are NaN."""
     del num_warps, num_stages
     result = out_type or out_shape
 

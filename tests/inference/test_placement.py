@@ -11,6 +11,7 @@ import pytest
 
 import qmoe_jax as qj
 from qmoe_jax.inference.placement import DiskExperts, choose, stores_of
+from tests.helpers.choices import assert_same_generation
 
 EXPERT = 4_500
 """More bytes than one expert of the test model takes, less than two."""
@@ -56,7 +57,7 @@ def test_generated_tokens_are_the_same_in_every_placement(artifact, expected, op
     path, examples = artifact
     model, params = qj.load_compressed(path, **options)
     found = qj.generate(model, params, batch_of(examples)[0], max_new_tokens=8)
-    np.testing.assert_array_equal(found, expected[1])
+    assert_same_generation(model, params, batch_of(examples)[0], found, expected[1])
 
 
 def test_the_loss_is_the_same_while_experts_are_evicted(artifact, expected):
@@ -193,7 +194,7 @@ def test_two_generations_share_a_store_at_once(artifact, expected):
     for thread in threads:
         thread.join()
     for tokens in found.values():
-        np.testing.assert_array_equal(tokens, expected[1])
+        assert_same_generation(model, params, batch_of(examples)[0], tokens, expected[1])
     assert len(found) == 2
 
 
@@ -236,7 +237,7 @@ def running(copied):
 
 
 class TestFaults:
-    """What happens to the files while a model runs."""
+    """Files that are damaged or replaced while a model runs."""
 
     @pytest.mark.parametrize(
         ("damage", "problem"),
@@ -285,4 +286,4 @@ class TestFaults:
             assert isinstance(stores_of(params)[0], DiskExperts)
             model, _ = qj.load_compressed(path)
             found = qj.generate(model, params, batch_of(examples)[0], max_new_tokens=8)
-            np.testing.assert_array_equal(found, expected[1])
+            assert_same_generation(model, params, batch_of(examples)[0], found, expected[1])

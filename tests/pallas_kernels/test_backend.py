@@ -1,4 +1,4 @@
-"""A named backend runs or raises with its reason; without a name the platform's backends are tried in order."""
+"""A named backend runs or raises with its reason; without a name, the platform's are tried in order."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""Host functions get the arrays where they lie, raise in the caller, and refuse an interface they do not know."""
+"""Host functions get arrays where they lie, raise in the caller, and refuse an API they do not know."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""`expert_mlp` on NumPy arrays: slots of a cache, any thread, any number of tokens, nothing left over from before."""
+"""`expert_mlp` on NumPy arrays: slots of a cache, any thread, any number of tokens."""
 
 import concurrent.futures
 import dataclasses
@@ -44,7 +44,7 @@ def test_expert_mlp_computes_any_number_of_tokens(count, activation):
 
 @pytest.mark.parametrize("count", [1, 5, 70])
 def test_codewords_behind_an_experts_last_row_are_ignored(count):
-    """A slot of a cache has room for the longest expert; codewords of an earlier one stay behind a shorter one."""
+    """A slot of a cache has room for the longest expert: behind a shorter one, an earlier one's are left."""
     x, expert_index = tokens(count)
     found = []
     for seed in range(2):

@@ -1,4 +1,4 @@
-"""`encode_rows`, one suite for every backend, against a greedy encoder that looks codewords up in a dictionary."""
+"""`encode_rows`, one suite for every backend, against a greedy encoder with a dictionary of codewords."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ def words(codebook: Codebook) -> dict[bytes, int]:
 
 
 def greedy(row: np.ndarray, codebook: Codebook) -> list[int]:
-    """The longest codeword each time; where a row ends too early for any, the first that goes on with zeros."""
+    """Take the longest codeword; where a row ends too early for any, the first that continues with zeros."""
     rest, code_of, codes = row.tobytes() + bytes(-len(row) % codebook.symbol_digits), words(codebook), []
     while rest:
         within = (rest[:end] for end in range(min(len(rest), codebook.max_length), 0, -1))

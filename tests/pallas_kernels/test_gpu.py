@@ -1,6 +1,7 @@
 """On a CUDA device: every op compiled and run there, against dense float64 and the reference backend.
 
-`make gpu` runs these. Sums on tensor cores are rounded towards zero between steps, hence the wider bound there.
+`make gpu` runs these. Sums on tensor cores are rounded towards zero between steps, hence the wider bound
+there.
 """
 
 import jax

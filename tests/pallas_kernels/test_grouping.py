@@ -27,15 +27,15 @@ def test_every_token_sits_in_a_block_of_its_expert(experts, lanes):
     assert np.asarray(busy)[: int(count[0])].tolist() == np.flatnonzero(counts).tolist()
 
 
-def test_spread_and_collect_are_inverse():
+def test_dispatch_and_combine_are_inverse():
     index = jnp.array([3, 0, 3, 3, 1, 0], jnp.int32)
     blocks = group_tokens(index, 4, 2)
     x = jnp.arange(18.0).reshape(6, 3)
-    spread = blocks.spread(x)
-    assert spread.shape == (blocks.count, 2, 3)
-    assert spread.sum() == x.sum()  # zeros elsewhere
-    assert (blocks.collect(spread) == x).all()
-    assert blocks.spread(x[:, 0]).shape == (blocks.count, 2)
+    dispatched = blocks.dispatch(x)
+    assert dispatched.shape == (blocks.count, 2, 3)
+    assert dispatched.sum() == x.sum()  # zeros elsewhere
+    assert (blocks.combine(dispatched) == x).all()
+    assert blocks.dispatch(x[:, 0]).shape == (blocks.count, 2)
 
 
 @pytest.mark.parametrize("tokens, experts, lanes", [(1, 64, 8), (100, 4, 32), (5000, 2, 256), (9, 1, 16)])

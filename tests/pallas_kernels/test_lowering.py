@@ -1,4 +1,4 @@
-"""Every Pallas kernel lowers to Triton for an H100 on a machine without one, and it is the kernel asked for."""
+"""Every Pallas kernel lowers to Triton for an H100 on a machine without one, under its own name."""
 
 import functools
 

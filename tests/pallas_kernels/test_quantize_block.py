@@ -1,7 +1,7 @@
 """`quantize_block`, one suite for every backend: each digit is judged in float64, given the digits before it.
 
-So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do the
-columns behind it, which differ from there on.
+So a target within float32 rounding of a border, which may fall on either side, fails nothing, and neither do
+the columns behind it, which differ from there on.
 """
 
 import functools
@@ -80,8 +80,15 @@ def values_of(grid: Grid, levels: np.ndarray) -> np.ndarray:
     return np.stack([np.zeros_like(first), first, second])
 
 
-def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> None:
-    """One expert: no other digit would have been better by more than float32 rounding; the rest follows from it."""
+ROUNDING = 1e-4  # of a cost in float32
+
+
+def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> np.ndarray:
+    """One expert: no other digit would have been better by more than float32 rounding; the rest follows from it.
+
+    Returns:
+        The rows that met no border: there only one digit was as good as the best, in every column.
+    """
     w, error_feedback, lower, curvature = (array.astype(np.float64) for array in problem[:4])
     every = values_of(grid, problem.levels[problem.group_index])
     value = np.take_along_axis(every, np.asarray(found.digits, np.int64)[None], 0)[0]
@@ -91,9 +98,10 @@ def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> None:
     if isinstance(grid, RateDistortionGrid):
         cost += RATE * np.array(BITS)[:, None, None]
     taken = np.take_along_axis(cost, np.asarray(found.digits, np.int64)[None], 0)[0]
-    assert (taken - cost.min(0) <= 1e-4).all()
+    assert (taken - cost.min(0) <= ROUNDING).all()
     error = (curvature[:, None] * (target - value) ** 2).sum(0)
     np.testing.assert_allclose(found.error, error, rtol=1e-4, atol=1e-5)
+    return (np.sort(cost, axis=0)[1] - cost.min(0) > 2 * ROUNDING).all(0)
 
 
 @every_backend
@@ -115,10 +123,11 @@ def test_interpret_mode_is_the_reference(columns, out, groups, name):
     grid = GRIDS[name]
     problem = block(grid, (columns, out), groups=groups, seed=columns + out)
     found = problem.rounded(grid, **BACKENDS["pallas"])
-    assert_rounded(problem, grid, found)
+    sure = assert_rounded(problem, grid, found)
     wanted = problem.rounded(grid, **BACKENDS["reference"])
-    same = (found.digits == wanted.digits).all(0)  # of a row that met no border: nearly all
-    assert same.mean() > 0.98
+    same = np.asarray(found.digits == wanted.digits).all(0)
+    assert same[sure].all()
+    assert sure.mean() > 0.95 or len(sure) < 100
     np.testing.assert_allclose(found.deviation[:, same], wanted.deviation[:, same], atol=1e-5)
     np.testing.assert_allclose(found.error[same], wanted.error[same], rtol=1e-4, atol=1e-5)
 

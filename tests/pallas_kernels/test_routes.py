@@ -118,7 +118,7 @@ TOKENS = jax.ShapeDtypeStruct((1, 30), jnp.float32), jax.ShapeDtypeStruct((1,), 
     ids=["1.5 GiB", "3 GiB", "4.5 GiB"],
 )
 def test_codes_of_two_to_four_gib_are_read_in_pairs(capacity, element):
-    """Between them 32-bit offsets of single bytes would pass 31 bits; below they do not, above they are 64-bit."""
+    """Between them, 32-bit offsets of single bytes exceed 31 bits; above, offsets are 64-bit."""
     program = lowered_for_cuda(packed_matmul, large(capacity), *TOKENS)
     call = next(line for line in program.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line)
     operands = call.rsplit(" : (", 1)[1]

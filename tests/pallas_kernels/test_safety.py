@@ -1,7 +1,8 @@
 """No stream reads or writes out of bounds, however corrupt: random codes, offsets and experts run to the end.
 
-Interpret mode fills what a kernel does not write with NaN, and the compiled kernel runs here on arrays that end where
-an unmapped page begins: a finite result that the backends agree on is evidence, not only the absence of a crash.
+Interpret mode fills what a kernel does not write with NaN, and the compiled kernel runs here on arrays that
+end where an unmapped page begins: a finite result that the backends agree on is evidence, not only the
+absence of a crash.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Every load and store of the Pallas kernels stays in its array: random codes, offsets, tables and experts."""
+"""Loads and stores of the Pallas kernels stay in their arrays: random codes, offsets, tables, experts."""
 
 import dataclasses
 

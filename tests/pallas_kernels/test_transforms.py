@@ -1,4 +1,4 @@
-"""The public ops under jax's transformations: shard_map over experts and over tokens, export for CPUs and GPUs."""
+"""The public product under jax's transformations: vmap, scan, shard_map, export for CPUs and GPUs."""
 
 import functools
 import os
@@ -97,7 +97,8 @@ from tests.helpers.kernel_contract import IMPLEMENTATIONS
 mesh = Mesh(np.array(jax.devices()), ("shard",))
 sample = samples.sample(samples.CODEBOOKS["tunstall-8"](), (4, 6, 50))
 x, expert_index = samples.tokens(sample, 8)
-by_expert = jax.tree.map(lambda array: P("shard") if array.ndim > 1 and array.shape[0] == 4 else P(), sample.packed)
+spec = lambda array: P("shard") if array.ndim > 1 and array.shape[0] == 4 else P()
+by_expert = jax.tree.map(spec, sample.packed)
 
 def one_shard(op, packed, x, expert_index):
     first = jax.lax.axis_index("shard") * packed.num_experts

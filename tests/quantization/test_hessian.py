@@ -78,4 +78,4 @@ def test_the_sums_are_float32_and_symmetric():
     x, expert = routed()
     hessians = add_tokens(empty_hessians(5, 12), jnp.asarray(x, jnp.bfloat16), expert)
     assert hessians.sums.dtype == jnp.float32
-    np.testing.assert_allclose(hessians.sums, np.swapaxes(hessians.sums, 1, 2), rtol=1e-6)
+    np.testing.assert_allclose(hessians.sums, np.swapaxes(hessians.sums, 1, 2), rtol=1e-6, atol=1e-4)

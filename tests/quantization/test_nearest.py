@@ -36,7 +36,7 @@ def test_a_group_is_rounded_like_a_matrix_of_its_own(width, group_size):
 def test_error_and_fallback():
     q = round_to_nearest(W, ternary_grid())
     want = 0.5 * ((W - np.asarray(q.values, np.float64)) ** 2).sum((1, 2))
-    np.testing.assert_allclose(q.error, want, rtol=1e-5)
+    np.testing.assert_allclose(q.error, want, rtol=1e-4)  # a float32 sum of 16,384 squares, in any order
     assert not q.fallback.any()
 
 

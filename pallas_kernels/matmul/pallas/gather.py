@@ -1,4 +1,4 @@
-"""Pallas on a GPU, for some tokens per expert: a warp decodes a row once for a block of tokens.
+"""The Pallas kernel for some tokens per expert: a warp decodes a row once for a block of tokens.
 
 A nonzero costs one load of the block's activations, which lie side by side, and one multiplication per token.
 """
@@ -24,7 +24,7 @@ from pallas_kernels.tiles import PackedRefs, multiply_add
 
 @dataclasses.dataclass(frozen=True)
 class Config(tuning.Config):
-    """A launch of programs that each take one row of a block of `lanes` tokens, `tile` codewords at a time."""
+    """A launch of programs that take one row for `lanes` tokens each, `tile` codewords at a time."""
 
     kind: ClassVar[str] = "gather"
 

@@ -1,4 +1,7 @@
-"""Pallas on a GPU, for few tokens per expert: warps decode rows for one token, whose expert they read on the device."""
+"""The Pallas kernel for few tokens per expert: warps decode rows for one token.
+
+The token's expert is read on the device.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Config(tuning.Config):
 
     @classmethod
     def heuristic(cls, problem: tuning.Problem) -> Config:
-        """Return one row per warp: the cumulative sum over 32 codewords then stays inside the warp. Not measured."""
+        """Return one row per warp, so that sums over 32 codewords stay inside the warp. Not measured."""
         del problem
         return cls(rows=4, tile=32, warps=4)
 
@@ -46,7 +49,10 @@ def product(
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "t out"]:
-    """Multiply in `dtype`, with an epilogue whose gate is [t, out] and scale [t]; experts must be in range."""
+    """Multiply in `dtype`, with an epilogue whose gate is [t, out] and scale [t].
+
+    Experts must be in range.
+    """
     if x.shape[0] == 0:
         return jnp.zeros((0, packed.rows), dtype)
     config = tuning.choose(Config, tuning.Problem.of(Config.kind, packed, x.dtype), config)

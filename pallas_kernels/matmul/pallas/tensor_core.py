@@ -1,13 +1,14 @@
-"""Pallas on a GPU, for many tokens per expert: rows are decoded to dense digits once, then multiplied.
+"""The Pallas kernel for many tokens per expert: rows are decoded to dense digits once, then multiplied.
 
-Programs take turns at (expert, block of rows), for experts that have tokens. A program decodes its rows into a slice
-of scratch memory that it overwrites at its next turn, so that the scratch fits the L2 cache whatever the number of
-experts, and multiplies it by all token blocks of the expert on the tensor cores. The scratch holds digits of one byte,
-half the bytes of bfloat16 weights; they become weights in registers, on their way into the product.
+Programs take turns at (expert, block of rows), for experts that have tokens. A program decodes its rows into
+a slice of scratch memory that it overwrites at its next turn, so that the scratch fits the L2 cache whatever
+the number of experts, and multiplies it by all token blocks of the expert on the tensor cores. The scratch
+holds digits of one byte, half the bytes of bfloat16 weights; they become weights in registers, on their way
+into the product.
 
-All factors are bfloat16 and exact; sums are float32. Tokens in float32 are split into a sum of three bfloat16. Levels
-in float32 do not fit a bfloat16: the minima and the maxima are then summed separately, with weights 1, and the levels
-multiply the two sums.
+All factors are bfloat16 and exact; sums are float32. Tokens in float32 are split into a sum of three
+bfloat16. Levels in float32 do not fit a bfloat16: the minima and the maxima are then summed separately, with
+weights 1, and the levels multiply the two sums.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ HIGH_HALF = -(1 << 16)  # of a float32's bits: the bfloat16 next to it towards z
 
 @dataclasses.dataclass(frozen=True)
 class Config(tuning.Config):
-    """A launch of `programs` programs that take turns at blocks of `rows` rows of the experts that have tokens.
+    """A launch of `programs` programs that take turns at blocks of `rows` rows of an expert.
 
-    Each decodes its rows, `tile` codewords of each at a time, then multiplies them by `lanes` tokens at a time,
-    `columns` columns per step, with `warps` warps and `stages` loads in flight.
+    Each decodes its rows, `tile` codewords of each at a time, then multiplies them by `lanes` tokens at a
+    time, `columns` columns per step, with `warps` warps and `stages` loads in flight.
     """
 
     kind: ClassVar[str] = "tensor_core"
@@ -54,8 +55,9 @@ class Config(tuning.Config):
     def heuristic(cls, problem: tuning.Problem) -> Config:
         """Return 64 rows, as the widest instructions need; tokens in float32 take three times the registers.
 
-        Few columns, codewords and stages at a time: the hidden activations of an expert are float32 even where tokens
-        are bfloat16, and with more of them registers spill on an H100 or an A100 (compiled for both, not measured).
+        Few columns, codewords and stages at a time: the hidden activations of an expert are float32 even
+        where tokens are bfloat16, and with more of them registers spill on an H100 or an A100 (compiled for
+        both, not measured).
         """
         lanes = lambda most: min(max(16, problem.tokens_per_expert), most)
         common = functools.partial(cls, rows=64, columns=32, programs=264)
@@ -215,7 +217,7 @@ def _weights(
 
 
 def bfloat16_parts(x: Float[Array, "lanes columns"]) -> list[BFloat16[Array, "lanes columns"]]:
-    """Split into bfloat16 tiles whose sum is exactly `x`: eight of the 24 bits of a float32 each, highest first."""
+    """Split `x` into bfloat16 tiles with exactly its sum: 8 of the 24 bits of a float32 each, highest first."""
     if x.dtype == jnp.bfloat16:
         return [x]
     parts = []

@@ -14,6 +14,7 @@ from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
+from qmoe_jax.quantization.grids import TernaryGrid
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,5 +85,4 @@ class CodedKernel:
             raise CheckpointError(
                 "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
             ) from error
-        values = np.concatenate([np.zeros((len(levels), 1), levels.dtype), levels], axis=1)
-        return np.take_along_axis(values, np.asarray(digits, np.intp), axis=1)
+        return TernaryGrid().value(digits, (levels[:, :1], levels[:, 1:]))

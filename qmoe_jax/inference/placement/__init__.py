@@ -14,7 +14,6 @@ from qmoe_jax.inference.placement.layer import PlacedLayer as PlacedLayer
 from qmoe_jax.inference.placement.layer import raise_store_errors as raise_store_errors
 from qmoe_jax.inference.placement.layer import stores_of as stores_of
 from qmoe_jax.inference.placement.source import PlacedSource as PlacedSource
-from qmoe_jax.inference.placement.source import runs_packed as runs_packed
 from qmoe_jax.inference.placement.statistics import ExpertStatistics as ExpertStatistics
 from qmoe_jax.inference.placement.store import ExpertStore as ExpertStore
 

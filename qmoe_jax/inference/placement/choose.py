@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.backend import platform
+from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
-from qmoe_jax.inference.placement.source import runs_packed
 
 Placement = Literal["device", "host", "disk"]
-"""Where packed experts are kept."""
+"""A place for packed experts."""
 
 SHARE = 0.8
 """Share of the available memory that a model may take; the rest is for activations, the compiler, other programs."""

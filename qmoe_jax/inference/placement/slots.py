@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from pallas_kernels import DecodeTable, PackedMatrix
-from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, Slot
+from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, StoredPart
 from qmoe_jax.artifact.scatter import ScatterRead, scatter_read
 from qmoe_jax.files.errors import CheckpointError
 
@@ -82,7 +82,7 @@ class SlotLayout:
 
 def _layout(file: GroupFile) -> SlotLayout:
     lengths = (file.offsets[:, 1:-1] - file.offsets[:, :-2]).max(0)
-    slots = {(slot.matrix, slot.part): (slot, int(n)) for slot, n in zip(file.slots, lengths, strict=True)}
+    slots = {(slot.matrix, slot.part): (slot, int(n)) for slot, n in zip(file.parts, lengths, strict=True)}
     matrices = {}
     for name, (_, (rows, width)) in file.matrices.items():
         codes, nbytes = slots[name, "codes"]
@@ -126,7 +126,7 @@ class SlotPool:
         """Return the read that brings an expert into a slot; the slot is valid once it has run and finished."""
         counts: dict[str, np.ndarray] = {}
 
-        def destination(tensor: Slot, length: int) -> np.ndarray:
+        def destination(tensor: StoredPart, length: int) -> np.ndarray:
             name = tensor.matrix
             if tensor.part == "codes":
                 return self._codes[name][slot, :length]
@@ -168,7 +168,7 @@ class SlotRead:
         """
         group = self.extent.group
         begins = group.offsets[self.extent.expert - group.key.start]
-        for tensor, begin, end in zip(group.slots, begins[:-2], begins[1:-1], strict=True):
+        for tensor, begin, end in zip(group.parts, begins[:-2], begins[1:-1], strict=True):
             if tensor.part == "codes":
                 offsets, stored = self.offsets[tensor.matrix], int(end - begin) // tensor.dtype.itemsize
                 np.cumsum(self.counts[tensor.matrix], dtype=np.int32, out=offsets[1:])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeGuard
 
 from pallas_kernels import DecodeTable
-from qmoe_jax.artifact.kinds import Kind, Ternary
+from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.store import LayerKey
@@ -49,8 +48,3 @@ class PlacedSource:
                 kind.codebook
             ].decode_table
         return cls(reader.layers, tables)
-
-
-def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
-    """Return whether the kernels take matrices of this kind packed: ternary, one pair of levels per row."""
-    return isinstance(kind, Ternary) and kind.group_size is None and not kind.input_scaled

@@ -1,0 +1,1 @@
+"""GPU kernels compiled ahead of time on a machine without a GPU."""

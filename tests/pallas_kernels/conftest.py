@@ -1,0 +1,11 @@
+"""Strict numerics: no implicit promotion of dtypes or ranks in the kernels."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+    """Refuse operations on mixed dtypes, and broadcasting over missing axes."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
