@@ -11,5 +11,5 @@ import pytest
 @pytest.fixture(autouse=True)
 def strict_numerics():
     """Refuse operations on mixed dtypes."""
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
