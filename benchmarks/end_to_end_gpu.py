@@ -144,9 +144,8 @@ def layers_that_fit(config: SwitchConfig) -> int:
         return config.num_encoder_layers
     free = stats["bytes_limit"] - stats["bytes_in_use"] - OTHER_BYTES
     rows = config.d_model + config.d_ff
-    expert = (
-        2 * config.d_model * config.d_ff * BITS_PER_WEIGHT / 8 + rows * 8
-    )  # an offset and two levels a row
+    row_bytes = 8  # an offset and two levels
+    expert = 2 * config.d_model * config.d_ff * BITS_PER_WEIGHT / 8 + rows * row_bytes
     return min(config.num_encoder_layers, int(free / (2 * config.num_experts * expert)))
 
 

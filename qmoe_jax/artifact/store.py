@@ -149,12 +149,12 @@ class ArtifactWriter:
         """Let the experts `source.start` to `source.stop - 1` of another layer be read from the file of `source`.
 
         Args:
-          stack: 'encoder' or 'decoder'.
-          layer: the layer without a file of its own for these experts.
-          source: a group that this process has written or checked.
+            stack: 'encoder' or 'decoder'.
+            layer: the layer without a file of its own for these experts.
+            source: a group that this process has written or checked.
 
         Raises:
-          ValueError: `source` is not such a group.
+            ValueError: `source` is not such a group.
         """
         if source not in self._groups:
             raise ValueError(

@@ -149,7 +149,7 @@ def _fallbacks(fallbacks: tuple[Fallback, ...]) -> Text:
 
 def _under_calibrated(layers: dict[str, dict[int, int]]) -> Text:
     names = [f"{layer} expert {e} ({n} tokens)" for layer, few in layers.items() for e, n in few.items()]
-    return _named(names, f"under {UNDER_CALIBRATED:.0%} of the even share of tokens")
+    return _named(names, f"fewer than {UNDER_CALIBRATED:.0%} of the mean number of tokens")
 
 
 def _named(names: list[str], reason: str) -> Text:

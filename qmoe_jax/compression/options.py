@@ -10,6 +10,8 @@ from qmoe_jax.parameters import STACKS
 from qmoe_jax.quantization import Grid, ternary_grid, uniform_grid
 
 PUBLISHED_SENTINEL_START = 32000
+"""First sentinel id of the published models, whose vocabulary has `PUBLISHED_VOCABULARY` ids."""
+
 PUBLISHED_VOCABULARY = 32128
 
 
@@ -51,7 +53,7 @@ class CompressionConfig:
     level_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        """Refuse values that are not possible."""
+        """Check the values. Raises `ValueError` for one that is out of range."""
         choices = {
             "bits": ("ternary", 2, 3, 4),
             "method": ("gptq", "nearest"),
@@ -77,10 +79,10 @@ class CompressionConfig:
         return tuple(stack for stack in STACKS if stack != self.skip)
 
     def first_sentinel(self, model: SwitchConfig) -> int:
-        """Return the id from which on tokens are sentinels; the size of the vocabulary where they are kept.
+        """Return the first id that is a sentinel; one beyond the vocabulary where sentinels are kept.
 
         Raises:
-            ValueError: `sentinel_start` is None, and the vocabulary is not that of the published models.
+            ValueError: it was not given, and the vocabulary is not that of the published models.
         """
         if self.keep_sentinels:
             return model.vocab_size
@@ -89,6 +91,6 @@ class CompressionConfig:
         if model.vocab_size == PUBLISHED_VOCABULARY:
             return PUBLISHED_SENTINEL_START
         raise ValueError(
-            f"sentinel_start: needed for a vocabulary of {model.vocab_size} (only that of the published models, "
-            f"{PUBLISHED_VOCABULARY}, is known); pass the first sentinel id, or keep_sentinels=True"
+            f"sentinel_start: expected the first sentinel id, found None; it is known only for the published models' "
+            f"vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or keep_sentinels=True"
         )

@@ -106,7 +106,7 @@ def group(start: int, calibrated: tuple[int, ...], fallback: tuple[bool, ...]) -
     return GroupReport("encoder", 1, start, calibrated, calibrated, {"wi": matrix, "wo": matrix}, 0.0)
 
 
-def test_starved_experts_are_named_with_their_tokens(compressed):
+def test_under_calibrated_experts_are_named_with_their_tokens(compressed):
     groups = (group(0, (100, 5), (False, False)), group(2, (0, 95), (True, False)))
     report = qj.CompressionReport(groups, 1.0, path=compressed[0], sizes=measure(compressed[0]))
     assert report.under_calibrated() == {"encoder 1": {2: 0}}
@@ -114,10 +114,7 @@ def test_starved_experts_are_named_with_their_tokens(compressed):
     with console.capture() as capture:
         console.print(result_table(report))
     rows = dict(line.split("  ", 1) for line in capture.get().splitlines() if "  " in line.strip())
-    assert (
-        "1 expert, for want of calibration tokens: encoder 1 expert 2 (0 tokens)"
-        in rows["rounded to nearest"]
-    )
+    assert "1 expert, no usable Hessian: encoder 1 expert 2 (0 tokens)" in rows["rounded to nearest"]
     assert (
         "1 expert, fewer than 10% of the mean number of tokens: encoder 1 expert 2 (0 tokens)"
         in rows["under-calibrated"]
