@@ -2,10 +2,11 @@
 
     python -m benchmarks.random_artifact switch-c-2048 runs/c2048-random --disk 20
 
-Takes a minute or two for 20 GB and prints how many layers have expert files of their own. Every expert file has the
-size and layout of a compressed model: codewords are drawn with the frequencies of independent digits with P(0) = .885,
-and rows end where they are full. As many files are written as `--disk` allows (GB); the manifest then names each file
-for several layers. Dense weights are random, in bfloat16. An interrupted run is resumed.
+Takes a minute or two for 20 GB and prints how many layers have expert files of their own. Every expert file
+has the size and layout of a compressed model: codewords are drawn with the frequencies of independent digits
+with P(0) = .885, and rows end where they are full. As many files are written as `--disk` allows (GB); the
+manifest then names each file for several layers. Dense weights are random, in bfloat16. An interrupted run is
+resumed.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class CompressionConfig:
 
     Attributes:
         bits: levels of a weight: ternary, which is coded below 1 bit, or 2 to the power of 2, 3 or 4.
-        method: gptq for error-compensated quantization on calibration text, nearest for round-to-nearest (RTN).
+        method: gptq for error-compensated quantization on calibration text, nearest for round-to-nearest
+            (RTN).
         damping: share of the mean of a Hessian's diagonal that is added to the diagonal.
         group_size: columns that share their levels; by default the whole row.
         activation_order: quantize the columns with the largest activations first.
@@ -33,8 +34,10 @@ class CompressionConfig:
         sentinel_start: first sentinel id; by default the tokenizer's on the command line, and in Python 32000
             for the vocabulary of the published models.
         token_cap: maximum of tokens that calibrate an expert, as a multiple of the even share of all tokens.
-        experts_per_group: experts quantized and written together; each needs about 12 x d_ff² bytes of memory.
-        codebook: code of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model) or upstream.
+        experts_per_group: experts quantized and written together; each needs about 12 x d_ff² bytes of
+            memory.
+        codebook: code of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model) or
+            upstream.
         level_dtype: dtype that levels are stored in.
     """
 

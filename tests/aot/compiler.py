@@ -1,12 +1,13 @@
 """XLA's compiler for NVIDIA GPUs, run on a machine without a GPU.
 
-Two wheels are needed, `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own version, without their dependencies. The
-Makefile installs them into a directory outside site-packages (`plugin_folder`), because jax on the CPU would load them
-from there. The process that compiles must have that directory on its path and JAX_PLATFORMS=cpu (`environment`).
+Two wheels are needed, `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own version, without their
+dependencies. The Makefile installs them into a directory outside site-packages (`plugin_folder`), because jax
+on the CPU would load them from there. The process that compiles must have that directory on its path and
+JAX_PLATFORMS=cpu (`environment`).
 
-The machine code of XLA's kernels is read from XLA's own cache of compiled kernels (`xla_gpu_kernel_cache_file`), a
-protocol buffer that holds each cubin uncompressed; XLA's sort kernels are not cached and therefore not reported.
-jax-triton leaves PTX, which the ptxas that is part of Triton compiles.
+The machine code of XLA's kernels is read from XLA's own cache of compiled kernels
+(`xla_gpu_kernel_cache_file`), a protocol buffer that holds each cubin uncompressed; XLA's sort kernels are
+not cached and therefore not reported. jax-triton leaves PTX, which the ptxas that is part of Triton compiles.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
         gpu: the device.
 
     Raises:
-        jax.errors.JaxRuntimeError: it does not compile, for example because a kernel needs too much shared memory.
+        jax.errors.JaxRuntimeError: it does not compile, for example because a kernel needs too much shared
+            memory.
     """
     import jax
     from jax.sharding import SingleDeviceSharding
