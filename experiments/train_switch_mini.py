@@ -312,7 +312,8 @@ def train(
                 if (step + 1) % every == 0 or step + 1 == recipe.steps:
                     held_out = evaluate(params, validation[:256])
                     progress.console.print(
-                        f"{time.strftime('%X')} step {step + 1}: loss {float(loss):.3f}, held out {held_out:.3f}"
+                        f"{time.strftime('%X')} step {step + 1}: loss {float(loss):.3f}, "
+                        f"held out {held_out:.3f}"
                     )
                     manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
     return params
