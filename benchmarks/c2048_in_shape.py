@@ -2,10 +2,11 @@
 
     python -m benchmarks.c2048_in_shape --json benchmarks/results/c2048-in-shape.json
 
-First writes an artifact of 30 layers of 2,048 experts with random weights if there is none (benchmarks.random_artifact;
-`--disk` GB of files, which the other layers share), which takes a minute or two. Then loads it with its experts on
-disk, reads prompts of 64 tokens and generates 64 tokens each at temperature 1, so that routing does not repeat itself;
-a few minutes. Prints tokens per second and how the time per token divides, for each batch size and state:
+First writes an artifact of 30 layers of 2,048 experts with random weights if there is none
+(benchmarks.random_artifact; `--disk` GB of files, which the other layers share), which takes a minute or two.
+Then loads it with its experts on disk, reads prompts of 64 tokens and generates 64 tokens each at temperature
+1, so that routing does not repeat itself; a few minutes. Prints tokens per second and how the time per token
+divides, for each batch size and state:
 
   cold      no expert file in the system's page cache, no expert in the program's cache
   warm      the same experts again: in the page cache, not in the program's

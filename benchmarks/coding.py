@@ -2,9 +2,9 @@
 
     python -m benchmarks.coding --threads 2 --json benchmarks/results/coding.json
 
-Takes about a minute. Prints million weights per second for one c-2048 expert matrix (2,080 x 6,144) at P(0) = .885,
-compared with a plain NumPy encoder that walks the trie for all rows at once; then bits per weight without row headers,
-compared with the entropy, for five sparsities.
+Takes about a minute. Prints million weights per second for one c-2048 expert matrix (2,080 x 6,144) at P(0) =
+.885, compared with a plain NumPy encoder that walks the trie for all rows at once; then bits per weight
+without row headers, compared with the entropy, for five sparsities.
 """
 
 from __future__ import annotations

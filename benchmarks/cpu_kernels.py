@@ -1,15 +1,16 @@
 """Compares packed products on a CPU with dense ones, in one run.
 
-    for shape in 2080x6144 6144x2080; do
-        python -m benchmarks.cpu_kernels --threads 2 --shapes $shape --json benchmarks/results/cpu_kernels.json
+    for shape in 2080x6144 6144x2080; do python -m benchmarks.cpu_kernels --threads 2 --shapes $shape --json
+        benchmarks/results/cpu_kernels.json
     done
 
-Takes a minute or two per shape. New shapes and numbers of threads are added to an existing file, and those measured
-again are replaced. Prints one line per shape (out x in) and number of tokens per expert: the speed-up over the fastest
-dense float32 product and the milliseconds of every contender. Experts rotate, so that caches are cold. Contenders:
-Tunstall codewords of 8, 10 and 12 bits and upstream's dictionary through the same kernel; dense float32 in XLA with
-weights [out, in] and [in, out], and in NumPy's BLAS; dense bfloat16 in XLA, both layouts, for few tokens. Every product
-is checked. The limit is the time to read the codewords alone at the memory bandwidth measured in the same run.
+Takes a minute or two per shape. New shapes and numbers of threads are added to an existing file, and those
+measured again are replaced. Prints one line per shape (out x in) and number of tokens per expert: the
+speed-up over the fastest dense float32 product and the milliseconds of every contender. Experts rotate, so
+that caches are cold. Contenders: Tunstall codewords of 8, 10 and 12 bits and upstream's dictionary through
+the same kernel; dense float32 in XLA with weights [out, in] and [in, out], and in NumPy's BLAS; dense
+bfloat16 in XLA, both layouts, for few tokens. Every product is checked. The limit is the time to read the
+codewords alone at the memory bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def check(runs: dict[str, Run], wanted: np.ndarray) -> None:
 def best_of_bursts(runs: dict[str, Run], turns: int, length: int) -> dict[str, float]:
     """Return the shortest seconds of each.
 
-    A turn is a pause, in which the threads of the previous contender fall asleep, and a burst of runs, whose first
-    quarter only wakes this contender's threads.
+    A turn is a pause, in which the threads of the previous contender fall asleep, and a burst of runs, whose
+    first quarter only wakes this contender's threads.
     """
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(turns):

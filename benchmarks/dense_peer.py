@@ -20,11 +20,11 @@ def grouped_product(weights: Any, x: Any, expert_index: Any, *, lanes: int, inte
     """Return `y[t] = weights[expert_index[t]] @ x[t]`.
 
     Args:
-      weights: bfloat16 [expert, out, in]; `in` is a multiple of 32.
-      x: bfloat16 [t, in].
-      expert_index: int32 [t].
-      lanes: tokens per block.
-      interpret: whether Pallas interprets the kernel, on any device.
+        weights: bfloat16 [expert, out, in]; `in` is a multiple of 32.
+        x: bfloat16 [t, in].
+        expert_index: int32 [t].
+        lanes: tokens per block.
+        interpret: whether Pallas interprets the kernel, on any device.
     """
     experts, rows, width = weights.shape
     blocks = group_tokens(expert_index, experts, lanes)

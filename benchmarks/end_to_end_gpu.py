@@ -3,10 +3,11 @@
     python -m benchmarks.end_to_end_gpu             # on the device
     python -m benchmarks.end_to_end_gpu --rehearse  # anywhere: tiny models, which checks the script
 
-Takes some minutes (not measured yet) and prints one JSON object per model. Weights are random. Packed experts are
-random valid codewords of the byte codebook, with the frequencies of digits with P(0) = .885, made on the device layer
-by layer: `--distinct` experts per layer, repeated, each copy in memory of its own. Where the experts in bfloat16 do not
-fit, all tokens share one expert: the same arithmetic and as many bytes read, but fewer bytes in memory.
+Takes some minutes (not measured yet) and prints one JSON object per model. Weights are random. Packed experts
+are random valid codewords of the byte codebook, with the frequencies of digits with P(0) = .885, made on the
+device layer by layer: `--distinct` experts per layer, repeated, each copy in memory of its own. Where the
+experts in bfloat16 do not fit, all tokens share one expert: the same arithmetic and as many bytes read, but
+fewer bytes in memory.
 """
 
 from __future__ import annotations
@@ -144,9 +145,8 @@ def layers_that_fit(config: SwitchConfig) -> int:
         return config.num_encoder_layers
     free = stats["bytes_limit"] - stats["bytes_in_use"] - OTHER_BYTES
     rows = config.d_model + config.d_ff
-    expert = (
-        2 * config.d_model * config.d_ff * BITS_PER_WEIGHT / 8 + rows * 8
-    )  # an offset and two levels a row
+    row_bytes = 8  # an offset and two levels
+    expert = 2 * config.d_model * config.d_ff * BITS_PER_WEIGHT / 8 + rows * row_bytes
     return min(config.num_encoder_layers, int(free / (2 * config.num_experts * expert)))
 
 

@@ -2,12 +2,13 @@
 
     python -m benchmarks.gptq --json benchmarks/results/gptq.json
 
-Takes a minute and a half on two cores. Prints for both matrices of an expert: experts per second of `gptq` on several
-experts at once; the share of factoring the Hessians; the ratio to the same arithmetic at the speed of this machine's
-float32 matrix product, an upper bound; and the reference implementation in NumPy, which quantizes one column of one
-expert at a time. Digits are compared with the reference's, which factors in float64: a weight near a rounding border
-may fall on its other side, and the rest of its row compensates for that. The last line projects the hours for all
-experts of Switch-c-2048 from the speeds at c-2048, if nothing else had to be done.
+Takes a minute and a half on two cores. Prints for both matrices of an expert: experts per second of `gptq` on
+several experts at once; the share of factoring the Hessians; the ratio to the same arithmetic at the speed of
+this machine's float32 matrix product, an upper bound; and the reference implementation in NumPy, which
+quantizes one column of one expert at a time. Digits are compared with the reference's, which factors in
+float64: a weight near a rounding border may fall on its other side, and the rest of its row compensates for
+that. The last line projects the hours for all experts of Switch-c-2048 from the speeds at c-2048, if nothing
+else had to be done.
 """
 
 from __future__ import annotations

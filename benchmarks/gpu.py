@@ -38,11 +38,11 @@ def slope_seconds(
     """Return the seconds of one launch: a program of many launches minus one of few, so that fixed costs cancel.
 
     Args:
-      launch: called as `launch(shared, operand)`.
-      operands: used in turn.
-      shared: the arrays that every launch needs.
-      counts: launches in the short program and in the long one.
-      rounds: measurements; the median is returned.
+        launch: called as `launch(shared, operand)`.
+        operands: used in turn.
+        shared: the arrays that every launch needs.
+        counts: launches in the short program and in the long one.
+        rounds: measurements; the median is returned.
     """
 
     def program(count: int) -> Callable[[], Any]:

@@ -3,11 +3,11 @@
     python -m benchmarks.kernels                # on the device
     python -m benchmarks.kernels --rehearse     # anywhere: tiny shapes in interpret mode, which checks the script
 
-Takes `--minutes` (9), most informative loads first, and prints one JSON object per load and a table at the end. Writes
-kernels-<device>.json (to --json, $OUT or benchmarks/results), and beside it the tuning table to commit as
-pallas_kernels/data/<device>.json. Experts take turns, so that none is in the L2 cache; every product is checked against
-float64. A time is the slope between a program of many launches and one of few. The limit is the codewords' bytes over
-the copy bandwidth measured in the same run.
+Takes `--minutes` (9), most informative loads first, and prints one JSON object per load and a table at the
+end. Writes kernels-<device>.json (to --json, $OUT or benchmarks/results), and beside it the tuning table to
+commit as pallas_kernels/data/<device>.json. Experts take turns, so that none is in the L2 cache; every
+product is checked against float64. A time is the slope between a program of many launches and one of few. The
+limit is the codewords' bytes over the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations

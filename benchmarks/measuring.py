@@ -16,11 +16,12 @@ import numpy as np
 def best_seconds(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
     """Return the shortest time of each contender, the figure that other work on the machine disturbs least.
 
-    Contenders take turns, so that a slower minute of the machine affects all of them; the first round warms up.
+    Contenders take turns, so that a slower minute of the machine affects all of them; the first round warms
+    up.
 
     Args:
-      contenders: name -> a function that takes the number of the round and runs once.
-      rounds: timed rounds.
+        contenders: name -> a function that takes the number of the round and runs once.
+        rounds: timed rounds.
     """
     best = dict.fromkeys(contenders, float("inf"))
     for i in range(rounds + 1):

@@ -2,10 +2,11 @@
 
     python -m benchmarks.random_artifact switch-c-2048 runs/c2048-random --disk 20
 
-Takes a minute or two for 20 GB and prints how many layers have expert files of their own. Every expert file has the
-size and layout of a compressed model: codewords are drawn with the frequencies of independent digits with P(0) = .885,
-and rows end where they are full. As many files are written as `--disk` allows (GB); the manifest then names each file
-for several layers. Dense weights are random, in bfloat16. An interrupted run is resumed.
+Takes a minute or two for 20 GB and prints how many layers have expert files of their own. Every expert file
+has the size and layout of a compressed model: codewords are drawn with the frequencies of independent digits
+with P(0) = .885, and rows end where they are full. As many files are written as `--disk` allows (GB); the
+manifest then names each file for several layers. Dense weights are random, in bfloat16. An interrupted run is
+resumed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numba
 import numpy as np
 from flax import traverse_util
-from jax import numpy as jnp
 from rich.progress import track
 
 import qmoe_jax as qj
@@ -40,8 +41,8 @@ class CodewordSampler:
     """Draws rows of codewords with the frequencies that they have in the code of independent digits.
 
     Attributes:
-      codebook: the codebook.
-      likely: the codeword for each of 2**16 equally likely random numbers.
+        codebook: the codebook.
+        likely: the codeword for each of 2**16 equally likely random numbers.
     """
 
     codebook: Codebook
@@ -127,7 +128,7 @@ def write_experts(artifact: ArtifactWriter, config: qj.SwitchConfig, codebook: C
     """Write the expert files of as many layers as `disk` bytes hold, at least one, and link the other layers to them.
 
     Returns:
-      The number of layers written.
+        The number of layers written.
     """
     sampler, matrices, layers = CodewordSampler.of(codebook), expert_shapes(config), sparse_layers(config)
     files, size = files_per_layer(config), config.num_experts // files_per_layer(config)
@@ -154,9 +155,9 @@ def write(root: Path, preset: str, disk: float) -> int:
     """Write the artifact and return the number of layers with expert files of their own.
 
     Args:
-      root: a directory that is missing or empty, or that a stopped run of this program left.
-      preset: a name in `qmoe_jax.PRESETS`.
-      disk: bytes of expert files at most.
+        root: a directory that is missing or empty, or that a stopped run of this program left.
+        preset: a name in `qmoe_jax.PRESETS`.
+        disk: bytes of expert files at most.
     """
     config, codebook = qj.PRESETS[preset], tunstall_codebook(P_ZERO)
     source = {"random": True, "p_zero": P_ZERO, "disk": disk}

@@ -16,9 +16,9 @@ class TernaryMatrix(NamedTuple):
     """A ternary matrix.
 
     Attributes:
-      digits: uint8 [out, in]: 0 for zero, 1 for the row's negative level, 2 for its positive one.
-      levels: bfloat16 [out, 2].
-      weights: the matrix itself, float64 [out, in].
+        digits: uint8 [out, in]: 0 for zero, 1 for the row's negative level, 2 for its positive one.
+        levels: bfloat16 [out, 2].
+        weights: the matrix itself, float64 [out, in].
     """
 
     digits: np.ndarray
@@ -32,12 +32,12 @@ def random_digits(
     """Draw independent ternary digits; the two nonzero ones are equally likely.
 
     Args:
-      shape: shape of the result.
-      p_zero: probability of a zero; broadcasts against `shape`.
-      seed: a seed, or the generator to draw from.
+        shape: shape of the result.
+        p_zero: probability of a zero; broadcasts against `shape`.
+        seed: a seed, or the generator to draw from.
 
     Returns:
-      uint8 array of 0, 1 and 2.
+        uint8 array of 0, 1 and 2.
     """
     rng = np.random.default_rng(seed)
     return ((rng.random(shape) >= p_zero) * rng.integers(1, 3, shape)).astype(np.uint8)

@@ -147,36 +147,41 @@ class PackedMatrix:
     def validate(self) -> None:
         """Check, on the host, the invariants that shapes do not show.
 
-        Memory: an int64 and a table entry for each codeword of one expert.
-
         Raises:
             ValueError: an invariant is broken; names the expert and row, with what was expected and found.
         """
-        offsets, codes = np.asarray(self.row_offsets), np.asarray(self.codes)
         if self.levels.dtype not in (jnp.bfloat16, jnp.float32):
             raise ValueError(f"levels: expected bfloat16 or float32, found {self.levels.dtype}")
-        if offsets.shape != (self.num_experts, self.rows + 1):
-            raise ValueError(
-                f"row_offsets: expected {(self.num_experts, self.rows + 1)}, found {offsets.shape}"
-            )
+        expected = self.num_experts, self.rows + 1
+        if self.row_offsets.shape != expected:
+            raise ValueError(f"row_offsets: expected {expected}, found {self.row_offsets.shape}")
         for expert in range(self.num_experts):
-            self._validate_expert(expert, codes[expert], offsets[expert])
+            try:
+                self.validate_expert(expert)
+            except ValueError as error:
+                raise ValueError(f"expert {expert}, {error}") from error
 
-    def _validate_expert(self, expert: int, codes: np.ndarray, offsets: np.ndarray) -> None:
+    def validate_expert(self, expert: int) -> None:
+        """Check the codewords of one expert, on the host.
+
+        It takes about 16 bytes of memory per codeword.
+
+        Raises:
+            ValueError: names the row, with what was expected and found.
+        """
+        offsets, codes = np.asarray(self.row_offsets[expert]), np.asarray(self.codes[expert])
         size = self.table.entries.shape[0]
         if offsets[0] != 0 or offsets[-1] > codes.size:
-            expected = f"offsets from 0 to at most {codes.size}"
-            raise ValueError(f"expert {expert}: expected {expected}, found {offsets[0]} to {offsets[-1]}")
+            found = f"{offsets[0]} to {offsets[-1]}"
+            raise ValueError(f"row offsets: expected 0 to at most {codes.size}, found {found}")
         if (bad := np.flatnonzero(np.diff(offsets) < 1)).size:
             count = np.diff(offsets)[bad[0]]
-            raise ValueError(f"expert {expert}, row {bad[0]}: expected one codeword or more, found {count}")
-        if (bad := np.flatnonzero(codes[: offsets[-1]] >= size)).size:
+            raise ValueError(f"row {bad[0]}: expected one codeword or more, found {count}")
+        codes = codes[: offsets[-1]]
+        if (bad := np.flatnonzero(codes >= size)).size:
             row = np.searchsorted(offsets, bad[0], side="right") - 1
-            raise ValueError(
-                f"expert {expert}, row {row}: expected codes below {size}, found {codes[bad[0]]}"
-            )
+            raise ValueError(f"row {row}: expected codes below {size}, found {codes[bad[0]]}")
         lengths = np.asarray(self.table.entries)[:, 0] & ((1 << self.table.field_bits) - 1)
-        columns = np.add.reduceat(lengths[codes[: offsets[-1]]], offsets[:-1], dtype=np.int64)
+        columns = np.add.reduceat(lengths[codes], offsets[:-1], dtype=np.int64)
         if (bad := np.flatnonzero(columns < self.width)).size:
-            covered = columns[bad[0]]
-            raise ValueError(f"expert {expert}, row {bad[0]}: expected {self.width} columns, found {covered}")
+            raise ValueError(f"row {bad[0]}: expected {self.width} columns, found {columns[bad[0]]}")

@@ -95,7 +95,7 @@ class PackedRefs:
         """
         start, stop = self._bounds(expert, row, inside)
         along = (lambda value: value[:, None]) if row.ndim else (lambda value: value)
-        lane = jnp.arange(tile)
+        lane = jnp.arange(tile)[None] if row.ndim else jnp.arange(tile)
 
         def step(i: Array, state: tuple[Array, Carry]) -> tuple[Array, Carry]:
             at, carry = state

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# A module belongs to the longest prefix that matches; it imports only modules of lower layers, or of its own room.
+# A module belongs to the longest prefix that matches; it imports only modules of lower layers, or of its own
+# room.
 LAYERS = {
     "pallas_kernels": 0,
     "qmoe_jax.config": 1,

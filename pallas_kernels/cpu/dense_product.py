@@ -67,7 +67,7 @@ def _add_block(w, x, rows, columns, sums):
     for row in range(first, whole, _ROWS):
         for token in range(0, tokens - 1, 2):
             total_x, total_y = sums[token, start:stop], sums[token + 1, start:stop]
-            _add_rows_twice(w, row, start, stop, x[token], x[token + 1], total_x, total_y)
+            _add_rows_twice(w, row, start, stop, x[token : token + 2], total_x, total_y)
         if tokens % 2:
             _add_rows(w, row, start, stop, x[tokens - 1], sums[tokens - 1, start:stop])
     for row in range(whole, last):
@@ -99,8 +99,8 @@ def _add_rows(w, row, start, stop, x, total):
 
 
 @compiled
-def _add_rows_twice(w, row, start, stop, x, y, total_x, total_y):
-    """Do as `_add_rows` for two tokens `x` and `y`, which share the widening."""
+def _add_rows_twice(w, row, start, stop, x, total_x, total_y):
+    """Do as `_add_rows` for the two tokens of `x`, which share the widening."""
     w0, w1, w2, w3 = (
         w[row, start:stop],
         w[row + 1, start:stop],
@@ -109,10 +109,10 @@ def _add_rows_twice(w, row, start, stop, x, y, total_x, total_y):
     )
     w4, w5 = w[row + 4, start:stop], w[row + 5, start:stop]
     w6, w7 = w[row + 6, start:stop], w[row + 7, start:stop]
-    x0, x1, x2, x3 = x[row], x[row + 1], x[row + 2], x[row + 3]
-    x4, x5, x6, x7 = x[row + 4], x[row + 5], x[row + 6], x[row + 7]
-    y0, y1, y2, y3 = y[row], y[row + 1], y[row + 2], y[row + 3]
-    y4, y5, y6, y7 = y[row + 4], y[row + 5], y[row + 6], y[row + 7]
+    x0, x1, x2, x3 = x[0, row], x[0, row + 1], x[0, row + 2], x[0, row + 3]
+    x4, x5, x6, x7 = x[0, row + 4], x[0, row + 5], x[0, row + 6], x[0, row + 7]
+    y0, y1, y2, y3 = x[1, row], x[1, row + 1], x[1, row + 2], x[1, row + 3]
+    y4, y5, y6, y7 = x[1, row + 4], x[1, row + 5], x[1, row + 6], x[1, row + 7]
     for j in range(stop - start):
         v0, v1, v2, v3 = widen(w0[j]), widen(w1[j]), widen(w2[j]), widen(w3[j])
         v4, v5, v6, v7 = widen(w4[j]), widen(w5[j]), widen(w6[j]), widen(w7[j])

@@ -21,7 +21,7 @@ from pallas_kernels.encode_rows.operands import EncodedRows, EncodeTable
 from pallas_kernels.encode_rows.symbols import offsets_of, symbols_of
 
 WARPS = 1  # a row waits for its own loads alone: small programs spread over all processors
-ROWS = 32 * WARPS  # of a program: one a thread
+ROWS = 32 * WARPS  # per program: one per thread
 
 
 def encode_rows(

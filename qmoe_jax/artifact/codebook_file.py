@@ -1,7 +1,7 @@
 """The file with the codebooks of an artifact, stored as data, so that reading needs no rule to make them.
 
-One safetensors file with the lengths of each codebook's codewords (the smallest integers that hold them) and their
-digits, two bits each; names and the other fields are in the metadata.
+One safetensors file with the lengths of each codebook's codewords (the smallest integers that hold them) and
+their digits, two bits each; names and the other fields are in the metadata.
 """
 
 from __future__ import annotations

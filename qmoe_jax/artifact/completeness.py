@@ -94,8 +94,8 @@ def check_matrices(
     """Check that the matrices of a group (kind and shape of each) fit the run, and return their kinds.
 
     Raises:
-        CheckpointError: they are not the model's matrices, or need a codebook that the run does not have; names
-            `path`.
+        CheckpointError: they are not the model's matrices, or need a codebook that the run does not have;
+            names `path`.
     """
     found = {matrix: shape for matrix, (_, shape) in matrices.items()}
     if found != (expected := expert_shapes(run.config)):

@@ -33,8 +33,8 @@ CHUNK_BYTES = 1 << 24
 def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
     """Write the parameters under `root`/dense, replacing what is there.
 
-    Memory: the whole tree, which the caller holds, and the compressed chunks of all arrays, which Orbax holds until
-    they are written. With several hosts, all of them call this, and Orbax has the first one write.
+    Memory: the whole tree, which the caller holds, and the compressed chunks of all arrays, which Orbax holds
+    until they are written. With several hosts, all of them call this, and Orbax has the first one write.
 
     Returns:
         Shape, dtype and checksum of each array.

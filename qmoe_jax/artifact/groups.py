@@ -3,8 +3,8 @@
 A group file is safetensors. An expert's tensors `<expert>.<matrix>.<part>` lie side by side, larger elements
 first, so that each is aligned where it lies; `<expert>.padding` fills up to the next expert's beginning, a
 multiple of 16 bytes. The metadata name the run that the file belongs to, the packing of its matrices, and the
-SHA-256 of all that and the data, so that a file can be checked on its own, before there is a manifest: it must be
-exactly what its content renders to.
+SHA-256 of all that and the data, so that a file can be checked on its own, before there is a manifest: it
+must be exactly what its content renders to.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class GroupFile:
         matrices: kind and shape (out, in) of each matrix.
         parts: the parts of an expert, in the order of their bytes.
         data_begin: length of the header, in bytes.
-        offsets: int64 `[expert, part + 2]`, the beginnings of the parts, of the padding and of the next expert, in
-            bytes from the end of the header.
+        offsets: int64 `[expert, part + 2]`, the beginnings of the parts, of the padding and of the next
+            expert, in bytes from the end of the header.
     """
 
     path: Path

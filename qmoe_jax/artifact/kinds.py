@@ -1,7 +1,7 @@
 """Kinds of packing: each turns the digits and levels of a quantized matrix into stored parts, and back.
 
-A kind is plain data in the manifest and in every group file. To add one, write a class with the methods of `Kind` and
-list it in `KINDS`; a reader refuses every other name.
+A kind is plain data in the manifest and in every group file. To add one, write a class with the methods of
+`Kind` and list it in `KINDS`; a reader refuses every other name.
 """
 
 from __future__ import annotations

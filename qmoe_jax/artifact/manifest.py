@@ -1,7 +1,8 @@
 """The manifest, which lists the content and checksums of an artifact, and the run that the artifact came from.
 
-Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every flipped bit
-is found: the file must be exactly what its content renders to, and its content must hash to its own checksum.
+Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every
+flipped bit is found: the file must be exactly what its content renders to, and its content must hash to its
+own checksum.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Run:
     Attributes:
         config: the architecture.
         options: options of the compression, as JSON values.
-        source: digests of the checkpoint and of the calibration data, as JSON values. Not their paths, which may
-            change between a run and its resumption.
+        source: digests of the checkpoint and of the calibration data, as JSON values. Not their paths, which
+            may change between a run and its resumption.
         codebooks: digest of each codebook, by name.
     """
 
@@ -118,8 +119,8 @@ class Manifest:
         run: the run that it came from.
         kinds: packing of each compressed expert kernel, by its name in the parameter tree.
         groups: the expert groups, sorted.
-        dense: the arrays of the Orbax checkpoint `dense/`, by name. Its files carry times, so they are not listed
-            here but in the artifact's SHA256SUMS.
+        dense: the arrays of the Orbax checkpoint `dense/`, by name. Its files carry times, so they are not
+            listed here but in the artifact's SHA256SUMS.
         files: the other files that are the same in every run, such as the codebooks.
         summary: figures of the result that are the same in every run, as JSON values.
     """
@@ -150,7 +151,8 @@ class Manifest:
         """Read and check the manifest of an artifact.
 
         Raises:
-            CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown here.
+            CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown
+                here.
         """
         path = root / MANIFEST
         if (root / RUN).exists() and not path.exists():

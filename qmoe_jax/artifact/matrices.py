@@ -19,10 +19,10 @@ class PackedExpertMatrix:
     Attributes:
         kind: the kind of packing.
         shape: (out, in).
-        parts: ternary: `levels` [out, 2] or [out, group, 2] (minimum, maximum), `counts` [out] (codewords per row),
-            `codes` [codeword]. Uniform: `scales` and `zeros` [out] or [out, group], `codes` (digits bit-packed, row
-            after row). `column_group` [in], the group of each column, where groups follow another order than the
-            columns.
+        parts: ternary: `levels` [out, 2] or [out, group, 2] (minimum, maximum), `counts` [out] (codewords per
+            row), `codes` [codeword]. Uniform: `scales` and `zeros` [out] or [out, group], `codes` (digits
+            bit-packed, row after row). `column_group` [in], the group of each column, where groups follow
+            another order than the columns.
     """
 
     kind: Kind
@@ -57,7 +57,8 @@ def pack_matrix(
     Args:
         kind: the kind of packing.
         digits: ternary 0, 1, 2 (zero, minimum, maximum) or k-bit.
-        levels: (minimum, maximum) or (scale, zero point) of each row and group; without groups, one pair per row.
+        levels: (minimum, maximum) or (scale, zero point) of each row and group; without groups, one pair per
+            row.
         codebooks: by name, the kind's among them.
         group_index: the group of each column; stored where it is not `column // group_size`.
 
@@ -84,7 +85,8 @@ def unpack_digits(matrix: PackedExpertMatrix, codebooks: Codebooks) -> UInt8[np.
 def dequantize(matrix: PackedExpertMatrix, codebooks: Codebooks) -> Float32[np.ndarray, "out in"]:
     """Return the weights of a packed matrix, with levels as stored.
 
-    Memory: the weights, and with groups twice as much for the levels of each weight. Raises as `unpack_digits` does.
+    Memory: the weights, and with groups twice as much for the levels of each weight. Raises as
+        `unpack_digits` does.
     """
     kind, (first, second) = matrix.kind, matrix.kind.levels(matrix.parts)
     if first.shape[1] > 1:

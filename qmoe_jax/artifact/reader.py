@@ -105,8 +105,8 @@ def expert_tensor(
 class ArtifactReader(Checkpoint):
     """An artifact as a checkpoint whose expert kernels are dequantized as they are read, and as packed matrices.
 
-    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short is a
-    `CheckpointError` that names it, with the bytes expected and found.
+    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
+    is a `CheckpointError` that names it, with the bytes expected and found.
 
     Attributes:
         manifest: the content of the manifest.

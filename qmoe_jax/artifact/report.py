@@ -1,7 +1,7 @@
 """The report of a compression: figures of every expert matrix, written as the run goes on and read afterwards.
 
-`report.json` holds what differs from run to run. JSON has no NaN and no infinity: both are written as null and read
-as NaN.
+`report.json` holds what differs from run to run. JSON has no NaN and no infinity: both are written as null
+and read as NaN.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class MatrixReport:
 
     Attributes:
         weight_error: ‖Q - W‖² / ‖W‖².
-        output_error: tr(D H Dᵀ) / tr(W H Wᵀ) with D = Q - W and the damped Hessian H; the identity in its place
-            where there is none.
+        output_error: tr(D H Dᵀ) / tr(W H Wᵀ) with D = Q - W and the damped Hessian H; the identity in its
+            place where there is none.
         sparsity: share of zeros.
         bytes: size of all stored parts.
-        fallback: rounded to nearest although GPTQ was asked for: no calibration tokens, or a Hessian that has no
-            Cholesky factor.
+        fallback: rounded to nearest although GPTQ was asked for: no calibration tokens, or a Hessian that has
+            no Cholesky factor.
     """
 
     weight_error: tuple[float, ...]
@@ -139,7 +139,8 @@ class RunReport:
     """The content of `report.json`.
 
     Attributes:
-        groups: the expert groups, sorted. Those that an earlier, interrupted run finished keep that run's figures.
+        groups: the expert groups, sorted. Those that an earlier, interrupted run finished keep that run's
+            figures.
         seconds: duration of the run that finished the artifact; None before.
         device: name of the device that the run computed on.
     """

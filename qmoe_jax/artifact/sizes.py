@@ -27,11 +27,12 @@ class Sizes:
     Attributes:
         expert_parameters: number of parameters in compressed experts.
         other_parameters: number of all others, uncompressed layers among them.
-        expert_parts: bytes of the expert files by part (codes, counts, levels, ...), and of headers and padding.
+        expert_parts: bytes of the expert files by part (codes, counts, levels, ...), and of headers and
+            padding.
         codebook_bytes: size of the codebooks' file.
         dense_bytes: size of the Orbax checkpoint.
-        other_bytes: size of manifest, checksums and attached files; not of the report, which is not needed to run
-            the model.
+        other_bytes: size of manifest, checksums and attached files; not of the report, which is not needed to
+            run the model.
     """
 
     expert_parameters: int

@@ -1,8 +1,8 @@
 """Writing of an artifact that may be interrupted at any moment: finished groups stay, the manifest comes last.
 
-`run.json` is written first and names the run that the directory belongs to, the codebooks next, then the groups as
-they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and `manifest.json`. Several
-hosts write disjoint groups into one directory; nothing is merged at the end.
+`run.json` is written first and names the run that the directory belongs to, the codebooks next, then the
+groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and
+`manifest.json`. Several hosts write disjoint groups into one directory; nothing is merged at the end.
 """
 
 from __future__ import annotations
@@ -72,13 +72,14 @@ class ArtifactWriter:
             config: the architecture.
             options: options of the compression, as JSON values.
             source: digests of the checkpoint and of the calibration data, as JSON values: with the options,
-                everything that decides the bytes. No paths, which may change between a run and its resumption.
+                everything that decides the bytes. No paths, which may change between a run and its
+                resumption.
             codebooks: the codebooks that the expert matrices name.
             host: `jax.process_index()` where several hosts write.
 
         Raises:
-            CheckpointError: the directory holds something else or another run's artifact, or another process is
-                writing it.
+            CheckpointError: the directory holds something else or another run's artifact, or another process
+                is writing it.
         """
         codebooks = list(codebooks)
         digests = {codebook.name: codebook.digest for codebook in codebooks}
@@ -135,7 +136,8 @@ class ArtifactWriter:
         """Write the experts from `start` on; when this returns they are durable.
 
         Raises:
-            CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be written.
+            CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be
+                written.
             ValueError: they are not all packed in one way.
         """
         key = GroupKey(stack, layer, start, start + len(experts))
@@ -149,12 +151,12 @@ class ArtifactWriter:
         """Let the experts `source.start` to `source.stop - 1` of another layer be read from the file of `source`.
 
         Args:
-          stack: 'encoder' or 'decoder'.
-          layer: the layer without a file of its own for these experts.
-          source: a group that this process has written or checked.
+            stack: 'encoder' or 'decoder'.
+            layer: the layer without a file of its own for these experts.
+            source: a group that this process has written or checked.
 
         Raises:
-          ValueError: `source` is not such a group.
+            ValueError: `source` is not such a group.
         """
         if source not in self._groups:
             raise ValueError(
@@ -188,16 +190,16 @@ class ArtifactWriter:
     def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
         """Check that nothing is missing, and write the report, the checksums and, last, the manifest.
 
-        Groups that this process neither wrote nor checked are read and checked here. With several hosts, the first
-        one calls this when all are done.
+        Groups that this process neither wrote nor checked are read and checked here. With several hosts, the
+        first one calls this when all are done.
 
         Args:
             summary: figures of the result that are the same in every run, for the manifest.
             report: the report of the run; an empty one by default.
 
         Raises:
-            CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or there is
-                a file that does not belong here.
+            CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or
+                there is a file that does not belong here.
         """
         for key in find_groups(self.root):
             self.has_group(key.stack, key.layer, key.start, key.stop)

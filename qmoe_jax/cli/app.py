@@ -37,9 +37,9 @@ def qmoe(
     """Compress Switch Transformers below one bit per parameter, and run them.
 
     Examples:
-      $ qmoe inspect switch-base-128
-      $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
-      $ qmoe generate base-ternary "The ___ sat on the mat."
+        $ qmoe inspect switch-base-128
+        $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
+        $ qmoe generate base-ternary "The ___ sat on the mat."
 
     Every command has --help with examples, and --json for scripts.
 

@@ -37,9 +37,9 @@ def bench(
     reads, multiplying experts, and all other work.
 
     Examples:
-      $ qmoe bench mini-ternary
-      $ qmoe bench c2048-ternary --experts disk --expert-cache 4GB --batch-size 1
-      $ qmoe bench base-ternary --json | jq '.runs[].writing.tokens_per_second'
+        $ qmoe bench mini-ternary
+        $ qmoe bench c2048-ternary --experts disk --expert-cache 4GB --batch-size 1
+        $ qmoe bench base-ternary --json | jq '.runs[].writing.tokens_per_second'
     """
     began = time.monotonic()
     with working(f"loading {path}"):

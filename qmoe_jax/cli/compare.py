@@ -81,10 +81,10 @@ def compare(
     formats can be compared; a checkpoint and its converted copy give zeros.
 
     Examples:
-      $ qmoe compare experiments/switch_mini mini-ternary --segment 127 \\
-          --text experiments/switch_mini/validation.jsonl.xz
-      $ qmoe compare switch-base-128 base-ternary --text c4-validation.json.gz
-      $ qmoe compare t5x-original copy --text books/ --json | jq .weight_errors
+        $ qmoe compare experiments/switch_mini mini-ternary --segment 127 \\
+                --text experiments/switch_mini/validation.jsonl.xz
+        $ qmoe compare switch-base-128 base-ternary --text c4-validation.json.gz
+        $ qmoe compare t5x-original copy --text books/ --json | jq .weight_errors
     """
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {original}, {compressed} and the text"):

@@ -78,11 +78,11 @@ def compress(
     same bytes. The tokenizer's model is stored in the artifact.
 
     Examples:
-      $ qmoe compress experiments/switch_mini mini-ternary \\
-          --calibration experiments/switch_mini/calibration.jsonl.xz --segment 127
-      $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
-      $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
-          --calibration c4.json.gz --samples 20000
+        $ qmoe compress experiments/switch_mini mini-ternary \\
+                --calibration experiments/switch_mini/calibration.jsonl.xz --segment 127
+        $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
+        $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
+                --calibration c4.json.gz --samples 20000
     """
     options = SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):

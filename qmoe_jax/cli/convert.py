@@ -49,9 +49,9 @@ def convert(
     largest tensor.
 
     Examples:
-      $ qmoe convert gs://bucket/switch/checkpoint_500100 switch-hf --to huggingface
-      $ qmoe convert mini-ternary mini-dense --to t5x --dtype bfloat16
-      $ qmoe convert mini-ternary mini-upstream --to upstream
+        $ qmoe convert gs://bucket/switch/checkpoint_500100 switch-hf --to huggingface
+        $ qmoe convert mini-ternary mini-dense --to t5x --dtype bfloat16
+        $ qmoe convert mini-ternary mini-upstream --to upstream
     """
     if to == "upstream" and dtype:
         raise typer.BadParameter("--dtype: the dtypes of upstream's format are fixed")

@@ -51,9 +51,9 @@ def evaluate(
     packed.
 
     Examples:
-      $ qmoe evaluate mini-ternary --text validation.jsonl.xz --segment 127
-      $ qmoe evaluate switch-base-128 --text c4-validation.json.gz --samples 128
-      $ qmoe evaluate mini-ternary --text books/ --segment 127 --json | jq .loss
+        $ qmoe evaluate mini-ternary --text validation.jsonl.xz --segment 127
+        $ qmoe evaluate switch-base-128 --text c4-validation.json.gz --samples 128
+        $ qmoe evaluate mini-ternary --text books/ --segment 127 --json | jq .loss
     """
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):

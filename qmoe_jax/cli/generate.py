@@ -71,10 +71,10 @@ def generate(
     The experts of a compressed model stay packed.
 
     Examples:
-      $ qmoe generate mini-ternary "The ___ sat on the mat."
-      $ qmoe generate switch-base-8 "A <extra_id_0> day." --top-p 0.9 --seed 1
-      $ qmoe generate mini-ternary --file lines.txt --stats > filled.txt
-      $ qmoe generate c2048-ternary "Paris is the ___." --experts disk --expert-cache 4GB
+        $ qmoe generate mini-ternary "The ___ sat on the mat."
+        $ qmoe generate switch-base-8 "A <extra_id_0> day." --top-p 0.9 --seed 1
+        $ qmoe generate mini-ternary --file lines.txt --stats > filled.txt
+        $ qmoe generate c2048-ternary "Paris is the ___." --experts disk --expert-cache 4GB
     """
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0

@@ -27,9 +27,9 @@ def inspect(path: CheckpointPath) -> Answer:
     per parameter.
 
     Examples:
-      $ qmoe inspect switch-base-128
-      $ qmoe inspect gs://bucket/switch/checkpoint_500100
-      $ qmoe inspect mini-ternary --json | jq .compression.bits_per_expert_parameter
+        $ qmoe inspect switch-base-128
+        $ qmoe inspect gs://bucket/switch/checkpoint_500100
+        $ qmoe inspect mini-ternary --json | jq .compression.bits_per_expert_parameter
     """
     checkpoint = qj.open_checkpoint(path, check=False)
     found = qj.inspect(checkpoint)

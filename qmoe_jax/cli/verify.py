@@ -27,9 +27,9 @@ def verify(
     what was expected and found.
 
     Examples:
-      $ qmoe verify mini-ternary
-      $ qmoe verify mini-ternary --json | jq -r '.problems[]'
-      $ qmoe verify mini-ternary && rsync -a mini-ternary server:models/
+        $ qmoe verify mini-ternary
+        $ qmoe verify mini-ternary --json | jq -r '.problems[]'
+        $ qmoe verify mini-ternary && rsync -a mini-ternary server:models/
     """
     if not is_artifact(path):
         found = qj.open_checkpoint(path, check=False).format  # raises where there is nothing

@@ -7,15 +7,13 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
 
 from pallas_kernels import PackedMatrix
 from pallas_kernels.encode_rows import EncodedRows, encode_rows
+from pallas_kernels.operands import AnyArray
 from qmoe_jax.coding.codebook import Codebook
-
-AnyArray = jax.Array | np.ndarray
 
 
 class CorruptStream(ValueError):

@@ -1,8 +1,8 @@
 """Compression end to end: what to do, in what order, and how an interrupted run continues.
 
-Expert groups are quantized layer by layer, each on the outputs of the compressed layers before it, the encoder's
-first, and each is written as soon as it is done. A run that was interrupted continues by reading finished groups
-instead of quantizing them again: hidden states, experts and manifest come out the same.
+Expert groups are quantized layer by layer, each on the outputs of the compressed layers before it, the
+encoder's first, and each is written as soon as it is done. A run that was interrupted continues by reading
+finished groups instead of quantizing them again: hidden states, experts and manifest come out the same.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def compress(
 
     A finished artifact is left as it is (`verify` checks its bytes).
 
-    Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the hidden
-    states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
-    `experts_per_group * d_ff**2` floats, about three times. With `skip`, at the end, all expert kernels of that stack
-    at once, and their compressed chunks.
+    Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the
+    hidden states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
+    `experts_per_group * d_ff**2` floats, about three times. With `skip`, at the end, all expert kernels of
+    that stack at once, and their compressed chunks.
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.

@@ -1,8 +1,8 @@
 """Float32 levels, kept beside an unfinished artifact.
 
 An artifact rounds levels to bfloat16, but calibration tokens run on through experts with float32 levels, as
-upstream's do. A resumed run must do the same, so the levels of finished groups wait in a hidden folder until the
-artifact is finished: 8 bytes per row (4 GB for c-2048).
+upstream's do. A resumed run must do the same, so the levels of finished groups wait in a hidden folder until
+the artifact is finished: 8 bytes per row (4 GB for c-2048).
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def compress_group(
 ) -> CompressedGroup:
     """Quantize and pack an expert group; `tokens` None rounds to nearest.
 
-    Each Hessian is factored once: gated experts use one factor for both input matrices. Memory beside the weights:
-    one Hessian per expert, `[d_ff, d_ff]` float32 at the largest, three times while it is factored.
+    Each Hessian is factored once: gated experts use one factor for both input matrices. Memory beside the
+    weights: one Hessian per expert, `[d_ff, d_ff]` float32 at the largest, three times while it is factored.
     """
     num_experts = len(weights["wo"])
     packed: dict[str, list[PackedExpertMatrix]] = {}

@@ -10,6 +10,8 @@ from qmoe_jax.parameters import STACKS
 from qmoe_jax.quantization import Grid, ternary_grid, uniform_grid
 
 PUBLISHED_SENTINEL_START = 32000
+"""First sentinel id of the published models, whose vocabulary has `PUBLISHED_VOCABULARY` ids."""
+
 PUBLISHED_VOCABULARY = 32128
 
 
@@ -53,7 +55,7 @@ class CompressionConfig:
     level_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        """Refuse values that are not possible."""
+        """Check the values. Raises `ValueError` for one that is out of range."""
         choices = {
             "bits": ("ternary", 2, 3, 4),
             "method": ("gptq", "nearest"),
@@ -79,10 +81,10 @@ class CompressionConfig:
         return tuple(stack for stack in STACKS if stack != self.skip)
 
     def first_sentinel(self, model: SwitchConfig) -> int:
-        """Return the id from which on tokens are sentinels; the size of the vocabulary where they are kept.
+        """Return the first id that is a sentinel; one beyond the vocabulary where sentinels are kept.
 
         Raises:
-            ValueError: `sentinel_start` is None, and the vocabulary is not that of the published models.
+            ValueError: it was not given, and the vocabulary is not that of the published models.
         """
         if self.keep_sentinels:
             return model.vocab_size

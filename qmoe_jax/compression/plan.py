@@ -32,9 +32,9 @@ def packing_kinds(
 def fitted_codebooks(reader: Checkpoint, config: CompressionConfig) -> dict[str, Codebook]:
     """Return the codebook of each expert matrix (`wi`, `wo`) of a ternary compression; none for other grids.
 
-    Tunstall codebooks are fitted to the sparsity that round-to-nearest leaves in the first expert of each compressed
-    stack (layers differ little, and reading one expert of T5X's chunks is expensive), less what GPTQ's error feedback
-    turns into nonzeros.
+    Tunstall codebooks are fitted to the sparsity that round-to-nearest leaves in the first expert of each
+    compressed stack (layers differ little, and reading one expert of T5X's chunks is expensive), less what
+    GPTQ's error feedback turns into nonzeros.
     """
     if config.bits != "ternary":
         return {}

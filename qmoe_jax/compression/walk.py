@@ -1,7 +1,7 @@
 """A walk over a model, layer by layer, that compresses each layer on the outputs of those before it.
 
-A layer's attention runs as it stands; its router sends the tokens to experts; each expert group is quantized on its
-own tokens, and these run on through what it became.
+A layer's attention runs as it stands; its router sends the tokens to experts; each expert group is quantized
+on its own tokens, and these run on through what it became.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Walk:
 
     Attributes:
         model: the architecture.
-        dense: the parameters outside the experts, by name, as stored. A layer's are on the device, in float32, only
-            while tokens run through it.
+        dense: the parameters outside the experts, by name, as stored. A layer's are on the device, in
+            float32, only while tokens run through it.
         groups: the experts.
         examples: the calibration samples.
         config: the options.

@@ -31,8 +31,8 @@ class Comparison:
         tokens: number of these tokens.
         examples: number of examples that they come from.
         layers: distance of the hidden states after each layer, the encoder's layers first.
-        weight_errors: ‖Q - W‖ / ‖W‖ of every tensor by its T5X path, W the original's: 0 where they are equal,
-            infinite where only W is zero.
+        weight_errors: ‖Q - W‖ / ‖W‖ of every tensor by its T5X path, W the original's: 0 where they are
+            equal, infinite where only W is zero.
         notes: decisions that were needed to compare the two.
     """
 
@@ -63,8 +63,8 @@ def compare(
 ) -> Comparison:
     """Compare two models of one architecture, in any two formats, tensor by tensor and on the same text.
 
-    Both run side by side, layer after layer, each on its own hidden states; every tensor is read once, measured
-    and used. No token is dropped at full experts, and padding (id 0 in the encoder) does not count.
+    Both run side by side, layer after layer, each on its own hidden states; every tensor is read once,
+    measured and used. No token is dropped at full experts, and padding (id 0 in the encoder) does not count.
 
     Memory: of each model the hidden states of all tokens, twice; one layer without its experts, or
     `experts_per_read` of them in float32; at the end the embedding or head, and 512 tokens' logits.
@@ -75,13 +75,14 @@ def compare(
         examples: held-out samples, (encoder ids, decoder ids beginning with the start token 0), 1-D int32.
         dtype: dtype of the computation, as in `load_model`; weights are measured as they are stored.
         experts_per_read: experts of a layer in memory together.
-        scratch: folder for hidden states beyond an eighth of the machine's memory, and for experts whose stored
-            chunks span more than `experts_per_read` (13.4 GB per matrix for c-2048); the system's temporary folder
-            by default.
+        scratch: folder for hidden states beyond an eighth of the machine's memory, and for experts whose
+            stored chunks span more than `experts_per_read` (13.4 GB per matrix for c-2048); the system's
+            temporary folder by default.
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: one cannot be read, or a tensor is in one only or has another shape: it names the tensor.
+        CheckpointError: one cannot be read, or a tensor is in one only or has another shape: it names the
+            tensor.
         ValueError: the examples do not fit the model.
     """
     if experts_per_read < 1:

@@ -49,8 +49,9 @@ def _squares(
 class Pair:
     """An original and its compressed form, with the same tensors in the same shapes.
 
-    Where one ties its output projection to the embedding and the other does not (upstream's directories store it
-    apart, in another dtype), the tied one is taken as the untied model that computes the same; `notes` says so.
+    Where one ties its output projection to the embedding and the other does not (upstream's directories store
+    it apart, in another dtype), the tied one is taken as the untied model that computes the same; `notes`
+    says so.
     """
 
     def __init__(self, original: Checkpoint, compressed: Checkpoint):
@@ -109,7 +110,8 @@ class Pair:
     def staged(self, size: int, scratch: str | os.PathLike[str]) -> Iterator[Pair]:
         """Yield the pair for reading a layer's experts, `size` at a time in ascending order.
 
-        Stored chunks that span more experts are read once, through files in `scratch` that the context removes.
+        Stored chunks that span more experts are read once, through files in `scratch` that the context
+        removes.
         """
         if size >= self.config.num_experts:
             yield self

@@ -13,13 +13,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import pytree
-
-AnyArray = jax.Array | np.ndarray
+from pallas_kernels.operands import AnyArray
 
 # Upstream's value, meant for its scale of a Hessian, n/2 XᵀX over n tokens: it matters only where inputs are
 # all but zero.

@@ -26,18 +26,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
+from pallas_kernels.operands import AnyArray
 from pallas_kernels.quantize_block import RoundedBlock, quantize_block
 from qmoe_jax.quantization.factorization import Factor, factorize
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import GroupSchedule, join_groups, split_groups
 from qmoe_jax.quantization.quantized import Quantized
 
-AnyArray = jax.Array | np.ndarray
 Index = Int[Array, ""]
 Levels = Float[Array, "group out 2"]
 QuantizeBlock = Callable[..., RoundedBlock]

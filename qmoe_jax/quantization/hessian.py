@@ -7,13 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
 from pallas_kernels import pytree
-
-AnyArray = jax.Array | np.ndarray
+from pallas_kernels.operands import AnyArray
 
 # Tokens of one matrix product. Large enough that the product outweighs the two passes over an [in, in] sum
 # that come with it, small enough that the last, partly filled tile of each expert wastes little.

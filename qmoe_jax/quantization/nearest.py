@@ -6,14 +6,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.operands import AnyArray
 from qmoe_jax.quantization.grids import Grid
 from qmoe_jax.quantization.groups import join_groups, split_groups
 from qmoe_jax.quantization.quantized import Quantized
-
-AnyArray = jax.Array | np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames="group_size")

@@ -1,12 +1,13 @@
 """XLA's compiler for NVIDIA GPUs, run on a machine without a GPU.
 
-Two wheels are needed, `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own version, without their dependencies. The
-Makefile installs them into a directory outside site-packages (`plugin_folder`), because jax on the CPU would load them
-from there. The process that compiles must have that directory on its path and JAX_PLATFORMS=cpu (`environment`).
+Two wheels are needed, `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's own version, without their
+dependencies. The Makefile installs them into a directory outside site-packages (`plugin_folder`), because jax
+on the CPU would load them from there. The process that compiles must have that directory on its path and
+JAX_PLATFORMS=cpu (`environment`).
 
-The machine code of XLA's kernels is read from XLA's own cache of compiled kernels (`xla_gpu_kernel_cache_file`), a
-protocol buffer that holds each cubin uncompressed; XLA's sort kernels are not cached and therefore not reported.
-jax-triton leaves PTX, which the ptxas that is part of Triton compiles.
+The machine code of XLA's kernels is read from XLA's own cache of compiled kernels
+(`xla_gpu_kernel_cache_file`), a protocol buffer that holds each cubin uncompressed; XLA's sort kernels are
+not cached and therefore not reported. jax-triton leaves PTX, which the ptxas that is part of Triton compiles.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Gpu:
     """The properties of a device that the compiler needs; the figures are NVIDIA's.
 
     Attributes:
-      kind: the name that the driver reports.
-      capability: compute capability, 90 for 9.0.
-      cores: multiprocessors.
-      lanes_per_core: float32 lanes per multiprocessor.
-      shared_bytes: shared memory that one block may request, out of `core_shared_bytes`.
-      core_shared_bytes: shared memory per multiprocessor.
+        kind: the name that the driver reports.
+        capability: compute capability, 90 for 9.0.
+        cores: multiprocessors.
+        lanes_per_core: float32 lanes per multiprocessor.
+        shared_bytes: shared memory that one block may request, out of `core_shared_bytes`.
+        core_shared_bytes: shared memory per multiprocessor.
     """
 
     kind: str
@@ -88,9 +89,9 @@ class Launch:
     """A kernel and how XLA launches it.
 
     Attributes:
-      kernel: the compiled kernel.
-      threads: threads per block; None for jax-triton's kernels, which XLA does not launch.
-      shared_bytes: dynamic shared memory per block, beside the kernel's static one; None as above.
+        kernel: the compiled kernel.
+        threads: threads per block; None for jax-triton's kernels, which XLA does not launch.
+        shared_bytes: dynamic shared memory per block, beside the kernel's static one; None as above.
     """
 
     kernel: cubin.Kernel
@@ -123,7 +124,7 @@ def environment(scratch: str) -> dict[str, str]:
     """Return the environment variables of a process that compiles.
 
     Args:
-      scratch: an existing directory for temporary files.
+        scratch: an existing directory for temporary files.
     """
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "TRITON_INTERPRET")}
     path = os.pathsep.join([str(pathlib.Path(__file__).parents[2]), str(plugin_folder())])
@@ -134,7 +135,7 @@ def run_module(module: str, *arguments: str) -> str:
     """Run `python -m module` in a process that can compile, and return what it prints.
 
     Raises:
-      RuntimeError: it fails; the message ends with its last 3,000 characters on stderr.
+        RuntimeError: it fails; the message ends with its last 3,000 characters on stderr.
     """
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
@@ -161,12 +162,13 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
     """Compile `function` for `gpu` and return its kernels.
 
     Args:
-      function: what `jax.jit` takes.
-      shapes: its arguments, as pytrees of `jax.ShapeDtypeStruct`.
-      gpu: the device.
+        function: what `jax.jit` takes.
+        shapes: its arguments, as pytrees of `jax.ShapeDtypeStruct`.
+        gpu: the device.
 
     Raises:
-      jax.errors.JaxRuntimeError: it does not compile, for example because a kernel needs too much shared memory.
+        jax.errors.JaxRuntimeError: it does not compile, for example because a kernel needs too much shared
+            memory.
     """
     import jax
     from jax.sharding import SingleDeviceSharding

@@ -28,12 +28,12 @@ class Kernel:
     """The resources of one kernel.
 
     Attributes:
-      name: the symbol.
-      registers: registers per thread.
-      stack_bytes: bytes of local memory per thread. Spilled registers go there: a kernel that has no local arrays
-        and 0 bytes of stack spills nothing.
-      shared_bytes: statically allocated shared memory per block.
-      image: the cubin, and possibly bytes after it, which the tools ignore.
+        name: the symbol.
+        registers: registers per thread.
+        stack_bytes: bytes of local memory per thread. Spilled registers go there: a kernel that has no local
+          arrays and 0 bytes of stack spills nothing.
+        shared_bytes: statically allocated shared memory per block.
+        image: the cubin, and possibly bytes after it, which the tools ignore.
     """
 
     name: str
@@ -53,7 +53,7 @@ def read_kernels(data: bytes) -> list[Kernel]:
     """Return the kernels of every cubin that `data` contains uncompressed, such as a message of XLA's.
 
     Raises:
-      subprocess.CalledProcessError: cuobjdump cannot read a cubin.
+        subprocess.CalledProcessError: cuobjdump cannot read a cubin.
     """
     images = [data[match.start() :] for match in re.finditer(re.escape(MAGIC), data)]
     return [kernel for image in images for kernel in _kernels_of(image)]
@@ -62,11 +62,11 @@ def read_kernels(data: bytes) -> list[Kernel]:
 def disassemble(kernel: Kernel) -> list[dict[str, str]]:
     """Return the instructions in the order of their addresses, padding included.
 
-    Each is an object of nvdisasm's JSON, such as `{"predicate": "@P0", "opcode": "BRA", "operands": "0x2b0"}`. Takes
-    0.4 seconds, whatever the size of the kernel.
+    Each is an object of nvdisasm's JSON, such as `{"predicate": "@P0", "opcode": "BRA", "operands":
+    "0x2b0"}`. Takes 0.4 seconds, whatever the size of the kernel.
 
     Raises:
-      subprocess.CalledProcessError: nvdisasm cannot read the cubin.
+        subprocess.CalledProcessError: nvdisasm cannot read the cubin.
     """
     _, functions = json.loads(_run("nvdisasm", "--emit-json", image=kernel.image))
     return next(f["sass-instructions"] for f in functions if f["function-name"] == kernel.name)
@@ -75,9 +75,8 @@ def disassemble(kernel: Kernel) -> list[dict[str, str]]:
 def find_loops(instructions: Iterable[dict[str, str]]) -> Iterator[int]:
     """Yield the number of instructions of each loop, from the target of a backward branch to the branch.
 
-    Nested loops count separately.
-    A kernel ends with a branch to itself, which is not a loop; nor is a branch back across an EXIT, which returns
-    from code for diverged warps that the compiler moved behind the kernel.
+    Nested loops count separately. A kernel ends with a branch to itself, which is not a loop; nor is a branch
+    back across an EXIT, which returns from code for diverged warps that the compiler moved behind the kernel.
     """
     last_exit = 0
     for index, instruction in enumerate(instructions):

@@ -2,8 +2,8 @@
 
 Instructions are counted for the cases named on the command line, `GPU/CODEBOOK/SHAPE/DTYPE` (or `all`).
 
-The cases; the whole model; the kernels of compression; and two kernels that must be found wanting, which shows that
-the checks on the others can fail.
+The cases; the whole model; the kernels of compression; and two kernels that must be found wanting, which
+shows that the checks on the others can fail.
 """
 
 import json

@@ -3,10 +3,10 @@
     python -m tests.aot.report --json benchmarks/results/h100-compile.json \
         --markdown benchmarks/results/h100-compile.md
 
-Takes one to two minutes and prints the table as Markdown: registers per thread, bytes of stack (spilled registers),
-shared memory per block, and the instructions of the loop over codewords, read from the machine code for an H100
-(sm_90) and an A100 (sm_80). "per 1,000 weights": instructions of a warp for 1,000 weights of one token (for ops
-without tokens: for 1,000 weights). Nothing is timed: instruction counts are not speeds.
+Takes one to two minutes and prints the table as Markdown: registers per thread, bytes of stack (spilled
+registers), shared memory per block, and the instructions of the loop over codewords, read from the machine
+code for an H100 (sm_90) and an A100 (sm_80). "per 1,000 weights": instructions of a warp for 1,000 weights of
+one token (for ops without tokens: for 1,000 weights). Nothing is timed: instruction counts are not speeds.
 """
 
 from __future__ import annotations

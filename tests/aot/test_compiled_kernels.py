@@ -6,8 +6,8 @@ import pytest
 
 from tests.aot import compiler
 
-# Per thread. A multiprocessor has 65,536: enough for 28 warps that gather. The sums of tensor cores may take all the
-# registers that a thread can have, which leaves room for 8 warps.
+# Per thread. A multiprocessor has 65,536: enough for 28 warps that gather. The sums of tensor cores may take
+# all the registers that a thread can have, which leaves room for 8 warps.
 REGISTERS = {
     "packed_matmul_separate": 64,
     "unpack": 64,

@@ -1,4 +1,4 @@
-"""Which backward branches of a disassembled kernel count as loops."""
+"""Backward branches of a disassembled kernel that count as loops."""
 
 import pytest
 

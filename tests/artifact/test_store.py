@@ -200,19 +200,19 @@ def test_experts_that_do_not_fit_the_run_are_refused(tmp_path: pathlib.Path) -> 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_file_that_does_not_belong_here_is_refused(artifact: pathlib.Path) -> None:
+def test_a_foreign_file_keeps_an_artifact_from_being_finished(artifact: pathlib.Path) -> None:
     (artifact / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"notes\.txt: is no part of the artifact"):
+    with pytest.raises(CheckpointError, match=r"notes\.txt: is not part of the artifact"):
         samples.write_artifact(artifact)
 
 
-def test_layers_are_packed_in_one_way(tmp_path: pathlib.Path) -> None:
+def test_groups_of_one_layer_must_have_one_kind(tmp_path: pathlib.Path) -> None:
     with samples.writer(tmp_path) as artifact:
         artifact.write_dense(samples.dense_tree())
         for kind, (start, stop) in zip(("ternary", "2 bits", "ternary"), samples.GROUPS, strict=True):
             experts = samples.random_experts(samples.KINDS[kind], "encoder", 1, start, stop)
             artifact.write_group("encoder", 1, start, experts)
-        with pytest.raises(CheckpointError, match="packed unlike its layer"):
+        with pytest.raises(CheckpointError, match="packed differently from its layer"):
             artifact.finish()
 
 

@@ -21,7 +21,7 @@ def test_an_intact_artifact_has_no_problems(whole: pathlib.Path) -> None:
     assert found.files == len(files)
     assert found.bytes == sum(path.stat().st_size for path in files)
     assert heard[0] == (0, found.bytes, "")
-    assert heard[-1] == (found.bytes, found.bytes, "run.json")
+    assert heard[-1] == (found.bytes, found.bytes, "tokenizer.model")
 
 
 def test_verify_finds_a_flipped_bit_in_any_file(artifact: pathlib.Path) -> None:

@@ -207,8 +207,11 @@ def test_damaged_codewords_are_named(copy: Path) -> None:
     rewrite_tensors(copy / "exp00.pt", **{f"{EXPERT}.row_off": offsets})
     upstream = open_dense(copy)
     assert upstream.read(WI, slice(0, 3)).shape == (3, 64, 128)
+    assert upstream.packed(WI, slice(0, 3)).shape == (3, 128, 64)
     with pytest.raises(CheckpointError, match=rf"exp00(.|\n)*{EXPERT}(.|\n)*row [45]"):
         upstream.read(WI, slice(3, 4))
+    with pytest.raises(CheckpointError, match=rf"exp00(.|\n)*{EXPERT}(.|\n)*row [45]"):
+        upstream.packed(WI, slice(3, 4))
 
 
 def test_an_upstream_config_json_of_another_model_is_refused(copy: Path) -> None:

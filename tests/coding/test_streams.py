@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.samples import random_digits
 from qmoe_jax.coding import (
     CorruptStream,
     EncodedRows,
@@ -42,16 +43,11 @@ matrices = st.tuples(
 )
 
 
-def random_digits(rows: int, width: int, p_zero: float, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return ((rng.random((rows, width)) >= p_zero) * rng.integers(1, 3, (rows, width))).astype(np.uint8)
-
-
 @every_codebook
 @settings(deadline=None, max_examples=40)
 @given(matrix=matrices)
 def test_decoding_undoes_encoding(make, matrix):
-    codebook, digits = make(), random_digits(*matrix)
+    codebook, digits = make(), random_digits(matrix[:2], *matrix[2:])
     encoded = encode(digits, codebook)
     assert encoded.codes.dtype == codebook.code_dtype
     assert encoded.row_offsets.dtype == np.int32
@@ -62,7 +58,7 @@ def test_decoding_undoes_encoding(make, matrix):
 @every_codebook
 @pytest.mark.parametrize("shape", [(1, 1), (9, 37), (3, 200)], ids=str)
 def test_both_implementations_write_the_same_bytes(make, shape):
-    digits = random_digits(*shape, 0.8, seed=0)
+    digits = random_digits(shape, 0.8, seed=0)
     walked, vectorized = (encode(digits, make(), backend=backend) for backend in BACKENDS)
     assert walked.codes.tobytes() == vectorized.codes.tobytes()
     assert (walked.row_offsets == vectorized.row_offsets).all()
@@ -71,7 +67,7 @@ def test_both_implementations_write_the_same_bytes(make, shape):
 @every_codebook
 def test_rows_are_coded_one_by_one(make):
     """So a row's codewords do not depend on its neighbours, nor on how many rows a thread walks at once."""
-    digits, codebook = random_digits(11, 60, 0.8, seed=1), make()
+    digits, codebook = random_digits((11, 60), 0.8, seed=1), make()
     together = encode(digits, codebook)
     alone = [encode(row[None], codebook).codes for row in digits]
     assert (np.concatenate(alone) == together.codes).all()
@@ -109,7 +105,7 @@ def test_published_layers_have_upstreams_digests(shape, data):
 
 @pytest.mark.parametrize("p_zero, most", [(0.8, 0.98), (0.885, 0.71), (0.95, 0.40)])
 def test_fitted_byte_codewords_come_near_the_entropy(p_zero, most):
-    digits = random_digits(64, 4096, p_zero, seed=2)
+    digits = random_digits((64, 4096), p_zero, seed=2)
     frequencies = np.bincount(digits.reshape(-1), minlength=3) / digits.size
     rate = 8 * len(encode(digits, tunstall_codebook(float(frequencies[0]))).codes) / digits.size
     assert entropy_bits(frequencies) < rate < most
@@ -155,7 +151,7 @@ DAMAGE = {
 @pytest.mark.parametrize("message, damage", list(DAMAGE.items()), ids=list(DAMAGE))
 def test_corrupt_streams_are_refused_by_row_and_position(backend, message, damage):
     codebook = tunstall_codebook()
-    codes, offsets = damage(*encode(random_digits(3, 70, 0.8, seed=3), codebook))
+    codes, offsets = damage(*encode(random_digits((3, 70), 0.8, seed=3), codebook))
     damaged = EncodedRows(codes.astype(np.uint8), offsets.astype(np.int32))
     with pytest.raises(CorruptStream, match=message):
         decode(damaged, codebook, 70, backend=backend)
@@ -167,7 +163,7 @@ def test_corrupt_streams_are_refused_by_row_and_position(backend, message, damag
 def test_damage_raises_or_decodes_to_digits(make, seed, flips, cut, moved):
     """Bits flipped, codes cut off or added, offsets moved: a refusal or digits of the right shape, never a crash."""
     codebook, rng = make(), np.random.default_rng(seed)
-    codes, offsets = encode(random_digits(4, 50, 0.7, seed), codebook)
+    codes, offsets = encode(random_digits((4, 50), 0.7, seed), codebook)
     codes, offsets = codes.copy(), offsets.copy()
     for bit in rng.integers(0, 8 * codes.nbytes, flips):
         codes.view(np.uint8)[bit // 8] ^= 1 << bit % 8

@@ -159,7 +159,7 @@ def test_an_artifact_of_other_samples_is_refused(data, samples, compressed):
     [
         ([], {"sentinel_start": 480}, "no examples"),
         ([([5, 600], [0, 1])], {"sentinel_start": 480}, "example 0, encoder: expected ids of 0 to 511"),
-        ([([5], [0, 1])], {}, "sentinel_start: needed for a vocabulary of 512"),
+        ([([5], [0, 1])], {}, "sentinel_start: expected the first sentinel id"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, examples, config, message):

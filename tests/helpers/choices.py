@@ -1,8 +1,8 @@
 """Checks of argmaxes that hold on any CPU: a choice is compared only where rounding cannot change it.
 
-Logits of one model differ between CPUs by up to 7e-5 of the largest (the tiny models amplify rounding). A choice is
-decided where the best logit leads by more than `TOLERANCE` of the largest; elsewhere either may be taken, and what
-follows from it differs.
+Logits of one model differ between CPUs by up to 7e-5 of the largest (the tiny models amplify rounding). A
+choice is decided where the best logit leads by more than `TOLERANCE` of the largest; elsewhere either may be
+taken, and what follows from it differs.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def pallas_route(name: str, **options):
     return functools.partial(routes.packed_matmul, overrides=overrides, **options)
 
 
-# Implementations of `packed_matmul`, as its argument `backend`; tensor cores have their own tests (test_routes).
+# Implementations of `packed_matmul`, as its argument `backend`; tensor cores have their own tests
+# (test_routes).
 IMPLEMENTATIONS = {
     "reference-separate": reference.separate,
     "reference-grouped": reference.grouped,

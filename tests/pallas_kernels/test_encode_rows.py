@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from benchmarks.samples import random_digits
 from pallas_kernels.encode_rows.pallas import encode_rows
 from qmoe_jax.coding import Codebook
 from tests.helpers import packed_samples as samples
@@ -44,11 +45,6 @@ def greedy(row: np.ndarray, codebook: Codebook) -> list[int]:
         codes.append(code_of[word])
         rest = rest[len(word) :]
     return codes
-
-
-def random_digits(shape: tuple[int, ...], p_zero=0.8, seed=0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return ((rng.random(shape) >= p_zero) * rng.integers(1, 3, shape)).astype(np.uint8)
 
 
 def assert_encoded(found: pk.EncodedRows, digits: np.ndarray, codebook: Codebook) -> None:

@@ -101,7 +101,7 @@ def broken(packed, **arrays):
         ({"row_offsets": ((0, 1), 0)}, "expert 0, row 0: expected one codeword or more, found 0"),
         (
             {"row_offsets": ((1, 3), 10**6)},
-            "expert 1: expected offsets from 0 to at most .*, found 0 to 1000000",
+            "expert 1, row offsets: expected 0 to at most .*, found 0 to 1000000",
         ),
     ],
 )

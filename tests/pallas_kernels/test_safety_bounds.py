@@ -30,7 +30,7 @@ def checking():
 
 @jax.jit
 def everything(wi, wo, x, expert_index):
-    """All kernels of the ops."""
+    """Run every kernel of the ops that read packed matrices."""
     scale = jnp.ones(x.shape[0])
     return (
         *(pallas_route(route, interpret=True)(wi, x, expert_index) for route in PALLAS_ROUTES),
@@ -40,7 +40,7 @@ def everything(wi, wo, x, expert_index):
 
 
 def random_matrix(rows: int, width: int, rng: np.random.Generator) -> pk.PackedMatrix:
-    """Whatever the dtypes can hold, but for the levels: half of the offsets near the codes, half anywhere."""
+    """Return arrays of any values but for the levels: half of the offsets near the codes, half anywhere."""
     packed = samples.sample(BOOK, (EXPERTS, rows, width)).packed
     capacity, anything = rows * width, np.iinfo(np.int32)
     near = rng.integers(-capacity, 2 * capacity, packed.row_offsets.shape)

@@ -121,7 +121,7 @@ for name, backend in IMPLEMENTATIONS.items():
 
 @pytest.fixture(scope="module")
 def sharded() -> list[str]:
-    """What ran on four devices, each line after its outputs were compared."""
+    """Return the lines of a program on four devices: each names a run whose outputs it has compared."""
     folders = (pathlib.Path(pk.__file__).parent.parent, pathlib.Path(__file__).parent)
     environment = {
         **os.environ,

@@ -2,11 +2,11 @@
 
 import functools
 
-import golden
 import numpy as np
 import pytest
 
 from qmoe_jax.quantization import factorize, gptq
+from tests.helpers import golden
 from tests.helpers.golden_digits import MOST_AT_A_BORDER, Problem, Replay, determined_places
 
 RUNS = {run.key: run for run in golden.RUNS}

@@ -14,7 +14,7 @@ from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
-from qmoe_jax.quantization.grids import TernaryGrid
+from qmoe_jax.quantization import ternary_grid
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,9 +73,19 @@ class CodedKernel:
         return array
 
     def pack(self, rows: slice) -> PackedMatrix:
-        """Return a range of experts, codewords and levels, for kernels that decode as they multiply."""
-        streams, levels = zip(*(expert.read() for expert in self.experts[rows]), strict=True)
-        return pack(streams, np.stack(levels), upstream_codebook(), self.width)
+        """Return a range of experts, codewords and levels, for kernels that decode as they multiply.
+
+        Raises `CheckpointError` where codewords are damaged: the kernels would multiply by anything.
+        """
+        experts = self.experts[rows]
+        streams, levels = zip(*(expert.read() for expert in experts), strict=True)
+        packed = pack(streams, np.stack(levels), upstream_codebook(), self.width)
+        for i, expert in enumerate(experts):
+            try:
+                packed.validate_expert(i)
+            except ValueError as error:
+                raise _damaged(expert, error) from error
+        return packed
 
     def _decode(self, expert: CodedMatrix) -> BFloat16[np.ndarray, "out in"]:
         encoded, levels = expert.read()
@@ -85,4 +95,4 @@ class CodedKernel:
             raise CheckpointError(
                 "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
             ) from error
-        return TernaryGrid().value(digits, (levels[:, :1], levels[:, 1:]))
+        return np.asarray(ternary_grid().value(np.asarray(digits), (levels[:, :1], levels[:, 1:])))
