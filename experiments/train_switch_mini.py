@@ -114,7 +114,8 @@ def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
         model_prefix=str(path.with_suffix("")), vocab_size=CONFIG.vocab_size - EXTRA_IDS,
-        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=20000, num_threads=2, minloglevel=2,
+        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=20000,
+        num_threads=2, minloglevel=2,
         input_sentence_size=60000, shuffle_input_sentence=True,
     )  # fmt: skip
     path.with_suffix(".vocab").unlink()

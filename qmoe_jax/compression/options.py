@@ -93,6 +93,7 @@ class CompressionConfig:
         if model.vocab_size == PUBLISHED_VOCABULARY:
             return PUBLISHED_SENTINEL_START
         raise ValueError(
-            f"sentinel_start: needed for a vocabulary of {model.vocab_size} (known only for that of the published "
-            f"models, {PUBLISHED_VOCABULARY}); pass the first sentinel id, or keep_sentinels=True"
+            "sentinel_start: expected the first sentinel id, found None; it is known only for the published "
+            f"models' vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or "
+            "keep_sentinels=True"
         )
