@@ -33,7 +33,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             DAMAGED,
@@ -55,9 +55,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_error_becomes_a_message_without_a_traceback(error, told):
+def test_an_error_becomes_a_message_without_a_traceback(error, message):
     result = run(error)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", told)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
 
 
 def test_an_error_becomes_an_object_with_json():
@@ -77,15 +77,15 @@ def test_debug_raises_the_error_itself():
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "told"),
+    ("interrupt", "message"),
     [
         (KeyboardInterrupt(), "interrupted.\n"),
         (Interrupted("To resume:\n  qmoe x"), "interrupted. To resume:\n  qmoe x\n"),
     ],
 )
-def test_ctrl_c_exits_with_130(interrupt, told):
+def test_ctrl_c_exits_with_130(interrupt, message):
     result = run(interrupt)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", told)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", message)
 
 
 def test_arrays_and_infinities_become_json_values():
