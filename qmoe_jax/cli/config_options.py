@@ -63,7 +63,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str, panel: str) -> 
         show_default=field.default is not None,
         rich_help_panel=panel,
     )
-    annotation = Annotated[kind | None if optional else kind, option]
+    annotation: Any = Annotated[kind | None if optional else kind, option]
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
     )

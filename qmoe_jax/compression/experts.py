@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.matmul.epilogue import ACTIVATIONS
 from qmoe_jax.artifact.kinds import Kind
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_quantized
 from qmoe_jax.artifact.report import MatrixReport
@@ -19,7 +20,7 @@ from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.tokens import GroupTokens
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.models.experts import ACTIVATIONS, grouped_hidden
+from qmoe_jax.models.experts import grouped_hidden
 from qmoe_jax.parameters import expert_matrices, input_matrices
 from qmoe_jax.quantization import (
     Factor,

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
-from qmoe_jax.data.span_corruption import Example, span_corruption
+from qmoe_jax.data.examples import Example
+from qmoe_jax.data.span_corruption import span_corruption
 from qmoe_jax.data.text import TextError, read_documents, text_files
 from qmoe_jax.data.tokenizer import Tokenizer
 

@@ -92,7 +92,10 @@ class CodedKernel:
         try:
             digits = decode(encoded, upstream_codebook(), self.width)
         except ValueError as error:
-            raise CheckpointError(
-                "damaged codewords", path=expert.codes.storage.file, key=expert.codes.key, found=error
-            ) from error
+            raise _damaged(expert, error) from error
         return np.asarray(ternary_grid().value(np.asarray(digits), (levels[:, :1], levels[:, 1:])))
+
+
+def _damaged(expert: CodedMatrix, error: ValueError) -> CheckpointError:
+    file, key = expert.codes.storage.file, expert.codes.key
+    return CheckpointError("damaged codewords", path=file, key=key, found=error)

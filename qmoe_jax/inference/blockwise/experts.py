@@ -12,8 +12,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from pallas_kernels.matmul.epilogue import ACTIVATIONS
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.models.experts import ACTIVATIONS, grouped_mlp
+from qmoe_jax.models.experts import grouped_mlp
 from qmoe_jax.parameters import expert_matrices, split_matrices
 
 CHUNK = 8192

@@ -84,8 +84,8 @@ class PlacedLayer:
         fetch = functools.partial(_gather, self.store.number, self.layer)
         gathered = jax.pure_callback(fetch, shapes, needed, vmap_method="sequential")
         matrices = {
-            name: PackedMatrix(*parts, table=jax.tree.map(jnp.asarray, m.table), width=m.width)
-            for (name, m), parts in zip(stored.items(), gathered, strict=True)
+            name: PackedMatrix(codes, offsets, levels, jax.tree.map(jnp.asarray, m.table), m.width)
+            for (name, m), (codes, offsets, levels) in zip(stored.items(), gathered, strict=True)
         }
         wide, wo = split_matrices(matrices)
         wi: Any = wide if len(wide) > 1 else wide[0]
