@@ -21,6 +21,13 @@ def load(path):
     return reader.config, read_params(reader)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def run(model, params, *tokens):
+    """Return the logits and the router's logits by stack and layer."""
+    logits, state = model.apply({"params": params}, *tokens, mutable=["intermediates"])
+    return logits, state["intermediates"]
+
+
 def hugging_face_inputs(golden, key):
     mask = golden[f"{key}.attention_mask"] > 0 if f"{key}.attention_mask" in golden.files else None
     encoder = golden[f"{key}.input_ids"]
@@ -33,7 +40,7 @@ def test_logits_equal_hugging_face(data, relative, name, key):
     golden = np.load(data / name / "refs_transformers_5.23.0.npz")
     config, params = load(data / name)
     encoder, decoder, mask = hugging_face_inputs(golden, key)
-    logits = jax.jit(SwitchTransformer(config).apply)({"params": params}, encoder, decoder, mask)
+    logits, _ = run(SwitchTransformer(config), params, encoder, decoder, mask)
     real = np.ones(decoder.shape, bool)
     assert relative(logits[real], golden[f"{key}.logits"][real]) <= TOLERANCE
 
@@ -43,13 +50,11 @@ def test_router_choices_equal_hugging_face(data, key):
     golden = np.load(data / "hf_tiny_a" / "refs_transformers_5.23.0.npz")
     config, params = load(data / "hf_tiny_a")
     encoder, decoder, mask = hugging_face_inputs(golden, key)
-    _, state = SwitchTransformer(config).apply(
-        {"params": params}, encoder, decoder, mask, mutable=["intermediates"]
-    )
+    _, intermediates = run(SwitchTransformer(config), params, encoder, decoder, mask)
     compared = 0
     for stack in ("encoder", "decoder"):
         for layer in config.sparse_layers(stack):
-            logits = state["intermediates"][stack][f"layers_{layer}"]["mlp"]["router"]["router_logits"][0]
+            logits = intermediates[stack][f"layers_{layer}"]["mlp"]["router"]["router_logits"][0]
             expected = golden[f"{key}.router.{stack}.block.{layer}.expert"]
             real = mask if stack == "encoder" else np.ones(decoder.shape, bool)
             compared += real.sum()
@@ -67,7 +72,7 @@ def test_hugging_face_drops_tokens_beyond_capacity(data, relative, tokens, key, 
     config, params = load(data / "hf_tiny_a")
     encoder, decoder, mask = hugging_face_inputs(inputs, f"cap{tokens}_{key}")
     model = SwitchTransformer(config, SequenceCapacity(tokens, dropped))
-    logits = model.apply({"params": params}, encoder, decoder, mask)
+    logits, _ = run(model, params, encoder, decoder, mask)
     assert relative(logits, golden[f"cap{tokens}_{key}.logits"]) <= DROPPING_TOLERANCE
 
 
@@ -76,18 +81,13 @@ def test_logits_equal_flaxformer(data, relative, name):
     golden = np.load(data / "t5x" / name / "io.npz")
     config, params = load(data / "t5x" / name / "checkpoint_1000")
     model = SwitchTransformer(config)
-    logits, state = model.apply(
-        {"params": params},
-        golden["encoder_input_tokens"],
-        golden["decoder_input_tokens"],
-        mutable=["intermediates"],
-    )
+    logits, intermediates = run(model, params, golden["encoder_input_tokens"], golden["decoder_input_tokens"])
     real = (
         golden["decoder_target_tokens"] > 0
     )  # flaxformer masks by targets: elsewhere its logits have no meaning
     assert relative(logits[real], golden["logits"][real]) <= TOLERANCE
     layer = config.encoder_sparse_layers[0]
-    routed = state["intermediates"]["encoder"][f"layers_{layer}"]["mlp"]["router"]["router_logits"][0]
+    routed = intermediates["encoder"][f"layers_{layer}"]["mlp"]["router"]["router_logits"][0]
     seen = golden["encoder_input_tokens"] > 0
     expected = golden[f"encoder.layers_{layer}.expert_index"].reshape(seen.shape)
     assert_same_choices(routed, expected, seen)
