@@ -181,8 +181,10 @@ class Replay:
 
     @functools.cached_property
     def at_a_border(self) -> np.ndarray:
-        """Where the tolerance leaves the digit undecided."""
-        return np.abs(self.excess) <= self.tolerance
+        """Where the tolerance leaves the digit undecided, and the digits have values that differ by more than it."""
+        first, second = np.moveaxis(self.column_levels, -1, 0)
+        apart = first if self.problem.bits is not None else (second - first) / 2
+        return (np.abs(self.excess) <= self.tolerance) & (apart > 2 * self.tolerance)
 
     def assert_digits_follow(self) -> None:
         """Check every digit, and that the tolerance leaves few of them undecided."""

@@ -74,7 +74,7 @@ def in_matrix_order(expert: Replay) -> np.ndarray:
 
 def unstandardized(expert: Replay) -> np.ndarray:
     """How far the targets lie inside their cells, in tolerances, the last columns' left out: few follow them."""
-    return np.abs(expert.excess / expert.tolerance)[:, :200]
+    return np.abs(expert.excess / expert.tolerance)[:, :128]
 
 
 @each_run
@@ -95,10 +95,10 @@ def test_a_wrong_digit_is_caught_wherever_its_target_lies(run, followed, distanc
 @each_run
 def test_a_border_may_be_passed_if_all_digits_after_it_follow(run):
     expert = least_well_conditioned(run)
-    row, place = np.unravel_index(np.argmin(unstandardized(expert)), (64, 200))
+    row, place = np.unravel_index(np.argmin(unstandardized(expert)), (64, 128))
     flipped = planted(expert, row, place, followed=True)
     changed = np.argwhere(flipped.digits != expert.digits)
-    assert len(changed) > 20 and set(changed[:, 0]) == {row} and changed[0, 1] == place
+    assert len(changed) > 10 and set(changed[:, 0]) == {row} and changed[0, 1] == place
     flipped.assert_digits_follow()
     assert expert.assert_same_up_to_a_border(in_matrix_order(flipped)) > 0.98
     with pytest.raises(AssertionError, match="do not follow"):
@@ -109,7 +109,7 @@ def test_a_border_may_be_passed_if_all_digits_after_it_follow(run):
 def test_wrong_levels_are_caught(bits):
     expert = replayed(RUNS[f"A.b{bits}_pd0.1_gs128_ao0"])[0]
     expert.assert_levels_follow()
-    for wrong in ((3, 1, 0), (5, 0, 1)):
+    for wrong in ((33, 1, 0), (35, 0, 1)):
         levels = expert.levels.copy()
         levels[wrong] *= 1.001 if bits == "1.5" or wrong[2] == 0 else 2
         with pytest.raises(AssertionError):
