@@ -11,7 +11,7 @@ Expected on two cores of an AMD EPYC: 81 s, and
     2-bit-nearest       3.821   2.072
     2-bit-gptq          3.802   2.072
 
-The program takes switch-mini, a small trained model of c-2048's topology that lies beside this file, through
+The program takes switch-mini, a small trained model of c-2048's topology in the folder beside it, through
 all of QMoE: open the T5X checkpoint lazily, calibrate on span-corrupted text, quantize expert by expert with
 GPTQ, code, write the artifact, reload it and evaluate with the experts packed. The original and other
 quantizers are evaluated on the same held-out text. The artifacts and a report go to runs/switch-mini; the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from qmoe_jax.models.experts import grouped_hidden
 from qmoe_jax.parameters import expert_matrices, input_matrices
 from qmoe_jax.quantization import (
     Factor,
+    Grid,
     Quantized,
     add_tokens,
     empty_hessians,
@@ -75,20 +76,34 @@ def _factor(
     return factorize(hessians.sums, config.damping, activation_order=config.activation_order)
 
 
-@jax.jit
-def _weight_error(
-    w: Float[Array, "expert out in"], q: Float[Array, "expert out in"]
-) -> Float[Array, "expert"]:
-    """Return ‖q - w‖² / ‖w‖² of each expert."""
-    square = lambda d: jnp.sum(d * d, axis=(1, 2))
-    return square(q - w) / jnp.maximum(square(w), jnp.finfo(jnp.float32).tiny)
+class _Figures(NamedTuple):
+    """Figures of one matrix of a group; see `MatrixReport`."""
+
+    weight_error: Float[Array, "expert"]
+    output_error: Float[Array, "expert"]
+    sparsity: Float[Array, "expert"]
 
 
-def _quantize(w: Array, factor: Factor | None, config: CompressionConfig) -> Quantized:
-    """Quantize a matrix of a group, `[expert, out, in]`; without a factor to nearest."""
+@partial(jax.jit, static_argnames="group_size")
+def _quantize(
+    stored: Float[Array, "expert in out"], factor: Factor | None, grid: Grid, group_size: int | None
+) -> tuple[Quantized, Float[Array, "expert in out"], _Figures]:
+    """Quantize one matrix of a group as it is stored; without a factor to nearest.
+
+    The transposes here and those inside GPTQ are one program, in which XLA cancels them.
+
+    Returns:
+        The result, its values as they are stored, and its figures.
+    """
+    w = stored.swapaxes(1, 2)
     if factor is None:
-        return round_to_nearest(w, config.grid, group_size=config.group_size)
-    return gptq_with_factor(w, factor, config.grid, group_size=config.group_size)
+        q = round_to_nearest(w, grid, group_size=group_size)
+    else:
+        q = gptq_with_factor(w, factor, grid, group_size=group_size)
+    square = lambda d: jnp.sum(d * d, axis=(1, 2))
+    weight_error = square(q.values - w) / jnp.maximum(square(w), jnp.finfo(jnp.float32).tiny)
+    sparsity = (q.values == 0).mean(axis=(1, 2))
+    return q, q.values.swapaxes(1, 2), _Figures(weight_error, relative_error(q, w, factor), sparsity)
 
 
 def compress_group(
@@ -115,21 +130,18 @@ def compress_group(
         if name == "wo" and tokens is not None:
             factor = None  # the first factor is dropped before the larger Hessian is made
             factor = _factor(tokens, num_experts, inputs, model, config)
-        w = jnp.asarray(weights[name]).swapaxes(1, 2)
-        quantized = _quantize(w, factor, config)
+        stored = jnp.asarray(weights[name])
+        quantized, stored_values, figures = _quantize(stored, factor, config.grid, config.group_size)
         packed[name] = pack_quantized(kinds[name], quantized, codebooks)
         reports[name] = MatrixReport(
-            weight_error=_entries(_weight_error(w, quantized.values)),
-            output_error=_entries(relative_error(quantized, w, factor)),
-            sparsity=_entries((quantized.values == 0).mean(axis=(1, 2))),
+            **{field: _entries(figure) for field, figure in figures._asdict().items()},
             bytes=tuple(matrix.nbytes for matrix in packed[name]),
             fallback=_entries(quantized.fallback & (config.method == "gptq")),
         )
-        transposed = quantized.values.swapaxes(1, 2)
-        values[name] = np.asarray(transposed)
+        values[name] = np.asarray(stored_values)
         levels[name] = np.asarray(quantized.levels)
         if config.true_sequential and name != "wo":
-            inputs[input_matrices(model).index(name)] = transposed
+            inputs[input_matrices(model).index(name)] = stored_values
     experts = [{name: packed[name][e] for name in packed} for e in range(num_experts)]
     return CompressedGroup(experts, values, levels, reports)
 

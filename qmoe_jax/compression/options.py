@@ -22,18 +22,17 @@ class CompressionConfig:
     The command line makes its options from these fields, and its help from the entries below.
 
     Attributes:
-        bits: levels of a weight: ternary, which is coded below 1 bit, or 2 to the power of 2, 3 or 4.
-        method: gptq for error-compensated quantization on calibration text, nearest for round-to-nearest
-            (RTN).
+        bits: ternary, whose digits are coded below 1 bit, or 2, 3 or 4 bits on a uniform grid.
+        method: gptq, which compensates errors on calibration text, or nearest (round-to-nearest, RTN).
         damping: share of the mean of a Hessian's diagonal that is added to the diagonal.
         group_size: columns that share their levels; by default the whole row.
         activation_order: quantize the columns with the largest activations first.
         true_sequential: calibrate an expert's second matrix on the outputs of its quantized first one.
         skip: stack to leave uncompressed, encoder or decoder; by default neither.
         keep_sentinels: let sentinel tokens, and the decoder tokens that predict them, enter the Hessians.
-        sentinel_start: first sentinel id; by default the tokenizer's on the command line, and in Python 32000
-            for the vocabulary of the published models.
-        token_cap: maximum of tokens that calibrate an expert, as a multiple of the even share of all tokens.
+        sentinel_start: first sentinel id; by default the tokenizer's (in Python: 32000, for the vocabulary of
+            the published models).
+        token_cap: maximum number of tokens that calibrate an expert, as a multiple of the even share.
         experts_per_group: experts quantized and written together; each needs about 12 x d_ff² bytes of
             memory.
         codebook: code of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model) or
@@ -94,6 +93,7 @@ class CompressionConfig:
         if model.vocab_size == PUBLISHED_VOCABULARY:
             return PUBLISHED_SENTINEL_START
         raise ValueError(
-            f"sentinel_start: expected the first sentinel id, found None; it is known only for the published models' "
-            f"vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or keep_sentinels=True"
+            "sentinel_start: expected the first sentinel id, found None; it is known only for the published "
+            f"models' vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or "
+            "keep_sentinels=True"
         )

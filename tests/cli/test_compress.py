@@ -65,7 +65,7 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--codebook", "huffman"], "codebook: expected one of"),
         (["--max-tokens", "5"], "no text of fewer than 5 tokens; cut longer texts into segments"),
@@ -76,10 +76,10 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
         (["--calibration", "no.jsonl"], "no.jsonl: no text found"),
     ],
 )
-def test_bad_options_are_refused_before_any_work(model, texts, tmp_path, options, told):
+def test_bad_options_are_refused_before_any_work(model, texts, tmp_path, options, message):
     result = qmoe(*compress_arguments(model, texts, tmp_path / "out"), *options)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert told in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
 

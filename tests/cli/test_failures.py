@@ -33,7 +33,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             DAMAGED,
@@ -49,22 +49,23 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
         (MemoryError(), "error: out of memory\n"),
         (
             KeyError("wi"),
-            "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, and report the "
-            "traceback\n",
+            "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, and "
+            "report the traceback\n",
         ),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_error_becomes_a_message_without_a_traceback(error, told):
+def test_an_error_becomes_a_message_without_a_traceback(error, message):
     result = run(error)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", told)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
 
 
 def test_an_error_becomes_an_object_with_json():
     result = run(DAMAGED, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"] == {
-        "type": "CheckpointError", "problem": "is damaged", "path": "a [b]/c.bin", "key": "wi", "expected": "8 bytes",
+        "type": "CheckpointError", "problem": "is damaged", "path": "a [b]/c.bin", "key": "wi",
+        "expected": "8 bytes",
         "found": "7 bytes", "remedy": "copy it again",
     }  # fmt: skip
 
@@ -76,15 +77,15 @@ def test_debug_raises_the_error_itself():
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "told"),
+    ("interrupt", "message"),
     [
         (KeyboardInterrupt(), "interrupted.\n"),
         (Interrupted("To resume:\n  qmoe x"), "interrupted. To resume:\n  qmoe x\n"),
     ],
 )
-def test_ctrl_c_exits_with_130(interrupt, told):
+def test_ctrl_c_exits_with_130(interrupt, message):
     result = run(interrupt)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", told)
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", message)
 
 
 def test_arrays_and_infinities_become_json_values():

@@ -23,15 +23,15 @@ def samples(data):
 def compressed(data, samples, tmp_path_factory):
     """Compress the tiny model once for each set of options; `gptq_calls` has the default's, (w, hessian, result)."""
     made, calls = {}, []
-    factorize, gptq_with_factor, hessians = experts.factorize, experts.gptq_with_factor, []
+    factorize, quantize, hessians = experts.factorize, experts._quantize, []
 
     def record_hessian(hessian, *arguments, **options):
         hessians.append(np.array(hessian))
         return factorize(hessian, *arguments, **options)
 
-    def record_result(w, *arguments, **options):
-        result = gptq_with_factor(w, *arguments, **options)
-        calls.append((np.array(w), hessians[-1], result))
+    def record_result(stored, *arguments):
+        result = quantize(stored, *arguments)
+        calls.append((np.array(stored).swapaxes(1, 2), hessians[-1], result[0]))
         return result
 
     def make(**options):
@@ -42,7 +42,7 @@ def compressed(data, samples, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 if not options:
                     patch.setattr(experts, "factorize", record_hessian)
-                    patch.setattr(experts, "gptq_with_factor", record_result)
+                    patch.setattr(experts, "_quantize", record_result)
                 made[key] = path, qj.compress(data / "hf_tiny_a", path, samples[:16], config)
         return made[key]
 
