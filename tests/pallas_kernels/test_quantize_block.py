@@ -84,7 +84,11 @@ ROUNDING = 1e-4  # of a cost in float32
 
 
 def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> np.ndarray:
-    """No other digit would have been better by more than float32 rounding, given those before."""
+    """No other digit would have been better by more than float32 rounding, given those before.
+
+    Returns:
+        The rows that met no border: there only one digit was as good as the best, in every column.
+    """
     w, error_feedback, lower, curvature = (array.astype(np.float64) for array in problem[:4])
     every = values_of(grid, problem.levels[problem.group_index])
     value = np.take_along_axis(every, np.asarray(found.digits, np.int64)[None], 0)[0]
