@@ -1,8 +1,4 @@
-"""Strict numerics: no implicit promotion of dtypes in the kernels.
-
-Promotion of ranks stays allowed here: the tiles of kernels broadcast [row, 1] with [lane], and weights with
-scalars of a program.
-"""
+"""Strict numerics: no implicit promotion of dtypes or ranks in the kernels."""
 
 import jax
 import pytest
@@ -10,6 +6,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def strict_numerics():
-    """Refuse operations on mixed dtypes."""
+    """Refuse operations on mixed dtypes, or on arrays of different rank."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
