@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,13 +76,8 @@ def record_of_pieces(pieces: Iterable[bytes | memoryview]) -> FileRecord:
     return FileRecord(size, sha.hexdigest())
 
 
-def record_of(path: Path, on_chunk: Callable[[int], object] = lambda nbytes: None) -> FileRecord:
-    """Return the record of a file on disk.
-
-    Args:
-        path: the file.
-        on_chunk: called with the number of bytes of each chunk once it is read, for a progress report over
-            many files.
+def record_of(path: Path) -> FileRecord:
+    """Return the record of a file on disk, read chunk by chunk.
 
     Raises:
         CheckpointError: the file is missing or cannot be read.
@@ -93,7 +88,6 @@ def record_of(path: Path, on_chunk: Callable[[int], object] = lambda nbytes: Non
             while chunk := file.read(HASH_CHUNK):
                 sha.update(chunk)
                 size += len(chunk)
-                on_chunk(len(chunk))
     except OSError as error:
         raise unreadable(path, error) from error
     return FileRecord(size, sha.hexdigest())
