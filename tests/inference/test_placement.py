@@ -127,7 +127,7 @@ def test_statistics_count_every_lookup(artifact):
         2 * first["lookups"],
     )
     assert again.hit_rate == 0.5
-    assert "from memory (50.0%)" in str(again)
+    assert "lookups hit memory (50.0%)" in str(again)
     again.reset()
     assert (again.lookups, again.placement) == (0, "disk")
 
