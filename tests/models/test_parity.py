@@ -21,6 +21,11 @@ def load(path):
     return reader.config, read_params(reader)
 
 
+def apply_and_look_inside(config):
+    """The model, compiled, with its router logits beside its own."""
+    return jax.jit(functools.partial(SwitchTransformer(config).apply, mutable=["intermediates"]))
+
+
 def hugging_face_inputs(golden, key):
     mask = golden[f"{key}.attention_mask"] > 0 if f"{key}.attention_mask" in golden.files else None
     encoder = golden[f"{key}.input_ids"]
@@ -43,9 +48,7 @@ def test_router_choices_are_hugging_faces(data, key):
     golden = np.load(data / "hf_tiny_a" / "refs_transformers_5.23.0.npz")
     config, params = load(data / "hf_tiny_a")
     encoder, decoder, mask = hugging_face_inputs(golden, key)
-    _, state = SwitchTransformer(config).apply(
-        {"params": params}, encoder, decoder, mask, mutable=["intermediates"]
-    )
+    _, state = apply_and_look_inside(config)({"params": params}, encoder, decoder, mask)
     compared = 0
     for stack in ("encoder", "decoder"):
         for layer in config.sparse_layers(stack):
@@ -67,7 +70,7 @@ def test_hugging_face_drops_tokens_beyond_capacity(data, relative, tokens, key, 
     config, params = load(data / "hf_tiny_a")
     encoder, decoder, mask = hugging_face_inputs(inputs, f"cap{tokens}_{key}")
     model = SwitchTransformer(config, SequenceCapacity(tokens, dropped))
-    logits = model.apply({"params": params}, encoder, decoder, mask)
+    logits = jax.jit(model.apply)({"params": params}, encoder, decoder, mask)
     assert relative(logits, golden[f"cap{tokens}_{key}.logits"]) <= DROPPING_TOLERANCE
 
 
@@ -75,12 +78,8 @@ def test_hugging_face_drops_tokens_beyond_capacity(data, relative, tokens, key, 
 def test_flaxformer_logits(data, relative, name):
     golden = np.load(data / "t5x" / name / "io.npz")
     config, params = load(data / "t5x" / name / "checkpoint_1000")
-    model = SwitchTransformer(config)
-    logits, state = model.apply(
-        {"params": params},
-        golden["encoder_input_tokens"],
-        golden["decoder_input_tokens"],
-        mutable=["intermediates"],
+    logits, state = apply_and_look_inside(config)(
+        {"params": params}, golden["encoder_input_tokens"], golden["decoder_input_tokens"]
     )
     real = (
         golden["decoder_target_tokens"] > 0
