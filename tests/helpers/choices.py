@@ -7,6 +7,7 @@ taken, and what follows from it differs.
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 
 TOLERANCE = 2e-4
@@ -35,7 +36,7 @@ def assert_same_generation(model, params, encoder, found, expected) -> None:
     """Check that greedily generated tokens `[row, step]` are the expected ones, each row up to an undecided step."""
     found, expected = np.asarray(found), np.asarray(expected)
     decoder = np.pad(expected[:, :-1], ((0, 0), (1, 0)))  # the start token is 0
-    sure = decided(model.apply({"params": params}, encoder, decoder))
+    sure = decided(jax.jit(model.apply)({"params": params}, encoder, decoder))
     different = found != expected
     rows = np.flatnonzero(different.any(1))
     assert not sure[rows, different[rows].argmax(1)].any(), "a token differs beyond rounding"

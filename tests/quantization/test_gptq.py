@@ -363,7 +363,7 @@ def test_activation_order_is_a_permutation_of_the_problem():
     inside = gptq(w, hessian, ternary_grid(), activation_order=True)
     sorted_w = np.take_along_axis(w, order[:, None], axis=2)
     sorted_h = np.stack([h[np.ix_(p, p)] for h, p in zip(hessian, order, strict=True)])
-    sort = lambda x: np.take_along_axis(np.asarray(x), order[:, None], axis=2)
+    sort = lambda x: jnp.take_along_axis(x, order[:, None], axis=2)
     resorted = dataclasses.replace(inside, values=sort(inside.values), digits=sort(inside.digits))
     assert_same_up_to_borders(resorted, gptq(sorted_w, sorted_h, ternary_grid()), sorted_w, sorted_h)
 
