@@ -1,5 +1,4 @@
 # `make help` lists the targets; each sets up .venv on first use.
-# `make test-isa` runs the comparisons with golden data as older CPUs would compute them; ISA=AVX2 only as one of them.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

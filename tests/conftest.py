@@ -5,7 +5,35 @@ import pathlib
 import numpy as np
 import pytest
 
-DATA = pathlib.Path(__file__).parent / "golden"
+TESTS = pathlib.Path(__file__).parent
+DATA = TESTS / "golden"
+
+# Folders and modules that compile no model: `make check` runs these alone.
+FAST = (
+    "artifact/test_groups.py",
+    "artifact/test_kinds.py",
+    "checkpoints",
+    "coding",
+    "contracts",
+    "data",
+    "files",
+    "models/test_router.py",
+    "pallas_kernels/test_backend.py",
+    "pallas_kernels/test_operands.py",
+    "pallas_kernels/test_tuning.py",
+    "quantization/test_grids.py",
+    "test_layers.py",
+    "test_parameters.py",
+    "test_progress.py",
+    "test_style.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `FAST`."""
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix().startswith(FAST):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
