@@ -63,7 +63,8 @@ def convert(
     except KeyboardInterrupt:
         raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
     fields = {
-        "path": path, "format": checkpoint.format, "output": written, "output_format": to, "tokenizer": tokenizer,
+        "path": path, "format": checkpoint.format, "output": written, "output_format": to,
+        "tokenizer": tokenizer,
     }  # fmt: skip
     beside = f", with {tokenizer.name} beside it" if tokenizer else ""
     return Answer(fields, (Text(f"{written}: {to}, from {path} ({checkpoint.format}){beside}"),))

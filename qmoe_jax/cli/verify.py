@@ -39,7 +39,8 @@ def verify(
     with qj.ProgressBar("checking", "bytes") as progress:
         result = qj.verify(path, progress=progress)
     fields = {
-        "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes, "problems": result.problems,
+        "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes,
+        "problems": result.problems,
     }  # fmt: skip
     checked = f"{result.files:,} files, {result.bytes:,} bytes"
     if result.ok:

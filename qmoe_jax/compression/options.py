@@ -94,6 +94,7 @@ class CompressionConfig:
         if model.vocab_size == PUBLISHED_VOCABULARY:
             return PUBLISHED_SENTINEL_START
         raise ValueError(
-            f"sentinel_start: expected the first sentinel id, found None; it is known only for the published models' "
-            f"vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or keep_sentinels=True"
+            f"sentinel_start: expected the first sentinel id, found None; it is known only for the published "
+            f"models' vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or "
+            f"keep_sentinels=True"
         )

@@ -39,6 +39,6 @@ def check_examples(examples: Examples, vocab_size: int, *, min_decoder: int = 1)
                 raise ValueError(f"example {number}, {name}: expected at least {least} ids, found {len(ids)}")
             if np.min(ids) < 0 or np.max(ids) >= vocab_size:
                 raise ValueError(
-                    f"example {number}, {name}: expected ids of 0 to {vocab_size - 1}, found {np.min(ids)} to "
-                    f"{np.max(ids)}; is the tokenizer this model's?"
+                    f"example {number}, {name}: expected ids of 0 to {vocab_size - 1}, "
+                    f"found {np.min(ids)} to {np.max(ids)}; is the tokenizer this model's?"
                 )
