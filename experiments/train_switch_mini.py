@@ -113,9 +113,9 @@ def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
     """Train a vocabulary like T5's: unigram pieces, pad 0, end 1, unknown 2, sentinels above the pieces."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
-        model_prefix=str(path.with_suffix("")), vocab_size=CONFIG.vocab_size - EXTRA_IDS, model_type="unigram",
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=20000, num_threads=2, minloglevel=2,
-        input_sentence_size=60000, shuffle_input_sentence=True,
+        model_prefix=str(path.with_suffix("")), vocab_size=CONFIG.vocab_size - EXTRA_IDS,
+        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=20000,
+        num_threads=2, minloglevel=2, input_sentence_size=60000, shuffle_input_sentence=True,
     )  # fmt: skip
     path.with_suffix(".vocab").unlink()
 
@@ -312,7 +312,8 @@ def train(
                 if (step + 1) % every == 0 or step + 1 == recipe.steps:
                     held_out = evaluate(params, validation[:256])
                     progress.console.print(
-                        f"{time.strftime('%X')} step {step + 1}: loss {float(loss):.3f}, held out {held_out:.3f}"
+                        f"{time.strftime('%X')} step {step + 1}: "
+                        f"loss {float(loss):.3f}, held out {held_out:.3f}"
                     )
                     manager.save(step + 1, args=ocp.args.StandardSave((params, state)))
     return params
