@@ -49,8 +49,8 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
         (MemoryError(), "error: out of memory\n"),
         (
             KeyError("wi"),
-            "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, and report the "
-            "traceback\n",
+            "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, "
+            "and report the traceback\n",
         ),
     ],
     ids=lambda value: type(value).__name__,
@@ -64,8 +64,8 @@ def test_an_error_becomes_an_object_with_json():
     result = run(DAMAGED, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"] == {
-        "type": "CheckpointError", "problem": "is damaged", "path": "a [b]/c.bin", "key": "wi", "expected": "8 bytes",
-        "found": "7 bytes", "remedy": "copy it again",
+        "type": "CheckpointError", "problem": "is damaged", "path": "a [b]/c.bin", "key": "wi",
+        "expected": "8 bytes", "found": "7 bytes", "remedy": "copy it again",
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def sha256(array: np.ndarray) -> str:
 
 
 def test_upstream_dictionary_is_the_originals(facts):
-    """Its table has two words per entry, each the number of pairs in the low nibble, then four bits per pair."""
+    """Its table has two words per entry: the number of pairs in the low nibble, then four bits per pair."""
     codebook = upstream_codebook()
     shift = 4 + 2 * np.arange(14)
     words = codebook.digits.reshape(-1, 2, 14).astype(np.int64) << shift

@@ -161,7 +161,7 @@ def test_corrupt_streams_are_refused_by_row_and_position(backend, message, damag
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**32), flips=st.integers(0, 4), cut=st.integers(-3, 3), moved=st.booleans())
 def test_damage_raises_or_decodes_to_digits(make, seed, flips, cut, moved):
-    """Bits flipped, codes cut off or added, offsets moved: a refusal or digits of the right shape, never a crash."""
+    """Flipped bits, cut or added codes, moved offsets: an error or digits of the right shape, no crash."""
     codebook, rng = make(), np.random.default_rng(seed)
     codes, offsets = encode(random_digits((4, 50), 0.7, seed), codebook)
     codes, offsets = codes.copy(), offsets.copy()

@@ -84,7 +84,7 @@ ROUNDING = 1e-4  # of a cost in float32
 
 
 def assert_rounded(problem: Block, grid: Grid, found: pk.RoundedBlock) -> np.ndarray:
-    """One expert: no other digit would have been better by more than float32 rounding; the rest follows from it.
+    """Check for one expert that no other digit is better by more than float32 rounding; the rest follows.
 
     Returns:
         The rows that met no border: there only one digit was as good as the best, in every column.
