@@ -211,9 +211,10 @@ def show(result: dict[str, Any]) -> None:
             "experts",
             "other",
         ),
-        title=f"{result['expert_parameters'] / 1e12:.2f} T expert parameters, {gigabytes:.1f} GB of files for "
-        f"{result['distinct_layers']} of 30 layers; peak resident "
-        f"{result['peak_resident_bytes'] / 1e9:.2f} GB; memory {result['memory_gigabytes_per_second']:.0f} GB/s, "
+        title=f"{result['expert_parameters'] / 1e12:.2f} T expert parameters, {gigabytes:.1f} GB of files "
+        f"for {result['distinct_layers']} of 30 layers; peak resident "
+        f"{result['peak_resident_bytes'] / 1e9:.2f} GB; "
+        f"memory {result['memory_gigabytes_per_second']:.0f} GB/s, "
         f"disk {result['disk_gigabytes_per_second']:.1f} GB/s",
     )
     for row in result["runs"]:

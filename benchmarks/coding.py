@@ -22,7 +22,7 @@ TUNSTALL_BITS = (8, 10, 12, 16)
 
 
 def numpy_encode(digits: np.ndarray, codebook: Any) -> np.ndarray:
-    """Encode one step of all rows at a time, scattering codes into a padded array: the contender in plain NumPy."""
+    """Encode in plain NumPy, for comparison: a step of all rows at a time, scattered into a padded array."""
     trie, step = codebook.trie, codebook.symbol_digits
     symbols = (digits.reshape(len(digits), -1, step) * 3 ** np.arange(step)).sum(-1)
     rows = np.arange(len(digits))

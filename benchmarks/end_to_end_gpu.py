@@ -1,4 +1,4 @@
-"""Measures tokens per second on a GPU: packed experts against bfloat16 ones, and c-2048 with as many layers as fit.
+"""Measures tokens per second on a GPU: packed experts against bfloat16, and as many layers of c-2048 as fit.
 
     python -m benchmarks.end_to_end_gpu             # on the device
     python -m benchmarks.end_to_end_gpu --rehearse  # anywhere: tiny models, which checks the script
@@ -163,7 +163,7 @@ def shortened(config: SwitchConfig, layers: int) -> SwitchConfig:
 
 
 def c2048(options: argparse.Namespace, config: SwitchConfig) -> dict[str, Any]:
-    """Measure all experts of as many layers as fit, and the same layers with one bfloat16 expert for all tokens."""
+    """Measure as many layers as fit with all experts, then with one bfloat16 expert for all tokens."""
     for layers in range(layers_that_fit(config), 0, -1):
         resident = (
             f"{2 * layers} of {2 * config.num_encoder_layers} layers x {config.num_experts} experts resident"
@@ -217,7 +217,8 @@ def main() -> None:
             result[name] = {kind: measured(endless(config), kind, options) for kind in ("packed", "dense")}
     if options.rehearse:
         print(
-            "rehearsed: both kinds of experts generate; the figures above are of tiny models and are not stored"
+            "rehearsed: both kinds of experts generate; "
+            "the figures above are of tiny models and are not stored"
         )
         return
     gpu.result_path("end-to-end", options.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -118,7 +118,8 @@ def main() -> None:
             result["speeds"].append(row)
             speed, peer = row["experts_per_second"], row["peer_experts_per_second"]
             print(
-                f"{size:9} {matrix:6} {row['out']:6} x {row['in']:<5} {speed:11.2f} {row['factorization_share']:10.0%}"
+                f"{size:9} {matrix:6} {row['out']:6} x {row['in']:<5} {speed:11.2f}"
+                f" {row['factorization_share']:10.0%}"
                 f" {speed / row['ceiling_experts_per_second']:11.0%} {peer:8.2f} {speed / peer:6.1f}"
                 f" {row['digits_equal']:13.6f}",
                 flush=True,
@@ -126,7 +127,8 @@ def main() -> None:
     if (hours := projected_hours(result["speeds"])) is not None:
         result["c2048_projected_hours"] = hours
         print(
-            f"\nall {C2048_EXPERTS:,} experts of Switch-c-2048, computed from these speeds: {hours:,.0f} hours"
+            f"\nall {C2048_EXPERTS:,} experts of Switch-c-2048, computed from these speeds: "
+            f"{hours:,.0f} hours"
         )
     measuring.write_json(options.json, result)
 

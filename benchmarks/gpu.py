@@ -1,4 +1,4 @@
-"""Packed experts, timing by slope, a description of the device, and result paths, shared by the GPU benchmarks."""
+"""Packed experts, timing by slope, device descriptions and result paths, shared by the GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def pack_copies(matrix: TernaryMatrix, codebook: Codebook, experts: int) -> Pack
 
 
 def cold_count(nbytes: int, most: int = 256) -> int:
-    """Return how many copies must be used in turn so that each has left the cache when its turn comes again."""
+    """Return the number of copies to use in turn so that each has left the cache before its next turn."""
     return int(min(max(2, -(-COLD_BYTES // nbytes)), most))
 
 
 def slope_seconds(
     launch: Callable[..., Any], operands: Sequence[Any], shared: Any, counts: tuple[int, int], rounds: int = 5
 ) -> float:
-    """Return the seconds of one launch: a program of many launches minus one of few, so that fixed costs cancel.
+    """Return the seconds per launch: a program of many launches minus one of few, so that fixed costs cancel.
 
     Args:
         launch: called as `launch(shared, operand)`.

@@ -1,7 +1,7 @@
 """Compares packed products on a GPU with dense ones and the bandwidth limit, and tunes every launch choice.
 
-    python -m benchmarks.kernels                # on the device
-    python -m benchmarks.kernels --rehearse     # anywhere: tiny shapes in interpret mode, which checks the script
+    python -m benchmarks.kernels             # on the device
+    python -m benchmarks.kernels --rehearse  # anywhere: tiny shapes in interpret mode, to check the script
 
 Takes `--minutes` (9), most informative loads first, and prints one JSON object per load and a table at the
 end. Writes kernels-<device>.json (to --json, $OUT or benchmarks/results), and beside it the tuning table to
@@ -74,7 +74,7 @@ class Run:
     def tune(
         self, problem: tuning.Problem, candidates: list[Any], timed: Any, *, keep: bool = True
     ) -> dict[str, Any]:
-        """Return the entry of the fastest candidate, of two in a rehearsal; `keep` adds it to the tuning table."""
+        """Return the entry of the fastest candidate (of two in a rehearsal); `keep` adds it to the table."""
         entry = tuning.autotune(problem, candidates[:2] if self.rehearsal else candidates, timed)
         if keep:
             self.choices.append(entry)
@@ -89,7 +89,7 @@ def codebooks(rehearsal: bool) -> dict[str, Any]:
 
 
 def indices(loads: list[int], experts: int) -> list[Any]:
-    """Return expert indices [t] for successive launches: `loads[j]` tokens go to the j-th expert of each turn."""
+    """Return expert indices [t] of successive launches: expert j of each turn gets `loads[j]` tokens."""
     turns = max(1, experts // len(loads))
     expert = lambda turn: np.repeat(np.arange(len(loads)) + turn * len(loads), loads) % experts
     shuffle = np.random.default_rng(0).permutation(sum(loads))
@@ -192,7 +192,7 @@ def many_tokens(run: Run, shape: str, expert: TernaryMatrix, book: Any, loads: l
 
 
 def dense_many(run: Run, expert: TernaryMatrix, x: Any, loads: list[int], row: dict[str, Any]) -> None:
-    """Measure our grouped product and, for even loads, the library's batched one on tokens in order of experts."""
+    """Measure our grouped product and, for even loads, the library's batched one on tokens by expert."""
     experts = len(loads) * (1 if run.rehearsal else 2)
     weights = jnp.stack([jnp.asarray(expert.weights, jnp.bfloat16)] * experts)
     x = x.astype(jnp.bfloat16)
@@ -229,7 +229,7 @@ def first_load(rows: list[dict[str, Any]], ways: tuple[str, ...]) -> int:
 
 
 def crossovers(run: Run) -> None:
-    """Add to the tuning table, for each shape and dtype, the tokens per expert from which the next route is faster."""
+    """Add to the tuning table, per shape and dtype, the tokens per expert where the next route is faster."""
     problems = [
         choice["problem"] for choice in run.choices if choice["problem"]["kind"] in ("gather", "tensor_core")
     ]
@@ -270,7 +270,7 @@ def gptq_rates(run: Run) -> list[dict[str, Any]]:
 
 
 def uneven(tokens: int) -> list[int]:
-    """Return a load with half of the tokens on one expert, a quarter on the next and so on; at least one on each."""
+    """Return a load: half of the tokens on one expert, a quarter on the next and so on; at least one each."""
     loads = [max(1, tokens * BUSY_EXPERTS >> (i + 1)) for i in range(BUSY_EXPERTS)]
     loads[0] += tokens * BUSY_EXPERTS - sum(loads)
     return loads
@@ -373,7 +373,8 @@ def main() -> None:
     if options.rehearse:
         gptq_rates(run)
         print(
-            "rehearsed: every product was correct; the times above are of interpreted kernels and are not stored"
+            "rehearsed: every product was correct; "
+            "the times above are of interpreted kernels and are not stored"
         )
         return
     path = gpu.result_path("kernels", options.json)

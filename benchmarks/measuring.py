@@ -51,7 +51,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def use_threads(count: int) -> None:
-    """Restrict this process to `count` cores; call it before jax starts, so that every thread pool has that size."""
+    """Restrict this process and its thread pools to `count` cores; to be called before jax starts."""
     cores = sorted(os.sched_getaffinity(0))
     if count > len(cores):
         raise SystemExit(f"--threads {count}: this machine has {len(cores)} cores")

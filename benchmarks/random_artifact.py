@@ -98,7 +98,7 @@ def random_expert(
 
 
 def random_dense(config: qj.SwitchConfig) -> dict[str, Any]:
-    """Draw the parameters outside the experts, bfloat16 (routers float32); products keep their inputs' size."""
+    """Draw the dense parameters in bfloat16 (routers in float32); products keep the size of their inputs."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(SwitchTransformer(config).init, jax.random.key(0), tokens, tokens)["params"]
     rng, arrays = np.random.default_rng(0), {}
@@ -125,7 +125,7 @@ def files_per_layer(config: qj.SwitchConfig) -> int:
 
 
 def write_experts(artifact: ArtifactWriter, config: qj.SwitchConfig, codebook: Codebook, disk: float) -> int:
-    """Write the expert files of as many layers as `disk` bytes hold, at least one, and link the other layers to them.
+    """Write the experts of the layers that fit in `disk` bytes, at least one; link the other layers to them.
 
     Returns:
         The number of layers written.

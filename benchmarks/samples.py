@@ -58,6 +58,6 @@ def dequantize(digits: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def codeword_probabilities(codebook: Codebook, p_zero: float = P_ZERO) -> np.ndarray:
-    """Return the probability of each codeword in the code of independent digits; they sum to 1 but for rounding."""
+    """Return each codeword's probability in the code of independent digits; the sum is 1 up to rounding."""
     nonzeros = (codebook.digits != 0).sum(1)
     return p_zero ** (codebook.lengths - nonzeros) * ((1 - p_zero) / 2) ** nonzeros

@@ -80,7 +80,7 @@ class PackedRefs:
         return self.levels.shape[1]
 
     def level_pair(self, expert: Any, row: Any, inside: Any = None) -> tuple[Array, Array]:
-        """Return (minimum, maximum), in float32, of `row`: a scalar, or an array of which some are `inside`."""
+        """Return (minimum, maximum) of `row` in float32: a scalar, or an array of which some are `inside`."""
         column = jnp.zeros_like(row)
         at = lambda which: plt.load(self.levels.at[expert, row, column + which], mask=inside)
         return at(0).astype(jnp.float32), at(1).astype(jnp.float32)

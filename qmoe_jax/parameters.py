@@ -1,4 +1,4 @@
-"""Names of a Switch Transformer's parameters, as T5X writes them: the one place that builds and parses them."""
+"""Names of a Switch Transformer's parameters as T5X writes them; only this module builds and parses them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class ExpertKernel:
         match = _EXPERT_KERNEL.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"expected the name of an expert kernel, such as {cls('encoder', 0, 'wi').path}, found {name!r}"
+                f"expected the name of an expert kernel, such as {cls('encoder', 0, 'wi').path}, "
+                f"found {name!r}"
             )
         return cls(match[1], int(match[2]), match[3])
 

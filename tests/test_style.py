@@ -1,4 +1,4 @@
-"""Habits that no linter checks: how docstrings begin and are indented, one import style, units named with "per"."""
+"""Habits that no linter checks: openings and indents of docstrings, one import style, units with "per"."""
 
 import ast
 import pathlib
@@ -45,7 +45,7 @@ def test_sections_of_docstrings_are_indented_by_four(path):
 @every_file
 def test_imports_have_one_style(path):
     text = path.read_text()
-    assert "from jax import numpy" not in text
+    assert path == pathlib.Path(__file__) or "from jax import numpy" not in text
     assert not re.search(r"^from jax import .*\bArray\b", text, re.MULTILINE), "Array comes from jaxtyping"
 
 

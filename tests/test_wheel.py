@@ -1,4 +1,4 @@
-"""The wheel holds the whole package and works from another directory: the command, and the README's Python."""
+"""The wheel holds the whole package; the command and the README's Python work in another directory."""
 
 import pathlib
 import re
@@ -45,7 +45,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> pathlib.Path:
-    """The interpreter of a fresh environment with the wheel; dependencies come from the environment of the tests."""
+    """The interpreter of a fresh environment with the wheel; dependencies come from that of the tests."""
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
     python = environment / "bin" / "python"

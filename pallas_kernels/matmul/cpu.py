@@ -19,7 +19,7 @@ from pallas_kernels.operands import PackedMatrix
 def packed_matmul(
     packed: PackedMatrix, x: Float[Array, "t in"], expert_index: Int32[Array, "t"]
 ) -> Float[Array, "t out"]:
-    """Multiply as `pallas_kernels.packed_matmul` does; tokens of one expert share a pass over its codewords."""
+    """Multiply like `pallas_kernels.packed_matmul`; tokens of one expert share a pass over its codewords."""
     precompile(packed)
     expert = jnp.clip(expert_index, 0, packed.num_experts - 1)
     result = jax.ShapeDtypeStruct((x.shape[0], packed.rows), jnp.float32)

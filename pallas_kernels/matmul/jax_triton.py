@@ -17,7 +17,7 @@ GATHERED_FROM = 2
 SEPARATE_TILE = 128
 """Codewords that a warp takes at a time for one token: four per thread."""
 GATHER_TILE, LANES = 32, 8
-"""Codewords at a time, and tokens per block: eight sums per thread, and one load of 16 or 32 bytes per column."""
+"""Codewords at a time and tokens per block: eight sums per thread, one load of 16 or 32 bytes per column."""
 
 
 def packed_matmul(

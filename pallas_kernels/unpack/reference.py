@@ -1,4 +1,4 @@
-"""Unpacking in plain jax.numpy: codewords find their columns by a cumulative sum and scatter their nonzeros."""
+"""Unpacking in plain jax.numpy: a cumulative sum places the codewords; nonzeros are scattered."""
 
 from __future__ import annotations
 

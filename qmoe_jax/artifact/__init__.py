@@ -5,7 +5,7 @@
     experts/encoder.layers_01/experts-00000-00015.safetensors    sixteen experts, each one contiguous range
     dense/                          every other parameter, an Orbax checkpoint
     report.json                     figures of every expert, and what differs from run to run
-    SHA256SUMS                      every file; `sha256sum -c SHA256SUMS` checks an artifact without this package
+    SHA256SUMS                      every file; `sha256sum -c SHA256SUMS` checks them without this package
     manifest.json                   content and checksums of all of that; written last
 
 Everything but `dense/`, `report.json` and `SHA256SUMS` is the same to the byte in every run.

@@ -26,7 +26,7 @@ from qmoe_jax.files.tensor import LazyTensor, read_all
 DENSE = "dense"
 
 CHUNK_BYTES = 1 << 24
-"""Size of a zarr chunk in bytes, which is what a read decodes at a time on each core: small beside the largest array
+"""Size of a zarr chunk in bytes, which a read decodes at a time on each core: small beside the largest array
 (c-2048's embedding has 267 MB in float32), large enough to stream."""
 
 

@@ -87,7 +87,7 @@ def render_group(key: GroupKey, experts: Sequence[Expert], run: str) -> list[byt
 
 
 def _expert_tensors(first: int, experts: Sequence[Expert]) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Yield each expert's tensors in the order of their bytes, every part in one dtype throughout the group."""
+    """Yield each expert's tensors in the order of their bytes, each part in one dtype across the group."""
     parts = [
         (matrix, part) for matrix in sorted(experts[0]) for part in PARTS if part in experts[0][matrix].parts
     ]

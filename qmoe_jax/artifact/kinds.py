@@ -37,7 +37,7 @@ PARTS = ("levels", "scales", "zeros", "column_group", "counts", "codes")
 
 
 class Kind(Protocol):
-    """Packing of a matrix [out, in]: a frozen dataclass. Levels belong to a row, or to a group of its columns.
+    """Packing of a matrix [out, in], a frozen dataclass. Levels belong to a row or to a group of its columns.
 
     Attributes:
         name: name in the manifest.
@@ -160,7 +160,11 @@ class Uniform:
         levels: Float[np.ndarray, "out group 2"],
         codebooks: Codebooks,
     ) -> dict[str, np.ndarray]:
-        """Return the parts `scales`, `zeros`, `codes`. Raises `ValueError` where a zero point is not an integer."""
+        """Return the parts `scales`, `zeros` and `codes`.
+
+        Raises:
+            ValueError: a zero point is not an integer.
+        """
         scales, zeros = levels[..., 0], levels[..., 1]
         if not np.array_equal(zeros, np.rint(zeros)):
             raise ValueError("zero points must be integers")
@@ -196,7 +200,7 @@ RESERVED = {"input_scaled": False}
 
 
 def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
-    """Return whether the kernels multiply by a matrix of this kind as it is: ternary, one pair of levels per row."""
+    """Return whether the kernels multiply by this kind as it is: ternary, with one pair of levels per row."""
     return isinstance(kind, Ternary) and kind.group_size is None
 
 

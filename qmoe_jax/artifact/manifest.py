@@ -1,4 +1,4 @@
-"""The manifest, which lists the content and checksums of an artifact, and the run that the artifact came from.
+"""The manifest, which lists content and checksums of an artifact, and the run that the artifact came from.
 
 Both are canonical JSON (sorted keys, one layout, no times), so that equal runs give equal bytes and every
 flipped bit is found: the file must be exactly what its content renders to, and its content must hash to its
@@ -29,7 +29,11 @@ REPORT = "report.json"
 
 
 def canonical(content: Mapping[str, Any]) -> bytes:
-    """Return the canonical JSON of an object. Raises `TypeError` or `ValueError` for values that JSON cannot hold."""
+    """Return the canonical JSON of an object.
+
+    Raises:
+        TypeError, ValueError: the object holds a value that JSON cannot express.
+    """
     return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 

@@ -78,7 +78,11 @@ def pack_matrix(
 
 
 def unpack_digits(matrix: PackedExpertMatrix, codebooks: Codebooks) -> UInt8[np.ndarray, "out in"]:
-    """Return the digits of a packed matrix. Raises `coding.CorruptStream` or `ValueError` where it is damaged."""
+    """Return the digits of a packed matrix.
+
+    Raises:
+        coding.CorruptStream, ValueError: the matrix is damaged.
+    """
     return matrix.kind.digits(matrix.parts, matrix.shape, codebooks)
 
 

@@ -1,4 +1,4 @@
-"""Reading of an artifact: as a checkpoint like any other, as packed matrices, or one expert by one `pread`."""
+"""Reading of an artifact: as a checkpoint like any other, as packed matrices, or one expert per `pread`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ExpertLayer:
 def expert_tensor(
     layer: ExpertLayer, matrix: str, shape: tuple[int, int], codebooks: Codebooks
 ) -> LazyTensor:
-    """Return one matrix of a layer's experts as a float32 tensor [expert, in, out], dequantized as it is read.
+    """Return a matrix of a layer's experts as a float32 tensor [expert, in, out], dequantized as it is read.
 
     Args:
         layer: the experts.
@@ -103,7 +103,7 @@ def expert_tensor(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArtifactReader(Checkpoint):
-    """An artifact as a checkpoint whose expert kernels are dequantized as they are read, and as packed matrices.
+    """Artifact as a checkpoint, whose expert kernels are dequantized when read, and as packed matrices.
 
     Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
     is a `CheckpointError` that names it, with the bytes expected and found.
@@ -165,7 +165,7 @@ class ArtifactReader(Checkpoint):
         return [expert[kernel.matrix] for expert in layer.read(experts or slice(None))]
 
     def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
-        """Read a range of the experts of a kernel, packed for the kernels of `pallas_kernels`, into host memory.
+        """Read a range of experts of a kernel into host memory, packed for the kernels of `pallas_kernels`.
 
         The matrices are [out, in].
 

@@ -1,4 +1,4 @@
-"""The report of a compression: figures of every expert matrix, written as the run goes on and read afterwards.
+"""The report of a compression: figures of every expert matrix, written during the run and read afterwards.
 
 `report.json` holds what differs from run to run. JSON has no NaN and no infinity: both are written as null
 and read as NaN.
@@ -188,7 +188,7 @@ class RunReport:
         )
 
     def under_calibrated(self, threshold: float = UNDER_CALIBRATED) -> dict[str, dict[int, int]]:
-        """Return the experts with few calibration tokens, by layer: their numbers and how many tokens each has.
+        """Return, by layer, the experts with few calibration tokens: their numbers and their token counts.
 
         Args:
             threshold: share of the layer's mean number of calibration tokens below which an expert is named.
@@ -236,7 +236,7 @@ class CompressionReport(RunReport):
 
     @property
     def entropy(self) -> float | None:
-        """Bits per digit that a code needs if it treats digits as independent; None for kinds without a codebook.
+        """Bits per digit of a code that treats digits as independent; None for kinds without a codebook.
 
         The mean over matrices of the entropy at their own sparsity, both other digits equally likely.
         """

@@ -1,4 +1,4 @@
-"""Writing of an artifact that may be interrupted at any moment: finished groups stay, the manifest comes last.
+"""Writing of an artifact, interruptible at any moment: finished groups stay, the manifest comes last.
 
 `run.json` is written first and names the run that the directory belongs to, the codebooks next, then the
 groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for `sha256sum -c`), and
@@ -115,11 +115,11 @@ class ArtifactWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether the manifest is there, so that the artifact is whole."""
+        """True once the manifest exists, which makes the artifact complete."""
         return (self.root / MANIFEST).exists()
 
     def has_group(self, stack: str, layer: int, start: int, stop: int) -> bool:
-        """Return whether experts `start` to `stop - 1` are written, after a check of every byte of their file.
+        """Return whether experts `start` to `stop - 1` are written, after checking every byte of their file.
 
         Raises:
             CheckpointError: there is such a file, but it is damaged or another run's.
@@ -148,7 +148,7 @@ class ArtifactWriter:
         self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
 
     def link_group(self, stack: str, layer: int, source: GroupKey) -> None:
-        """Let the experts `source.start` to `source.stop - 1` of another layer be read from the file of `source`.
+        """Share the file of `source` with experts `source.start` to `source.stop - 1` of another layer.
 
         Args:
             stack: 'encoder' or 'decoder'.

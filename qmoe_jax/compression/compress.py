@@ -99,7 +99,10 @@ def compress(
 
 @contextlib.contextmanager
 def _staged_in(scratch: Path, reader: Checkpoint) -> Iterator[Checkpoint]:
-    """Yield the reader with chunks that span many experts read once, through `scratch`, which a kill may leave."""
+    """Yield the reader with chunks that span many experts read once, through `scratch`.
+
+    A killed process may leave `scratch` behind.
+    """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:

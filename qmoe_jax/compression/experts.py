@@ -67,7 +67,7 @@ def _factor(
     model: SwitchConfig,
     config: CompressionConfig,
 ) -> Factor:
-    """Factor XᵀX of the group's calibration tokens: of their states, or of the activations behind `inputs`."""
+    """Factor XᵀX of the group's calibration tokens, of their states or of the activations behind `inputs`."""
     width = tokens.x.shape[1] if inputs is None else inputs[0].shape[2]
     hessians = empty_hessians(num_experts, width)
     for x, expert in tokens.calibration().chunks():

@@ -15,8 +15,8 @@ from qmoe_jax.parameters import ExpertKernel, expert_matrices
 from qmoe_jax.quantization import round_to_nearest
 
 GPTQ_FEWER_ZEROS = 0.045
-"""Share of the weights that round-to-nearest leaves zero and GPTQ makes nonzero: .040 to .051 in every layer and
-matrix of switch-mini (`report/layers.png` of the demo). A misfit by as much costs 2 % of the code's size."""
+"""Share of the weights that round-to-nearest leaves zero and GPTQ makes nonzero: .040 to .051 in every layer
+and matrix of switch-mini (`report/layers.png` of the demo). A misfit of this size costs 2 % of code size."""
 
 
 def packing_kinds(
@@ -50,7 +50,7 @@ def fitted_codebooks(reader: Checkpoint, config: CompressionConfig) -> dict[str,
 
 
 def _rounded_sparsity(reader: Checkpoint, config: CompressionConfig, matrix: str) -> float:
-    """Return the share of zeros that round-to-nearest leaves in a matrix of the first expert of each stack."""
+    """Return the share of zeros that round-to-nearest leaves in a matrix of each stack's first expert."""
     zeros = total = 0
     for stack in config.compressed_stacks:
         for layer in reader.config.sparse_layers(stack)[:1]:

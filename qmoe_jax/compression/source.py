@@ -1,4 +1,4 @@
-"""The inputs of a compression: dense parameters, and digests by which an interrupted run knows its own inputs."""
+"""The inputs of a compression: dense parameters, and digests by which a resumed run recognizes its inputs."""
 
 from __future__ import annotations
 

@@ -19,12 +19,15 @@ def keep_encoder(tokens: np.ndarray, first_sentinel: int) -> np.ndarray:
 
 
 def keep_decoder(tokens: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """Return the mask, bool `[token]`, of decoder tokens that predict no sentinel; the last predicts nothing."""
+    """Return the mask, bool `[token]`, of decoder tokens that predict a token other than a sentinel.
+
+    The last token predicts nothing: it is False.
+    """
     return np.append(tokens[1:] < first_sentinel, False)
 
 
 def kept_tokens(examples: Examples, stack: str, config: CompressionConfig, model: SwitchConfig) -> np.ndarray:
-    """Return the mask, bool over all tokens of a stack, example after example, of those that may calibrate."""
+    """Return the mask, bool over all tokens of a stack in order of examples, of those that may calibrate."""
     if config.keep_sentinels:
         return np.ones(sum(len(example[stack == "decoder"]) for example in examples), bool)
     first = config.first_sentinel(model)

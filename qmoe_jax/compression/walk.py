@@ -79,7 +79,7 @@ class Walk:
         return states
 
     def _params(self, *prefixes: str) -> dict[str, Any]:
-        """Return the stack's parameters whose names begin with one of `prefixes`, on the device in float32."""
+        """Load the stack's parameters whose names begin with one of `prefixes` onto the device in float32."""
         names = [name for name in self.dense if name.startswith(prefixes)]
         params = {
             name.partition("/")[2]: to_device(self.dense[name], parameter_dtype(name, np.float32))

@@ -45,7 +45,10 @@ def score(
     decoder: Int[Array, "row m"],
     lengths: Int[Array, "row"],
 ) -> tuple[Float[Array, "row"], Int[Array, "row"]]:
-    """Return the summed cross-entropy and number of correct tokens of each row's first `lengths - 1` predictions."""
+    """Return each row's summed cross-entropy and number of correct tokens.
+
+    The first `lengths - 1` predictions of a row count.
+    """
     logits = model.apply({"params": params}, encoder, decoder)[:, :-1]
     targets = decoder[:, 1:]
     real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1

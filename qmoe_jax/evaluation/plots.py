@@ -41,8 +41,9 @@ def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
         if variant.report is None:
             ax.axhline(variant.evaluation.loss, color=INK, linewidth=1, linestyle="--")
             label = f"{variant.name} (16 bits): {variant.evaluation.loss:.3f}"
-            ax.annotate(label, (0.5, variant.evaluation.loss), xycoords=("axes fraction", "data"), ha="center",
-                        textcoords="offset points", xytext=(0, 4), color=INK, fontsize=9)  # fmt: skip
+            ax.annotate(label, (0.5, variant.evaluation.loss), xycoords=("axes fraction", "data"),
+                        ha="center", textcoords="offset points", xytext=(0, 4), color=INK,
+                        fontsize=9)  # fmt: skip
             continue
         point = (variant.bits_per_expert_parameter, variant.evaluation.loss)
         ax.scatter(*point, s=60, color=COLORS[shown % len(COLORS)], zorder=3)
@@ -76,7 +77,7 @@ def plot_layers(variants: Sequence[Variant], path: Path) -> None:
 
 
 def plot_tokens(variants: Sequence[Variant], path: Path) -> None:
-    """Plot the calibration tokens of each expert of the first variant, one panel per layer, and their mean."""
+    """Plot the calibration tokens of the first variant's experts and their mean, one panel per layer."""
     report = variants[0].report
     layers = report.layers if report else ()
     figure, axes = _figure(min(3.0 * len(layers), 24.0), 3.0, columns=len(layers))

@@ -59,7 +59,7 @@ def markdown_table(variants: Sequence[Variant]) -> str:
 
 
 def calibration_notes(report: CompressionReport) -> list[str]:
-    """Return a sentence for each layer with experts that were rounded to nearest or had few calibration tokens."""
+    """Return a sentence per layer with experts that were rounded to nearest or had few calibration tokens."""
     notes, starved = [], report.under_calibrated()
     for layer in report.layers:
         if layer.fallback:

@@ -77,7 +77,10 @@ class SideBySide:
         return layers, states["decoder"]
 
     def _embed(self) -> dict[str, list[HiddenStates]]:
-        """Return each model's states before the first layer; the encoder's padding is masked, as in the models."""
+        """Return each model's states before the first layer.
+
+        The encoder's padding is masked, as in the models.
+        """
         tables = self.pair.params([EMBEDDING], self.dtype)
         states: dict[str, list[HiddenStates]] = {}
         for side, stack in enumerate(STACKS):

@@ -42,7 +42,10 @@ def untied(reader: Checkpoint) -> Checkpoint:
 def _squares(
     w: Float[Array, "*rows in"], q: Float[Array, "*rows in"]
 ) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
-    """Return Σ(q - w)² and Σw² along the last axis: short sums, exact enough in float32; the rest is in float64."""
+    """Return Σ(q - w)² and Σw² along the last axis.
+
+    These sums are short, so float32 is exact enough; the rest is summed in float64.
+    """
     return jnp.sum(jnp.square(q - w), axis=-1), jnp.sum(jnp.square(w), axis=-1)
 
 
@@ -97,7 +100,7 @@ class Pair:
         return original, compressed
 
     def params(self, names: Iterable[str], dtype: DTypeLike) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read and measure parameters of each, as nested dicts, cast as for a model that computes in `dtype`."""
+        """Read and measure parameters of both, as nested dicts cast for a model that computes in `dtype`."""
         originals, compresseds = {}, {}
         for name in names:
             w, q = self.read(name, np.float32)

@@ -77,7 +77,7 @@ class Throughput:
 
 
 class Generator:
-    """Generation for one shape of prompts, compiled ahead of time, so that expert caches are left as they are."""
+    """Generation for one shape of prompts, compiled ahead of time so that expert caches are not changed."""
 
     def __init__(
         self,

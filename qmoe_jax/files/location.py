@@ -33,7 +33,7 @@ class Location:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Location:
-        """Return the directory at a local path (`~` is the home directory) or URL (gs, s3, http, https, file).
+        """Return the directory at a local path (`~` is the home) or URL (gs, s3, http, https, file).
 
         Nothing is read, so a local path need not exist.
 

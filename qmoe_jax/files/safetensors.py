@@ -48,7 +48,7 @@ ALIGNMENT = 16
 is aligned where it lies. The header is padded with spaces, as the format allows."""
 
 _WRITERS_ALIGNMENT = 8
-"""Bytes that the format's own writer pads to, which makes checkpoints for other programs look like its files."""
+"""Bytes that the format's own writer pads to, so that checkpoints for other programs look like its files."""
 
 MAX_HEADER = 100_000_000
 """The longest header that the format allows, in bytes; a larger number means another file format."""

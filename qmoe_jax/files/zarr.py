@@ -189,7 +189,10 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
 
 
 def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
-    """Return the .zarray of a spec; its dtype is a NumPy name or, in old ones, a zarr string in `metadata`."""
+    """Return the .zarray of a spec.
+
+    The dtype of a spec is a NumPy name or, in old specs, a zarr string in `metadata`.
+    """
     members = dict(spec["metadata"]) if spec else {}
     name = spec.get("dtype", members.get("dtype")) if spec else None
     if name is None or not {"shape", "chunks"} <= members.keys():

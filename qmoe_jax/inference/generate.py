@@ -16,7 +16,7 @@ from qmoe_jax.models import SwitchTransformer
 
 
 class _State(NamedTuple):
-    """Loop carry: tokens so far `[b, new]`, the last token `[b, 1]`, finished rows `[b]`, caches, random key."""
+    """Loop carry: tokens so far `[b, new]`, last token `[b, 1]`, finished rows `[b]`, caches, random key."""
 
     step: Array
     tokens: Array

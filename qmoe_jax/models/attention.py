@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qmoe_jax.models.layers import Dense
 
 MASKED = -1e10
-"""Added to masked logits, as in flaxformer: a query with all keys masked attends evenly instead of giving NaN."""
+"""Added to masked logits, as in flaxformer: a query with all keys masked attends evenly and gives no NaN."""
 
 
 def relative_position_bucket(
@@ -64,7 +64,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over `num_heads * d_kv` features (head-major), which may differ from `features`."""
+    """Multi-head attention over `num_heads * d_kv` features (head-major), not necessarily `features`."""
 
     features: int
     num_heads: int
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         length: int,
         bias: Float[Array, "#b #heads 1 n"],
     ) -> Float[Array, "b 1 embed"]:
-        """Attend from the token at `position` to itself and earlier tokens, cached in the collection "cache"."""
+        """Attend from the token at `position` to it and earlier ones, cached in the collection "cache"."""
         empty = jnp.zeros((x.shape[0], length, self.num_heads, self.d_kv), self.dtype)
         keys, values = self.get_variable("cache", "key", empty), self.get_variable("cache", "value", empty)
         keys = lax.dynamic_update_slice_in_dim(keys, self._split(self.key(x)), position, 1)

@@ -12,8 +12,8 @@ from pallas_kernels.backend import platform
 from pallas_kernels.dense_matmul import dense_matmul
 
 FEW_TOKENS = 32
-"""Number of tokens up to which, on a CPU, a product that widens bfloat16 weights as it reads them beats XLA, which
-first widens them in memory."""
+"""Number of tokens up to which, on a CPU, a product that widens bfloat16 weights as it reads them beats XLA,
+which first widens them in memory."""
 
 
 class Dense(nn.Module):

@@ -1,4 +1,4 @@
-"""Switch router: top-1 routing in float32, expert capacity under each of the rules in use, auxiliary losses."""
+"""Switch router: top-1 routing in float32, expert capacity by each rule in use, auxiliary losses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CapacityRule = SequenceCapacity | GroupCapacity
 
 
 class Routing(NamedTuple):
-    """Routing of each token: its expert, the router probability, and whether it is within the expert's capacity."""
+    """Routing of each token: expert, router probability, and whether it is within the expert's capacity."""
 
     expert: Int[Array, "*token"]
     probability: Float[Array, "*token"]
@@ -96,7 +96,7 @@ def within_capacity(
 
 
 class RouterWeights(nn.Module):
-    """Linear part of the router, a separate module because T5X names its parameter `router_weights/w/kernel`."""
+    """Linear part of the router, a module because T5X names its parameter `router_weights/w/kernel`."""
 
     num_experts: int
 

@@ -1,4 +1,4 @@
-"""Switch Transformer: T5's encoder-decoder with dense or routed feed-forward parts and T5X's parameter names."""
+"""Switch Transformer: T5's encoder-decoder, dense or routed feed-forward parts, T5X's parameter names."""
 
 from __future__ import annotations
 
@@ -247,7 +247,10 @@ class SwitchTransformer(nn.Module):
     def encode(
         self, tokens: Int[Array, "b n"], mask: Bool[Array, "b n"] | None = None
     ) -> Float[Array, "b n embed"]:
-        """Return the encoder output after the final norm; `mask` is False on padding, by default at the padding id."""
+        """Return the encoder output after the final norm.
+
+        `mask` is False on padding, by default at the padding id.
+        """
         return self.encoder(self.token_embedder(tokens), self._mask(tokens, mask))
 
     def decode(
@@ -264,7 +267,7 @@ class SwitchTransformer(nn.Module):
         position: Int[Array, ""],
         length: int,
     ) -> Float[Array, "b 1 vocab"]:
-        """Return the logits after one more token, with caches of `length` tokens in the collection "cache"."""
+        """Return the logits after one more token; the collection "cache" has room for `length` tokens."""
         x = self.decoder.step(self.token_embedder(token), encoded, mask, position, length)
         return self._logits(x)
 
@@ -274,6 +277,6 @@ class SwitchTransformer(nn.Module):
         decoder_input_tokens: Int[Array, "b m"],
         encoder_mask: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b m vocab"]:
-        """Return float32 logits of the decoder tokens (beginning with the start token) given the encoder tokens."""
+        """Return float32 logits of the decoder tokens (start token first) given the encoder tokens."""
         mask = self._mask(encoder_input_tokens, encoder_mask)
         return self.decode(decoder_input_tokens, self.encode(encoder_input_tokens, mask), mask)

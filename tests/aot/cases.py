@@ -1,4 +1,4 @@
-"""The programs that are compiled for absent GPUs: each op at the expert shapes of Switch base-128 and c-2048."""
+"""Programs compiled for absent GPUs: each op at the expert shapes of Switch base-128 and c-2048."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def packed_shapes(codebook: str, rows: int, width: int, levels: str = "bfloat16"
 
 
 def describe_case(case: Case, *, count_instructions: bool) -> dict[str, Any]:
-    """Compile a case and return its fields with `kernels`, those of this repository; XLA's own are left out."""
+    """Compile a case and return its fields with `kernels`: this repository's, without XLA's own."""
     launches = compiler.compile_kernels(*_program(case), compiler.GPUS[case.gpu])
     kernels = []
     for launch in launches:
@@ -109,7 +109,7 @@ def describe_launch(launch: compiler.Launch) -> dict[str, Any]:
 
 
 def _instruction_counts(case: Case, kernel: cubin.Kernel) -> dict[str, Any]:
-    """Return all instructions, those of each loop and, where it has one main loop, a warp's per 1,000 weights."""
+    """Return the instructions in all, in each loop and, given one main loop, per 1,000 weights of a warp."""
     instructions = cubin.disassemble(kernel)
     loops = list(cubin.find_loops(instructions))
     counts = {"instructions": len(instructions), "loops": loops}

@@ -70,7 +70,8 @@ class Gpu:
               device_memory_size: {self.memory_bytes}
               cuda_compute_capability {{ major: {self.capability // 10} minor: {self.capability % 10} }}
             }}
-            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.kind}"
+            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+            device_description_str: "{self.kind}"
         """
 
 

@@ -1,4 +1,4 @@
-"""XLA's own compiler makes every kernel for an H100 and an A100 without either: no spills, within the budgets."""
+"""XLA compiles every kernel for an H100 and an A100 without either: no spills, within the budgets."""
 
 import json
 

@@ -21,7 +21,7 @@ def samples(data):
 
 @pytest.fixture(scope="session")
 def compressed(data, samples, tmp_path_factory):
-    """Compress the tiny model once for each set of options; `gptq_calls` has the default's, (w, hessian, result)."""
+    """Compress the tiny model once per set of options; `gptq_calls`: (w, hessian, result) of the default."""
     made, calls = {}, []
     factorize, quantize, hessians = experts.factorize, experts._quantize, []
 

@@ -40,7 +40,7 @@ def test_every_digit_follows_from_its_hessian_and_those_before(compressed):
 
 
 def test_digits_match_upstream(data, compressed):
-    """Each layer is calibrated on the outputs of those before: behind the first that differs, others may follow."""
+    """Layers are calibrated on the outputs of those before: after one that differs, all may differ."""
     golden = np.load(data / "e2e_tiny_a_gptq_digits.npz")
     reader = qj.open_checkpoint(compressed()[0])
     differed = None
@@ -227,7 +227,7 @@ def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
 
 
 def damaged_model(data, path, values):
-    """Write a copy of the tiny model with `values` at places of its tensors, as Hugging Face's format has it."""
+    """Write a copy of the tiny model, in Hugging Face's format, with `values` at places of its tensors."""
     reader, tensors = qj.open_checkpoint(data / "hf_tiny_a"), {}
     for name, (place, value) in values.items():
         array = reader.read(name)

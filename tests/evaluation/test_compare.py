@@ -1,4 +1,4 @@
-"""Comparison of two models: zeros where they are equal, the figures of NumPy and `evaluate` where they are not."""
+"""Comparison of two models: zeros where they are equal, else the figures of NumPy and `evaluate`."""
 
 import dataclasses
 import json

@@ -55,7 +55,7 @@ def products(sample_: Sample, x, expert_index) -> tuple[np.ndarray, np.ndarray]:
 
 
 def corrupted(packed: PackedMatrix, seed: int) -> PackedMatrix:
-    """Return random codes, many beyond the table if their dtype allows, and random offsets, many out of range."""
+    """Return random codes, many beyond the table if possible, and random offsets, many out of range."""
     rng = np.random.default_rng(seed)
     top = np.iinfo(packed.codes.dtype).max
     codes = rng.integers(0, top, packed.codes.shape, endpoint=True).astype(packed.codes.dtype)

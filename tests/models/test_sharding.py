@@ -1,4 +1,4 @@
-"""The logical axes carry a model over a mesh: experts on one axis, the batch on the other, the logits unchanged."""
+"""Logical axes shard a model over a mesh: experts on one axis, the batch on the other, logits unchanged."""
 
 import os
 import subprocess

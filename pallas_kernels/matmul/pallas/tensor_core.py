@@ -217,7 +217,7 @@ def _weights(
 
 
 def bfloat16_parts(x: Float[Array, "lanes columns"]) -> list[BFloat16[Array, "lanes columns"]]:
-    """Split `x` into bfloat16 tiles with exactly its sum: 8 of the 24 bits of a float32 each, highest first."""
+    """Split `x` into bfloat16 tiles that sum exactly to `x`: 8 of a float32's 24 bits each, highest first."""
     if x.dtype == jnp.bfloat16:
         return [x]
     parts = []

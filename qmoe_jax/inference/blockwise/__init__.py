@@ -1,1 +1,1 @@
-"""A model run one layer at a time over all tokens at once, so that no more of it than a layer is in memory."""
+"""A model run layer by layer over all tokens at once, so that no more of it than one layer is in memory."""

@@ -18,7 +18,7 @@ LENGTH_MULTIPLE = 64
 """Sequence lengths are padded to a multiple of this, so that a step compiles for few shapes."""
 
 MEMORY_SHARE = 0.125
-"""Share of physical memory beyond which hidden states go to a file; comparing two models keeps four of them."""
+"""Share of physical memory above which hidden states go to a file; a comparison of two models keeps four."""
 
 
 @dataclasses.dataclass(frozen=True)

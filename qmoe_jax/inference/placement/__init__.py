@@ -19,6 +19,9 @@ from qmoe_jax.inference.placement.store import ExpertStore as ExpertStore
 
 
 def expert_statistics(params: Any) -> ExpertStatistics | None:
-    """Return the counters of the store that holds a model's experts (a live object), None for experts on the device."""
+    """Return the counters of the store that holds a model's experts, or None for experts on the device.
+
+    The counters are a live object.
+    """
     stores = stores_of(params)
     return stores[0].statistics if stores else None

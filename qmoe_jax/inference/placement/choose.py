@@ -19,11 +19,11 @@ Placement = Literal["device", "host", "disk"]
 """A place for packed experts."""
 
 SHARE = 0.8
-"""Share of the available memory that a model may take; the rest is for activations, the compiler, other programs."""
+"""Share of available memory that a model may take; activations, compiler and other programs have the rest."""
 
 CACHE_SHARE = 0.5
-"""Share of the memory left by the dense parameters that the expert cache takes; the operating system caches the same
-files in the rest."""
+"""Share of the memory left by the dense parameters that the expert cache takes; the operating system caches
+the same files in the rest."""
 
 
 @dataclasses.dataclass(frozen=True)

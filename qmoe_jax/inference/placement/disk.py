@@ -28,7 +28,7 @@ READERS = 8
 """Reader threads: enough parallel requests to keep a fast disk busy."""
 
 READS_IN_FLIGHT = 4
-"""Reads are split into at least this many: a single thread saturates neither the disk nor memory bandwidth."""
+"""Reads are split into at least this many: one thread saturates neither disk nor memory bandwidth."""
 
 
 class _PendingRead(NamedTuple):
@@ -40,7 +40,7 @@ class _PendingRead(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """Operands of one layer, with the distinct experts of its tokens and, per token, the position among them."""
+    """Operands of one layer, with its tokens' distinct experts and, per token, the position among them."""
 
     x: Float32[np.ndarray, "t embed"]
     scale: Float32[np.ndarray, "t"]
@@ -244,8 +244,8 @@ def _caches(source: PlacedSource, budget: int) -> dict[LayerKey, ExpertCache]:
         slots = min(share // layout.nbytes, experts)
         if slots < 1:
             raise ValueError(
-                f"expert_cache: expected at least {layout.nbytes * len(source.layers) // len(keys):,} bytes (one "
-                f"expert), found {budget:,}"
+                f"expert_cache: expected at least {layout.nbytes * len(source.layers) // len(keys):,} bytes "
+                f"(one expert), found {budget:,}"
             )
         caches |= dict.fromkeys(keys, ExpertCache(SlotPool(layout, slots)))
     return caches

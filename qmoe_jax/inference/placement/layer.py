@@ -62,7 +62,7 @@ class PlacedLayer:
         *,
         num_experts: int,
     ) -> Float[Array, "token embed"]:
-        """Return each token's expert output times `scale`, computed in float32 and cast to the dtype of `x`."""
+        """Return each token's expert output times `scale`, computed in float32, in the dtype of `x`."""
         index = jnp.clip(expert, 0, num_experts - 1).astype(jnp.int32)
         operands = x.astype(jnp.float32), index, scale.astype(jnp.float32)
         if platform() == "cpu":

@@ -123,7 +123,7 @@ class SlotPool:
         }
 
     def fill(self, slot: int, extent: ExpertExtent) -> SlotRead:
-        """Return the read that brings an expert into a slot; the slot is valid once it has run and finished."""
+        """Return the read that fills a slot with an expert; the slot is valid once `finish` has returned."""
         counts: dict[str, np.ndarray] = {}
 
         def destination(tensor: StoredPart, length: int) -> np.ndarray:
