@@ -14,7 +14,7 @@ TOLERANCE = 2e-4
 
 
 def decided(logits) -> np.ndarray:
-    """Where the best logit leads by more than rounding could make up, for logits `[..., choice]`."""
+    """Return whether the best of the logits `[..., choice]` leads by more than rounding could make up."""
     logits = np.asarray(logits, np.float64)
     first, second = np.moveaxis(np.sort(logits, axis=-1)[..., -2:], -1, 0)[::-1]
     return first - second > TOLERANCE * np.abs(logits).max()
@@ -33,7 +33,7 @@ def assert_same_choices(logits, expected, where) -> bool:
 
 
 def assert_same_generation(model, params, encoder, found, expected) -> None:
-    """Check that greedily generated tokens `[row, step]` are the expected ones, each row up to an undecided step."""
+    """Check greedily generated tokens `[row, step]`, each row up to its first undecided step."""
     found, expected = np.asarray(found), np.asarray(expected)
     decoder = np.pad(expected[:, :-1], ((0, 0), (1, 0)))  # the start token is 0
     sure = decided(jax.jit(model.apply)({"params": params}, encoder, decoder))

@@ -1,23 +1,27 @@
 """Checks of GPTQ's digits that hold on any CPU, because float64 judges each digit given the digits before it.
 
-CPUs add in different orders, so a target within float32 rounding of a border falls on either side of it, and all
-later digits of its row follow. Two results of one problem therefore need not have equal digits. What must hold is:
+CPUs add in different orders, so a target within float32 rounding of a border falls on either side of it, and
+all later digits of its row follow. Two results of one problem therefore need not have equal digits. What must
+hold is:
 
-- A digit is the grid's for its target, or the target lies within the tolerance of that digit's cell. The target is
-  computed in float64 from the digits before it, as they were chosen (`Replay.assert_digits_follow`).
+- A digit is the grid's for its target, or the target lies within the tolerance of that digit's cell. The
+  target is computed in float64 from the digits before it, as they were chosen
+  (`Replay.assert_digits_follow`).
 - Levels are those of the weights as they stand, within the tolerance (`Replay.assert_levels_follow`).
 - Each row equals another result's up to the first column where both digits are allowed
   (`Replay.assert_same_up_to_a_border`).
 
-The tolerance is `STANDARD_DEVIATIONS` of the rounding error that a float32 computation of the target has. With
-H = Lᵀ C L of width n, D = W - Q and R = D Lᵀ, a Cholesky factorization in float32 factors H + ΔH, whose ΔH_ij is
-a sum of n roundings: √n u √(H_ii H_jj), u = 2⁻²⁴ (Higham, Accuracy and Stability, theorem 10.3, with √n for n as the
-signs are random: Higham and Mary 2019). To first order the factor then moves by C⁻¹ stril(L⁻ᵀ ΔH L⁻¹) L, so
+The tolerance is `STANDARD_DEVIATIONS` of the rounding error that a float32 computation of the target has.
+With H = Lᵀ C L of width n, D = W - Q and R = D Lᵀ, a Cholesky factorization in float32 factors H + ΔH, whose
+ΔH_ij is a sum of n roundings: √n u √(H_ii H_jj), u = 2⁻²⁴ (Higham, Accuracy and Stability, theorem 10.3, with
+√n for n as the signs are random: Higham and Mary 2019). To first order the factor then moves by C⁻¹ stril(L⁻ᵀ
+ΔH L⁻¹) L, so
 
-    var(target_i) = n u² a_i / C_i² Σ_{k<i} a_k R_k²  +  n u² Σ_{j<i} L_ij² D_j²  +  u² W_i²,   a = |L⁻ᵀ|² diag(H).
+    var(target_i) = n u² a_i / C_i² Σ_{k<i} a_k R_k² + n u² Σ_{j<i} L_ij² D_j² + u² W_i²,
+    a = |L⁻ᵀ|² diag(H).
 
-Measured on the golden problems with OpenBLAS' kernels for SkylakeX and Haswell, the error is at most 0.35 standard
-deviations, and at most 0.16 % of the weights lie within 4 of a border.
+Measured on the golden problems with OpenBLAS' kernels for SkylakeX and Haswell, the error is at most 0.35
+standard deviations, and at most 0.16 % of the weights lie within 4 of a border.
 """
 
 from __future__ import annotations
@@ -101,7 +105,7 @@ class Problem:
         return first * (digits - second)
 
     def excess(self, target, digits, levels) -> np.ndarray:
-        """Distance of each target from its digit's cell: positive outside, minus the distance to a border inside."""
+        """Distance of each target from its digit's cell: positive outside, negative inside."""
         first, second = levels[..., 0], levels[..., 1]
         if self.bits is None:
             low, high = np.where(first < 0, first / 2, -np.inf), np.where(second > 0, second / 2, np.inf)
@@ -122,7 +126,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What GPTQ's rule says, in float64, about every digit given those before it; columns in the order."""
+    """GPTQ's rule in float64 for every digit given those before it; columns in the order."""
 
     problem: Problem
     digits: np.ndarray
@@ -171,7 +175,7 @@ class Replay:
 
     @functools.cached_property
     def tolerance(self) -> np.ndarray:
-        """How far outside its cell the target of a digit may lie."""
+        """Distance that the target of a digit may lie outside its cell."""
         return STANDARD_DEVIATIONS * self.target_std
 
     @functools.cached_property
@@ -181,7 +185,7 @@ class Replay:
 
     @functools.cached_property
     def at_a_border(self) -> np.ndarray:
-        """Where the tolerance leaves the digit undecided, and the digits have values that differ by more than it."""
+        """True where the tolerance leaves the digit undecided between values that differ by more than it."""
         first, second = np.moveaxis(self.column_levels, -1, 0)
         apart = first if self.problem.bits is not None else (second - first) / 2
         return (np.abs(self.excess) <= self.tolerance) & (apart > 2 * self.tolerance)
@@ -201,7 +205,7 @@ class Replay:
 
     @functools.cached_property
     def standing(self) -> tuple[np.ndarray, np.ndarray]:
-        """The weights that each group's levels are found from, at the start of the block where the group begins.
+        """Weights from which each group's levels are found, at the start of the block where the group begins.
 
         They stand where they make up in full for all columns before, so that R = 0 from there on.
 
@@ -227,7 +231,7 @@ class Replay:
 
     @functools.cached_property
     def expected_levels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Levels `[out, group, 2]` in float64, what they may be off `[out, group]`, zero points at a border."""
+        """Levels `[out, group, 2]` in float64, their tolerance `[out, group]`, zero points at a border."""
         p, (weights, std) = self.problem, self.standing
         groups = p.group.max() + 1
         size = p.group_size or p.w.shape[1]
@@ -291,15 +295,15 @@ class Replay:
             row, place = rows[worst], first[rows[worst]]
             raise AssertionError(
                 f"{(over > 0).sum()} rows differ elsewhere than at a border; the worst is row {row}, column "
-                f"{self.problem.order[place]}: digits {self.digits[row, place]} and {other[row, place]}, with a "
-                f"target {excess[worst]:.2g} outside the second's cell, allowed are "
+                f"{self.problem.order[place]}: digits {self.digits[row, place]} and {other[row, place]}, with "
+                f"a target {excess[worst]:.2g} outside the second's cell, allowed are "
                 f"{self.shared_tolerance[row, place]:.2g}"
             )
         return 1 - float(different.mean())
 
     @functools.cached_property
     def level_tolerance(self) -> np.ndarray:
-        """How far apart two float32 results of the same digits before may put a border or value, `[out, in]`."""
+        """Distance of a border or value in two float32 results with the same digits before, `[out, in]`."""
         if self.problem.group_size is None:
             return np.zeros_like(self.problem.w)
         _, off, undecided = self.expected_levels
@@ -307,17 +311,17 @@ class Replay:
 
     @functools.cached_property
     def shared_tolerance(self) -> np.ndarray:
-        """How far outside another result's cell this one's target may lie, all digits before being equal."""
+        """Distance that a target may lie outside another result's cell, all digits before being equal."""
         return 2 * self.tolerance + self.level_tolerance
 
     def before_a_difference(self, digits) -> np.ndarray:
-        """Where a row of another result's digits is still equal, `[out, in]` in the order."""
+        """True while a row of another result's digits is still equal, `[out, in]` in the order."""
         other = np.asarray(digits).astype(int)[:, self.problem.order]
         return np.cumsum(other != self.digits, axis=1) == 0
 
 
 def determined_places(hessian: np.ndarray, order: np.ndarray | None) -> int:
-    """How many leading columns of an activation order are the only ones possible: those before the first tie."""
+    """Return the number of leading columns of an activation order before the first tie."""
     if order is None:
         return len(hessian)
     diagonal = np.diagonal(hessian)[order]

@@ -16,7 +16,7 @@ each_run = pytest.mark.parametrize("run", ILL_CONDITIONED, ids=lambda run: run.k
 
 @functools.cache
 def replayed(run: golden.Run, seed: int | None = None) -> list[Replay]:
-    """Experts 0, 2 and 3 judged against the Hessian as it is, quantized with one as another CPU would round it."""
+    """Experts 0, 2 and 3, quantized with a Hessian as another CPU would round it, judged against the true one."""
     experts = np.array([0, 2, 3])
     w, hessian = golden.vectors[f"{run.case}.W"][experts], golden.hessian(run.case)[experts]
     rounded = hessian
@@ -51,7 +51,7 @@ def least_well_conditioned(run: golden.Run) -> Replay:
 
 
 def planted(expert: Replay, row: int, place: int, *, followed: bool) -> Replay:
-    """The digits with another one, the nearest other, in one place; those after it follow from it, or do not."""
+    """The digits with the nearest other one in one place; those after it follow from it, or do not."""
     problem, levels = expert.problem, expert.column_levels
     digits = expert.digits.copy()
     every = np.arange(3 if problem.bits is None else 2**problem.bits)
@@ -73,7 +73,7 @@ def in_matrix_order(expert: Replay) -> np.ndarray:
 
 
 def unstandardized(expert: Replay) -> np.ndarray:
-    """How far the targets lie inside their cells, in tolerances, the last columns' left out: few follow them."""
+    """Distance of targets from their borders, in tolerances; the last columns, which few follow, left out."""
     return np.abs(expert.excess / expert.tolerance)[:, :128]
 
 

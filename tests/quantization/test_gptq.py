@@ -87,7 +87,7 @@ def replays(run: golden.Run) -> list[Replay]:
 
 @functools.cache
 def determined(run: golden.Run) -> list[int]:
-    """How many columns of each expert, in the order of quantization, upstream cannot have taken in another order.
+    """Number of leading columns of each expert that upstream cannot have taken in another order.
 
     Its sort is not stable. Without a Hessian and without groups no order matters.
     """
@@ -162,10 +162,10 @@ def test_the_error_is_that_of_the_values(run):
 
 @every_run
 def test_errors_are_upstreams(run):
-    """What it printed, and what its program for measuring it gave, of all experts that it did not give up.
+    """Errors as upstream printed and as its program measured them, for experts with a usable Hessian.
 
-    A row whose digits differ from upstream's, as they may from a border on, may have any error up to the larger of
-    the two rows'; the experts that count are those whose order is determined.
+    A row whose digits differ from upstream's, as they may from a border on, may have any error up to the
+    larger of the two rows'; the experts that count are those whose order is determined.
     """
     if run.bfloat16:
         pytest.skip("upstream did not print it")
@@ -226,7 +226,7 @@ def assert_follows(q: Quantized, w, hessian, bits=None, **options) -> list[Repla
 
 
 def assert_same_up_to_borders(q: Quantized, other: Quantized, w, hessian, bits=None, **options) -> None:
-    """Both follow the rule, and each row of the two is equal up to a border; values and errors as float32 gives."""
+    """Check that both follow the rule and that each row of the two is equal up to a border."""
     judged = assert_follows(q, w, hessian, bits, **options)
     others = assert_follows(other, w, hessian, bits, **options)
     for number, (mine, theirs) in enumerate(zip(judged, others, strict=True)):
