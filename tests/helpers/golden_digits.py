@@ -295,8 +295,8 @@ class Replay:
             row, place = rows[worst], first[rows[worst]]
             raise AssertionError(
                 f"{(over > 0).sum()} rows differ elsewhere than at a border; the worst is row {row}, column "
-                f"{self.problem.order[place]}: digits {self.digits[row, place]} and {other[row, place]}, with "
-                f"a target {excess[worst]:.2g} outside the second's cell, allowed are "
+                f"{self.problem.order[place]}: digits {self.digits[row, place]} and {other[row, place]}, "
+                f"with a target {excess[worst]:.2g} outside the second's cell, allowed are "
                 f"{self.shared_tolerance[row, place]:.2g}"
             )
         return 1 - float(different.mean())
