@@ -16,7 +16,7 @@ each_run = pytest.mark.parametrize("run", ILL_CONDITIONED, ids=lambda run: run.k
 
 @functools.cache
 def replayed(run: golden.Run, seed: int | None = None) -> list[Replay]:
-    """Experts 0, 2 and 3, quantized with a Hessian as another CPU would round it and judged by the true one."""
+    """Experts 0, 2 and 3, quantized with a Hessian as another CPU rounds it and judged by the true one."""
     experts = np.array([0, 2, 3])
     w, hessian = golden.vectors[f"{run.case}.W"][experts], golden.hessian(run.case)[experts]
     rounded = hessian
