@@ -22,8 +22,7 @@ as_index: Any = np.uintp
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function on its first call, for callers in compiled code or Python; it runs without the
-    GIL."""
+    """Compile a function on its first call, for compiled code or Python to call; it runs without the GIL."""
     return numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
 
 
