@@ -17,8 +17,10 @@ With H = Lᵀ C L of width n, D = W - Q and R = D Lᵀ, a Cholesky factorization
 √n for n as the signs are random: Higham and Mary 2019). To first order the factor then moves by C⁻¹ stril(L⁻ᵀ
 ΔH L⁻¹) L, so
 
-    var(target_i) = n u² a_i / C_i² Σ_{k<i} a_k R_k² + n u² Σ_{j<i} L_ij² D_j² + u² W_i²,
-    a = |L⁻ᵀ|² diag(H).
+    var(target_i) = n u² a_i / C_i² Σ_{k<i} a_k R_k² + u² Σ_{j<i} L_ij² (n D_j² + W_j² + Q_j²) + u² W_i²,
+    a = |L⁻ᵀ|² diag(H),
+
+where the values Q may be rounded before they are taken from W, or not (fused multiply-add).
 
 Measured on the golden problems with OpenBLAS' kernels for SkylakeX and Haswell, the error is at most 0.35
 standard deviations, and at most 0.16 % of the weights lie within 4 of a border.
@@ -148,6 +150,11 @@ class Replay:
         return self.problem.w - self.value
 
     @functools.cached_property
+    def deviation_variance(self) -> np.ndarray:
+        """Of the deviations in float32, in u²: a value is rounded before it is taken from the weight, or is not."""
+        return self.problem.w**2 + self.value**2
+
+    @functools.cached_property
     def target(self) -> np.ndarray:
         """The weights moved by the error feedback of the columns before."""
         return self.problem.w + self.deviation @ np.tril(self.problem.lower, -1).T
@@ -169,7 +176,8 @@ class Replay:
         """Standard deviation of a float32 target, with that of comparing it to a border."""
         p, deviation = self.problem, self.deviation
         factor = self.residual_std(self.target - self.value)
-        sums = p.w.shape[1] * deviation**2 @ np.tril(p.lower, -1).T ** 2
+        terms = p.w.shape[1] * deviation**2 + self.deviation_variance
+        sums = terms @ np.tril(p.lower, -1).T ** 2
         comparing = p.w**2 + self.target**2 + (self.column_levels**2).sum(-1)
         return np.sqrt(factor**2 + UNIT**2 * (sums + comparing))
 
@@ -225,13 +233,19 @@ class Replay:
             residual = np.concatenate([done @ p.lower[:start, :start].T, np.zeros_like(moved)], 1)
             sums = p.w.shape[1] * UNIT**2 * (done**2 @ p.lower[start:, :start].T ** 2 + moved**2)
             variance = (self.residual_std(residual)[:, start:] ** 2 + sums) @ rest.T**2
+            feedback = rest @ p.lower[start:, :start]
+            variance += UNIT**2 * self.deviation_variance[:, :start] @ feedback.T**2
             inside = slice(first - start, first - start + size)
             weights[:, members], std[:, members] = moved[:, inside], np.sqrt(variance[:, inside])
         return weights, std
 
     @functools.cached_property
     def expected_levels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Levels `[out, group, 2]` in float64, their tolerance `[out, group]`, zero points at a border."""
+        """Levels in float64 `[out, group, 2]`, their tolerance, and where they are undecided `[out, group]`.
+
+        A zero point is undecided at a border of its own, and so is whether weights near zero are zero: rows of
+        zeros have the levels of weights from -1 to 1.
+        """
         p, (weights, std) = self.problem, self.standing
         groups = p.group.max() + 1
         size = p.group_size or p.w.shape[1]
@@ -242,12 +256,13 @@ class Replay:
         low, high = np.where(empty, -1, low), np.where(empty, 1, high)
         off = np.stack([std[:, s].max(1) for s in parts], 1)
         off = STANDARD_DEVIATIONS * np.maximum(off, UNIT * np.maximum(high, -low))
+        nothing = np.maximum(high, -low) <= off
         if p.bits is None:
-            return np.stack([low, high], -1), off, np.zeros(low.shape, bool)
+            return np.stack([low, high], -1), off, nothing
         step = (high - low) / (2**p.bits - 1)
         zero = -low / step
         undecided = np.abs(zero - np.floor(zero) - 0.5) <= 6 * off / step
-        return np.stack([step, np.round(zero)], -1), off, undecided
+        return np.stack([step, np.round(zero)], -1), off, undecided | nothing
 
     def assert_levels_follow(self) -> None:
         """Check the levels: those of whole rows bit by bit, those of groups within their tolerance."""
@@ -261,12 +276,15 @@ class Replay:
                 step = (high - low) / np.float32(2**p.bits - 1)
                 low, high = step, np.round(-low / step)
             np.testing.assert_array_equal(self.levels[:, 0], np.stack([low, high], -1))
-        elif p.bits is None:
-            assert (np.abs(self.levels - wanted) <= off[..., None]).all()
-        else:
-            assert (np.abs(self.levels[..., 0] - wanted[..., 0]) <= off).all()
-            moved = np.abs(self.levels[..., 1] - wanted[..., 1])
-            assert (moved <= undecided).all()
+            return
+        zeros = np.float32([-1, 1])
+        if p.bits is not None:
+            step = np.float32(2) / np.float32(2**p.bits - 1)
+            zeros = np.array([step, np.round(np.float32(1) / step)])
+        as_zeros = undecided & (self.levels == zeros).all(-1)
+        distance = np.abs(self.levels - wanted)
+        allowed = np.stack([off, off if p.bits is None else undecided * 1.0], -1)
+        assert ((distance <= allowed) | as_zeros[..., None]).all()
 
     def assert_same_up_to_a_border(self, digits, places: int | None = None) -> float:
         """Check that each row of another result's digits `[out, in]` equals this one up to a border.
