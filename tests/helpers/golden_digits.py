@@ -151,7 +151,7 @@ class Replay:
 
     @functools.cached_property
     def deviation_variance(self) -> np.ndarray:
-        """Of the deviations in float32, in u²: a value is rounded before it is taken from the weight, or is not."""
+        """Variance of the deviations in float32, in u²: a value may be rounded before its subtraction or not."""
         return self.problem.w**2 + self.value**2
 
     @functools.cached_property
@@ -243,8 +243,8 @@ class Replay:
     def expected_levels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Levels in float64 `[out, group, 2]`, their tolerance, and where they are undecided `[out, group]`.
 
-        A zero point is undecided at a border of its own, and so is whether weights near zero are zero: rows of
-        zeros have the levels of weights from -1 to 1.
+        A zero point is undecided at a border of its own, and so is whether weights near zero are zero:
+        rows of zeros have the levels of weights from -1 to 1.
         """
         p, (weights, std) = self.problem, self.standing
         groups = p.group.max() + 1
