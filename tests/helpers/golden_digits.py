@@ -151,7 +151,7 @@ class Replay:
 
     @functools.cached_property
     def deviation_variance(self) -> np.ndarray:
-        """Variance of the deviations in float32, in u²: a value may be rounded before its subtraction or not."""
+        """Variance of the deviations in float32, in u²; values may be rounded before the subtraction."""
         return self.problem.w**2 + self.value**2
 
     @functools.cached_property
