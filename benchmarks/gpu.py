@@ -88,7 +88,7 @@ def device() -> dict[str, Any]:
 
 
 def require_gpu(rehearsal: bool) -> None:
-    """Exit with a reason if there is no GPU to measure and this is not a rehearsal."""
+    """Exit with a reason without a GPU to measure, unless this is a rehearsal."""
     if jax.default_backend() != "gpu" and not rehearsal:
         raise SystemExit(
             f"expected a CUDA device, found {jax.devices()[0].device_kind}: nothing is measured here "

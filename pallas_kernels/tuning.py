@@ -107,7 +107,7 @@ def table_path(device: str) -> pathlib.Path:
 
 @functools.cache
 def load_table(path: pathlib.Path) -> dict[Problem, dict[str, int]]:
-    """Return the configurations in a file made by `tuned_table`, as fields; none if there is no file.
+    """Return the configurations in a file made by `tuned_table`, as fields; none without a file.
 
     Raises:
         ValueError: an entry does not have the form that this version writes.

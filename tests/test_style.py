@@ -15,6 +15,7 @@ OPENERS = re.compile(r"(What|Whether|How|Where|Which|Why|When)\b")
 UNITS = "bits|bytes|codewords|experts|levels|milliseconds|reads|seconds|tokens|weights"
 THINGS = "block|expert|group|layer|matrix|parameter|row|second|step|token|weight"
 PER = re.compile(rf"\b({UNITS})( an? |_an?_)({THINGS})\b")
+IS_NO = re.compile(r"\b(is|are) no\b(?! longer)")
 SECTION = re.compile(r"^( *)(Args|Attributes|Raises|Returns|Yields):\n( *)\S", re.MULTILINE)
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,6 +35,12 @@ def docstrings(path: pathlib.Path) -> list[str]:
 def test_docstrings_say_what_is_done_or_held(path):
     """A summary is an imperative or a noun phrase, not an indirect question."""
     assert [text for text in docstrings(path) if OPENERS.match(text)] == []
+
+
+@every_file
+def test_prose_says_is_not_rather_than_is_no(path):
+    found = [match[0] for text in docstrings(path) for match in IS_NO.finditer(text)]
+    assert found == []
 
 
 @every_file

@@ -40,7 +40,7 @@ def installed_version() -> tuple[int, int]:
     """Return (major, minor) of the API that the installed jaxlib implements, from its header.
 
     Raises:
-        OSError: there is no header.
+        OSError: the header is missing.
         ValueError: the header does not define a version.
     """
     header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")

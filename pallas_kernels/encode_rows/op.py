@@ -49,8 +49,8 @@ def encode_rows(
             by default the first of the platform's backends that can run.
 
     Raises:
-        ValueError: there is no row or column, the dtype is another one, or an expert may take more codewords
-            than an int32 counts.
+        ValueError: rows or columns are missing, the dtype is another one, or an expert may take more
+            codewords than an int32 counts.
         NotImplementedError: `backend` cannot run here.
     """
     *experts, rows, width = digits.shape

@@ -2,7 +2,7 @@
 
 The feedback of a panel stays in registers, its columns unrolled; the deviations of earlier panels are read
 back from the output by the thread that wrote them (one row per thread leaves no other way to lay them out),
-so there is no barrier.
+so no barrier is needed.
 """
 
 from __future__ import annotations

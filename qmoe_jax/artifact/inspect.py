@@ -79,7 +79,7 @@ def inspect(checkpoint: str | os.PathLike[str] | Checkpoint) -> Inspection:
     `check=False` for that, or it would have been refused.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its index is damaged.
+        CheckpointError: the checkpoint is missing, or its index is damaged.
     """
     checkpoint = open_checkpoint(checkpoint, check=False)
     sizes = {name: math.prod(checkpoint.shape(name)) for name in checkpoint.names()}

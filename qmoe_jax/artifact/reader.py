@@ -184,7 +184,7 @@ class ArtifactReader(Checkpoint):
         """Return the contiguous range of bytes that has all matrices of one expert; it reads and parses them.
 
         Raises:
-            KeyError: there is no such compressed layer.
+            KeyError: the layer does not exist or is not compressed.
             IndexError: the layer has no such expert.
         """
         return self.layers[stack, layer].extent(expert)

@@ -156,7 +156,7 @@ class RunReport:
 
     @classmethod
     def read(cls, root: str | Path) -> Self:
-        """Read the report of an artifact, finished or not; an empty one where there is no file.
+        """Read the report of an artifact, finished or not; an empty one without a file.
 
         Raises:
             CheckpointError: the file is damaged, or was written by another version.

@@ -25,7 +25,7 @@ class Verification:
     """The result of `verify`.
 
     Attributes:
-        ok: whether there are no problems.
+        ok: true without problems.
         problems: each names the file, what was expected and what was found.
         files: number of files checked.
         bytes: number of bytes checked.

@@ -53,7 +53,7 @@ class Checkpoint:
         """Return a parameter in its stored dtype, or the range `experts` of an expert kernel, as a new array.
 
         Raises:
-            CheckpointError: there is no such parameter, or its file is damaged.
+            CheckpointError: the parameter does not exist, or its file is damaged.
             ValueError: `experts` is given for a parameter without experts, or has a step.
         """
         tensor = self._tensor(name)

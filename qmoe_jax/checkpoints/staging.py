@@ -49,7 +49,7 @@ class _Blocks:
     Attributes:
         chunked: the tensor.
         file: the scratch file.
-        block: number of the block in the file; None while there is no complete one.
+        block: number of the block in the file; None until one is complete.
         lock: held by the thread that reads or replaces the block.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 PIPED_WIDTH = 160
-"""Columns where there is no terminal: wide enough for the lines of tables, so that they can be searched."""
+"""Columns without a terminal: wide enough for the lines of tables, so that they can be searched."""
 
 
 def stdout() -> Console:

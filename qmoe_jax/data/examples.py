@@ -29,7 +29,7 @@ def check_examples(examples: Examples, vocab_size: int, *, min_decoder: int = 1)
         min_decoder: decoder ids that a sample must have; 2 where one is to be predicted.
 
     Raises:
-        ValueError: there are no samples, one has too few ids, or an id is outside the vocabulary.
+        ValueError: samples are missing, one has too few ids, or an id is outside the vocabulary.
     """
     if not examples:
         raise ValueError("no examples: expected at least one pair of encoder and decoder ids")

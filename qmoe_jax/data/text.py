@@ -45,7 +45,7 @@ def read_documents(path: str | pathlib.Path, split: str | None = None) -> Iterat
             splits.
 
     Raises:
-        TextError: there is no text, or a line is not a JSON object with "text".
+        TextError: no text is found, or a line is not a JSON object with "text".
     """
     for file in text_files(path):
         try:

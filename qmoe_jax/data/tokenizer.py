@@ -47,7 +47,7 @@ class Tokenizer:
         """Read a sentencepiece model: the file `path`, or the one that belongs to the checkpoint at `path`.
 
         Raises:
-            TextError: there is no such file, or it is not a sentencepiece model.
+            TextError: the file does not exist, or is not a sentencepiece model.
         """
         found = pathlib.Path(path)
         if not found.is_file():

@@ -75,7 +75,7 @@ def evaluate(
         progress: called with the number of examples done.
 
     Raises:
-        ValueError: there is no example, one without a token to predict, or an id outside the vocabulary.
+        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary.
         CheckpointError: experts on disk that were needed cannot be read.
     """
     check_examples(examples, model.config.vocab_size, min_decoder=2)

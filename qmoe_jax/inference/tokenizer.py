@@ -29,7 +29,7 @@ def load_tokenizer(
 
     Raises:
         CheckpointError: the checkpoint cannot be opened.
-        TextError: there is no tokenizer, or it has more ids than the model.
+        TextError: no tokenizer is found, or it has more ids than the model.
     """
     reader = open_checkpoint(checkpoint)
     found = path or find_tokenizer(reader.path)

@@ -26,7 +26,7 @@ class Quantized:
         levels: two numbers for each row and group: (minimum, maximum) for ternary, (step, zero point) for a
             uniform grid. One group per row by default.
         error: ½ tr(D H Dᵀ) with D the deviation from the original weights and H the damped Hessian; the
-            identity where there is no Hessian: after a fallback, and for `round_to_nearest`. NaN if a weight
+            identity without a Hessian: after a fallback, and for `round_to_nearest`. NaN if a weight
             was NaN.
         fallback: true where the Hessian was zero or could not be factored, so that the expert was rounded to
             nearest.

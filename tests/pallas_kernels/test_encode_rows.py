@@ -19,7 +19,7 @@ from tests.helpers.bounds import checked_kernels, ran, strays, traced
 from tests.helpers.kernel_contract import BACKENDS
 from tests.helpers.lowering import kernels, lowered_for_cuda
 
-# Every codebook on a shape that is no multiple of anything, the first one also on a single digit.
+# Every codebook on a shape that is not a multiple of anything, the first one also on a single digit.
 CASES = {
     "tunstall-8-one": ("tunstall-8", (1, 1, 1)),
     **{name: (name, (3, 7, 131)) for name in samples.CODEBOOKS},

@@ -26,7 +26,7 @@ from qmoe_jax.parameters import EMBEDDING, LOGITS
 
 
 def open_huggingface(location: Location) -> Checkpoint | None:
-    """Open a local directory with `WEIGHT_FILES` and a config.json; None where there are no weights.
+    """Open a local directory with `WEIGHT_FILES` and a config.json; None without weights.
 
     Reads config.json, an index and the headers of the weight files. No weights, unless an untied model stores
     copies of its embedding: these are compared.

@@ -43,7 +43,7 @@ class UpstreamReader(Checkpoint):
         """Return a range of an expert kernel's matrices as `pallas_kernels` takes them, in host memory.
 
         Raises:
-            CheckpointError: there is no such parameter.
+            CheckpointError: the parameter does not exist.
             ValueError: `name` is not an expert kernel.
         """
         kernel = self._tensor(name)
@@ -53,7 +53,7 @@ class UpstreamReader(Checkpoint):
 
 
 def open_upstream(location: Location) -> UpstreamReader | None:
-    """Open an upstream directory; None where there is no `noexp.pt`. Reads the files' indices, no tensors.
+    """Open an upstream directory; None without a `noexp.pt`. Reads the files' indices, no tensors.
 
     Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of
     its own here, untied, with the scale of tied models folded in, in float32 (bfloat16 would round the
