@@ -19,6 +19,7 @@ from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.reading import read_whole
 
 FORMAT = "qmoe"
@@ -211,7 +212,7 @@ def read_canonical(path: Path) -> dict[str, Any]:
         content = json.loads(data)
         rendered = canonical(content)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, "a JSON object", str(error)) from error
+        raise foreign_error(path, data) or _damaged(path, "a JSON object", str(error)) from error
     if not isinstance(content, dict) or rendered != data:
         raise _damaged(path, "canonical JSON as it was written", "other bytes")
     return content

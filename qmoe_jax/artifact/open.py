@@ -6,24 +6,28 @@ import os
 from pathlib import Path
 
 from qmoe_jax import checkpoints
-from qmoe_jax.artifact.manifest import MANIFEST, RUN
+from qmoe_jax.artifact.manifest import MANIFEST, REPORT, RUN
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.open import Format, open_format
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.files.location import Location
+from qmoe_jax.files.location import Location, local_path
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Return whether an artifact lies at a path, finished or not."""
-    return any((Path(path) / name).is_file() for name in (MANIFEST, RUN))
+    """Return whether an artifact lies at a path (or file URL), finished or not."""
+    root = local_path(path)
+    return root is not None and any((root / name).is_file() for name in (MANIFEST, RUN))
 
 
-def _open_artifact(location: Location) -> ArtifactReader | None:
+def _open_artifact(location: Location, file: str | None) -> ArtifactReader | None:
     local = isinstance(location.path, Path) and is_artifact(location.path)
     return ArtifactReader.open(location.path) if local else None
 
 
-FORMATS = (Format("qmoe", f"{MANIFEST} or {RUN}", _open_artifact), *checkpoints.FORMATS)
+FORMATS = (
+    Format("qmoe", (MANIFEST, RUN), _open_artifact, (REPORT, "SHA256SUMS", "codebooks.safetensors")),
+    *checkpoints.FORMATS,
+)
 """Every format, in the order in which they are looked for."""
 
 
@@ -31,7 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, check: bool = 
     """Open what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
 
     Args:
-        path: a local path or, for T5X, a URL. An opened checkpoint is returned as it is.
+        path: a local path, a file URL or, for T5X, another URL. An opened checkpoint is returned as it is.
         check: look at every file first (present, not cut short); otherwise damage shows later.
 
     Raises:

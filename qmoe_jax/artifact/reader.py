@@ -20,6 +20,7 @@ from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import pack
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import read_head, recognize
 from qmoe_jax.files.tensor import LazyTensor, Shard, Tensor
 from qmoe_jax.parameters import ExpertKernel, expert_shapes
 
@@ -204,8 +205,10 @@ def _shards(root: Path, manifest: Manifest) -> list[Shard]:
     shards = []
     for path, record in expected.items():
         found = (root / path).stat().st_size if (root / path).is_file() else None
-        problem = (
-            None if found == record.bytes else f"expected {record.bytes} bytes, found {found or 'no file'}"
-        )
+        problem = None
+        if found != record.bytes:
+            known = recognize(read_head(root / path))
+            problem = f"expected {record.bytes} bytes, found {found or 'no file'}"
+            problem = f"{known.problem}: {problem}" if known else problem
         shards.append(Shard(path, found, problem))
     return shards

@@ -89,7 +89,7 @@ def compare(
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {original}, {compressed} and the text"):
         checkpoints = qj.open_checkpoint(original), qj.open_checkpoint(compressed)
-        found = tokenizer or find_tokenizer(original) or find_tokenizer(compressed)
+        found = tokenizer or next(filter(None, (find_tokenizer(each.path) for each in checkpoints)), None)
         tokens = load_tokenizer(checkpoints[0], found, extra_ids)
         examples = options.read(text, tokens)
     note(f"{len(examples):,} samples; tokenizer {tokens.path}")

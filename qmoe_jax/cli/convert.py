@@ -59,7 +59,7 @@ def convert(
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
             written = qj.convert(checkpoint, output, to, dtype=dtype, step=step, progress=progress)
-        tokenizer = _copy_tokenizer(path, output / TOKENIZER_NAMES[to])
+        tokenizer = _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to])
     except KeyboardInterrupt:
         raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
     fields = {
@@ -70,7 +70,7 @@ def convert(
     return Answer(fields, (Text(f"{written}: {to}, from {path} ({checkpoint.format}){beside}"),))
 
 
-def _copy_tokenizer(checkpoint: str, target: Path) -> Path | None:
+def _copy_tokenizer(checkpoint: Path | str, target: Path) -> Path | None:
     """Copy the checkpoint's tokenizer unless `target` exists; return None where nothing was copied."""
     source = find_tokenizer(checkpoint)
     if source is None or target.exists():

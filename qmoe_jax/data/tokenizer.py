@@ -13,6 +13,8 @@ from jaxtyping import Int32
 
 from qmoe_jax.data.span_corruption import EOS, Sentinels
 from qmoe_jax.data.text import TextError
+from qmoe_jax.files.foreign import foreign_error
+from qmoe_jax.files.location import local_path
 
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model")
 """Names of a sentencepiece model beside a checkpoint: ours and T5's, Hugging Face's."""
@@ -26,9 +28,10 @@ def find_tokenizer(checkpoint: str | os.PathLike[str]) -> pathlib.Path | None:
 
     It is looked for in the checkpoint's directory and, as T5X lays its files out, in the one above.
     """
-    folder = pathlib.Path(checkpoint).expanduser()
-    if not folder.exists():
+    folder = local_path(checkpoint)
+    if folder is None or not folder.exists():
         return None
+    folder = folder if folder.is_dir() else folder.parent
     candidates = (place / name for place in (folder, folder.resolve().parent) for name in TOKENIZER_FILES)
     return next((path for path in candidates if path.is_file()), None)
 
@@ -62,6 +65,8 @@ class Tokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(found))
         except RuntimeError as error:  # sentencepiece's only kind of error
+            if known := foreign_error(found):
+                raise TextError(str(known)) from error
             raise TextError(f"{found}: expected a sentencepiece model; {error}") from error
         start = self.model.get_piece_size()
         self.sentinels = Sentinels(start, start + extra_ids - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from qmoe_jax.files.errors import CheckpointError
 
 # Six tries over about 20 seconds; tensorstore's default goes on for a quarter of an hour when a host is down.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+
+
+_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+class Unreadable(CheckpointError):
+    """A file that a server or the system does not give out: it may be there and whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +46,14 @@ class Location:
         Nothing is read, so a local path need not exist.
 
         Raises:
-            CheckpointError: no driver opens the URL.
+            CheckpointError: no driver opens the URL, or it is a file URL that `local_path` refuses.
         """
-        text = os.fspath(path)
         context = ts.Context({f"{driver}_request_retries": _RETRIES for driver in ("http", "gcs", "s3")})
-        if match := re.match(r"([a-z0-9+.-]+)://", text):
-            url = text.rstrip("/") + "/"
+        if (local := local_path(path)) is None:
+            text = os.fspath(path)
+            match = _URL.match(text)
+            assert match is not None
+            url = match[0].lower() + text[match.end() :].rstrip("/") + "/"
             try:
                 store = ts.KvStore.open(url, context=context).result()
             except ValueError as error:
@@ -53,8 +63,7 @@ class Location:
                     expected="a local path, or gs://, s3://, http(s)://, file://",
                     found=first_line(error),
                 ) from error
-            return cls(Path(text[7:]) if match[1] == "file" else url.rstrip("/"), store, context)
-        local = Path(text).expanduser()
+            return cls(url.rstrip("/"), store, context)
         spec = {"driver": "file", "path": f"{os.path.abspath(local)}/"}
         return cls(local, ts.KvStore.open(spec, context=context).result(), context)
 
@@ -71,7 +80,9 @@ class Location:
     @property
     def parent(self) -> Location:
         """The directory above."""
-        return Location.of(str(self.path).rsplit("/", maxsplit=1)[0] or "/")
+        if isinstance(self.path, Path):
+            return Location.of(self.path.absolute().parent if self.path == Path() else self.path.parent)
+        return Location.of(self.path.rsplit("/", maxsplit=1)[0])
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -83,9 +94,7 @@ class Location:
         try:
             result = self.store.read(key).result()
         except (ValueError, OSError) as error:
-            raise CheckpointError(
-                "cannot be read", path=f"{self.path}/{key}", found=first_line(error)
-            ) from error
+            raise Unreadable("cannot be read", path=f"{self.path}/{key}", found=first_line(error)) from error
         return result.value if result.state == "value" else None
 
     def directories(self) -> list[str]:
@@ -98,6 +107,39 @@ class Location:
         except (NotImplementedError, ValueError):
             return []
         return sorted({key.decode().split("/")[0] for key in keys if b"/" in key})
+
+
+def local_path(path: str | os.PathLike[str]) -> Path | None:
+    """Return the local path that a path or a file URL means; None for another URL.
+
+    `~` is the home in a path, and itself in a URL. A URL is `file:///path`, `file://localhost/path` or
+    `file:/path`, percent-encoded; `+` is a plus sign. What exists under the name as it is given is a path.
+
+    Raises:
+        CheckpointError: a file URL names another host, is relative, or has a query or a fragment.
+    """
+    text = os.fsdecode(path)
+    if not re.match(r"file:", text, re.IGNORECASE) or (not _URL.match(text) and os.path.lexists(text)):
+        return None if _URL.match(text) else Path(text).expanduser()
+    parts = urllib.parse.urlsplit(text)
+    decoded = os.fsdecode(urllib.parse.unquote_to_bytes(parts.path))
+    problem = None
+    if parts.netloc.lower() not in ("", "localhost"):
+        problem = "is a file URL of another host"
+    elif "?" in text or "#" in text:
+        problem = "is a file URL with a query or a fragment"
+    elif not decoded.startswith("/"):
+        problem = "is a relative file URL"
+    elif "\0" in decoded:
+        problem = "is a file URL with a NUL in its path"
+    if problem:
+        raise CheckpointError(
+            problem,
+            path=text,
+            expected="file:///path with the path percent-encoded (? as %3F, # as %23)",
+            remedy="pass the path itself",
+        )
+    return Path(decoded)
 
 
 def first_line(error: Exception) -> str:

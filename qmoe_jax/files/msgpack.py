@@ -11,6 +11,7 @@ from typing import Any
 from flax import serialization
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 
 Tree = dict[str, Any]
 
@@ -24,7 +25,7 @@ def decode_tree(data: bytes, path: object) -> Tree:
     try:
         tree = serialization.msgpack_restore(data)
     except Exception as error:  # whatever damaged bytes lead Flax to
-        raise CheckpointError(
+        raise foreign_error(path, data) or CheckpointError(
             "is not readable msgpack: cut short, damaged, or another format",
             path=path,
             expected="the msgpack of a Flax tree, as T5X writes it",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 
 _MAX_PIECES = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one system call fills at most (1024 on Linux)."""
@@ -87,10 +88,13 @@ def read_whole(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `CheckpointError` if there is none."""
+    data = read_whole(path)
     try:
-        value = json.loads(read_whole(path))
+        value = json.loads(data)
     except ValueError as error:
-        raise CheckpointError("is not valid JSON", path=path, found=error) from error
+        raise foreign_error(path, data) or CheckpointError(
+            "is not valid JSON", path=path, found=error
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError("does not hold a JSON object", path=path, found=type(value).__name__)
     return value

@@ -21,6 +21,7 @@ import numpy as np
 
 from qmoe_jax.files.durable import FileRecord, write_durably
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.reading import read_array, read_exactly, unreadable, wrong_size
 from qmoe_jax.files.tensor import LazyTensor
 
@@ -181,7 +182,7 @@ def read_header(path: Path) -> Header:
     """
     length = int.from_bytes(read_exactly(path, 0, 8), "little")
     if length > MAX_HEADER:
-        raise CheckpointError(
+        raise foreign_error(path) or CheckpointError(
             "is not a safetensors file",
             path=path,
             expected=f"a header of at most {MAX_HEADER:,} bytes",

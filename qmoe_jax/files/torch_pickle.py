@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.reading import read_array, unreadable
 
 STORAGES = {
@@ -150,7 +151,8 @@ class _Archive:
                 pickles = [name for name in self.members if name.endswith("data.pkl")]
                 self.pickle = archive.read(pickles[0]) if pickles else None
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-            raise CheckpointError(
+            known = None if start == b"PK" else foreign_error(file)
+            raise known or CheckpointError(
                 "is not an archive of torch.save, or is cut short",
                 path=file,
                 found=error,

@@ -17,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location, first_line
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.files.zarr_chunks import check_chunks
@@ -170,7 +171,7 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
         metadata = json.loads(zarray)
         shape = list(metadata["shape"])
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
+        raise foreign_error(f"{location.path}/.zarray", zarray) or CheckpointError(
             "is not JSON that describes an array",
             path=f"{location.path}/.zarray",
             expected="an object with a shape",

@@ -1,6 +1,6 @@
 """The chunk files of a local zarr array: which are missing, and which are cut short.
 
-Memory: the names of the chunks; of a file at most its last four bytes are read.
+Memory: the names of the chunks; of a file at most its first 512 and last four bytes are read.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qmoe_jax.files.foreign import read_head, recognize
 from qmoe_jax.files.tensor import Shard
 
 # Threads that wait for the disk; more do not make a local one faster.
 _THREADS = 8
 # Bytes of a gzip file without data: ten of header, eight of trailer.
 _SMALLEST_GZIP = 18
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) -> Iterator[Shard]:
@@ -44,6 +46,13 @@ def check_chunks(directory: Path, metadata: Mapping[str, Any], itemsize: int) ->
 
 
 def _problem(file: Path, size: int, compressor: str | None, expected: int) -> str | None:
+    problem = _wrong_size(file, size, compressor, expected)
+    known = recognize(read_head(file)) if problem else None
+    # A chunk is compressed itself: that it is gzip is not news.
+    return known.problem if known and "compressed" not in known.problem else problem
+
+
+def _wrong_size(file: Path, size: int, compressor: str | None, expected: int) -> str | None:
     if compressor is None and size != expected:
         return f"expected {expected:,} bytes, found {size:,}"
     if compressor == "gzip":
@@ -52,6 +61,8 @@ def _problem(file: Path, size: int, compressor: str | None, expected: int) -> st
         # The file ends with the size of its content modulo 2^32, unless it was cut short.
         if (found := _last_word(file)) != expected % 2**32:
             return f"cut short or damaged: expected a content of {expected:,} bytes, found {found:,}"
+    if compressor == "zstd" and not read_head(file).startswith(_ZSTD):
+        return f"cut short or damaged: not compressed by zstd, {size:,} bytes"
     return None
 
 

@@ -16,47 +16,61 @@ import numpy as np
 from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import contradictions, settings
-from qmoe_jax.checkpoints.huggingface.weights import find_weights, open_weights
+from qmoe_jax.checkpoints.huggingface.weights import open_weights, unread, weights_named
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location
+from qmoe_jax.files.names import similar
 from qmoe_jax.files.reading import read_json
-from qmoe_jax.files.tensor import LazyTensor, Tensor, read_all, stacked, transposed
+from qmoe_jax.files.tensor import LazyTensor, Tensor, stacked, transposed
 from qmoe_jax.parameters import EMBEDDING, LOGITS
 
+_ROWS = 1024
+"""Rows of an embedding that are compared at a time: 3 MB each of the published models'."""
 
-def open_huggingface(location: Location) -> Checkpoint | None:
+
+def open_huggingface(location: Location, file: str | None = None) -> Checkpoint | None:
     """Open a local directory with `WEIGHT_FILES` and a config.json; None without weights.
 
-    Reads config.json, an index and the headers of the weight files. No weights, unless an untied model stores
+    Reads config.json, an index and the headers of the weight files. No weights, unless the model stores
     copies of its embedding: these are compared.
+
+    Args:
+        location: the directory.
+        file: the file in it by which the checkpoint was named.
 
     Raises:
         CheckpointError: a weight file is missing, cut short or damaged, the model is not a Switch
             Transformer, or tensors do not fit together.
     """
-    if not isinstance(location.path, Path) or (file := find_weights(location.path)) is None:
+    if not isinstance(location.path, Path) or (begin := weights_named(location.path, file)) is None:
         return None
     directory = location.path
-    weights, config_file = open_weights(file), directory / "config.json"
+    weights, config_file = open_weights(begin), directory / "config.json"
     stated = read_json(config_file) if config_file.is_file() else {}
     tensors = assemble(weights.tensors, directory)
     if is_tied(weights.tensors, stated):
         tensors.pop(LOGITS, None)
+        notes = ignored_copies(weights.tensors)
     else:
         _require_equal_embeddings(weights.tensors, directory)
+        notes = []
     gated = any(name.endswith("/wi_0/kernel") for name in tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = infer_config(shapes, directory, **settings(stated, gated=gated, path=config_file))
+    if stated:
+        notes += contradictions(stated, config)
+    else:
+        other = similar(directory, config_file.name) if directory.is_dir() else None
+        but = f" (but {other})" if other else ""
+        notes.append(f"no config.json{but}: token ids and activation are T5's")
     return Checkpoint(
         path=directory,
         format="huggingface",
         config=config,
         tensors=tensors,
         list_shards=weights.shards,
-        notes=contradictions(stated, config)
-        if stated
-        else ["no config.json: token ids and activation are T5's"],
+        notes=notes + unread(begin, weights),
     )
 
 
@@ -118,11 +132,35 @@ def _stack(name: str, keys: Mapping[int, str], stored: Mapping[str, Tensor], pat
     return stacked([transposed(tensor) for tensor in tensors])
 
 
+def ignored_copies(stored: Mapping[str, Tensor]) -> list[str]:
+    """Return a note for each tensor that a tied model should hold as a copy of its embedding, but does not.
+
+    The embedding decides, as in `transformers` before version 5, on which QMoE is built.
+    """
+    copies = [key for key in (*names.EMBEDDING_COPIES, names.HEAD) if key in stored]
+    first = names.EMBEDDING if names.EMBEDDING in stored else next(iter(copies), None)
+    return [
+        f"{key} differs from {first} and is ignored: the model is tied. transformers ignores it before "
+        "version 5 and uses it since; if it is meant, set tie_word_embeddings to false in config.json"
+        for key in copies
+        if first is not None and key != first and not _equal(stored[first], stored[key])
+    ]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same values. Memory: some rows of each."""
+    if a.shape != b.shape:
+        return False
+    steps = range(0, a.shape[0], _ROWS)
+    parts = ((tensor.read(slice(i, min(i + _ROWS, a.shape[0]))) for tensor in (a, b)) for i in steps)
+    return all(np.array_equal(*part) for part in parts)
+
+
 def _require_equal_embeddings(stored: Mapping[str, Tensor], path: object) -> None:
     """Raise `CheckpointError` if an untied model stores an embedding per stack and they differ."""
     keys = [key for key in (names.EMBEDDING, *names.EMBEDDING_COPIES) if key in stored]
     for key in keys[1:]:
-        if not np.array_equal(read_all(stored[keys[0]]), read_all(stored[key])):
+        if not _equal(stored[keys[0]], stored[key]):
             raise CheckpointError(
                 "encoder and decoder have different embeddings",
                 path=path,

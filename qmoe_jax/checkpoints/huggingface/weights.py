@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.names import similar
 from qmoe_jax.files.reading import read_json
 from qmoe_jax.files.safetensors import open_safetensors
 from qmoe_jax.files.tensor import Shard, Tensor
@@ -41,6 +42,27 @@ def find_weights(directory: Path) -> Path | None:
     return next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
 
 
+def weights_named(directory: Path, file: str | None) -> Path | None:
+    """Return the file to begin with where a checkpoint was named by `file`; None where there are no weights.
+
+    A shard stands for the index that lists it, and a file that holds no weights for its directory.
+    """
+    if file is None or file in WEIGHT_FILES or Path(file).suffix not in (".safetensors", ".bin"):
+        return directory / file if file in WEIGHT_FILES else find_weights(directory)
+    indexes = (directory / name for name in WEIGHT_FILES if name.endswith(".json"))
+    listed = (index for index in indexes if index.is_file() and file in _weight_map(index).values())
+    return next(listed, directory / file)
+
+
+def unread(file: Path, weights: Weights) -> list[str]:
+    """Return a note if other weight files lie beside those that are read."""
+    patterns = ("model*.safetensors", "pytorch_model*.bin", *WEIGHT_FILES)
+    there = {path.name for pattern in patterns for path in file.parent.glob(pattern)}
+    others = sorted(there - {path.name for path in weights.files})
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return [f"{file.name} is read, not {', '.join(others[:3])}{more} beside it"] if others else []
+
+
 def open_weights(file: Path) -> Weights:
     """Return the weights in `file` or, if that is an index, in its files. Reads only headers, once each.
 
@@ -59,7 +81,7 @@ def open_weights(file: Path) -> Weights:
             path=file.parent,
             key=by_file[missing[0]][0],
             expected=f"the files that {file.name} lists",
-            found=f"no {', '.join(missing[:3])}",
+            found="; ".join(_absence(file.parent, name) for name in missing[:3]),
             remedy="download them again",
         )
     tensors: dict[str, Tensor] = {}
@@ -74,6 +96,13 @@ def open_weights(file: Path) -> Weights:
             )
         tensors |= {key: stored[key] for key in keys}
     return Weights(tensors, (file, *files.values()))
+
+
+def _absence(directory: Path, name: str) -> str:
+    other = similar(directory, name)
+    if other == name:
+        return f"no {name}: a link to nothing"
+    return f"no {name}, but {other}" if other else f"no {name}"
 
 
 def _weight_map(file: Path) -> dict[str, str]:

@@ -12,19 +12,54 @@ import tensorstore as ts
 
 from qmoe_jax.files import msgpack as flax_msgpack
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location
 from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.files.zarr import open_arrays, open_zarr3
 
 _METADATA = "_METADATA"
 _DATABASE = "manifest.ocdbt"
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+INDEX_FILES = (_METADATA, _STEP_METADATA, _DATABASE)
+"""Orbax's own files, by which its checkpoints may be named."""
+
+# Each process writes a database of its own, which the first merges when all are done.
+_PROCESS = re.compile(r"ocdbt\.process_.+")
+_FIRST_PROCESS = f"ocdbt.process_0/{_DATABASE}"
 # A msgpack leaf whose array lies in the directory named behind the colon.
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
 def has_metadata(directory: Location) -> bool:
     """Return whether Orbax wrote this directory, as far as its own files tell."""
-    return any(directory.read(file) is not None for file in (_METADATA, _DATABASE))
+    return any(directory.read(file) is not None for file in (_METADATA, _DATABASE, _FIRST_PROCESS))
+
+
+def require_committed(directory: Location) -> None:
+    """Raise `CheckpointError` if Orbax's own record of a step says that it was not finished."""
+    for place in (directory, directory.parent) if directory.name else (directory,):
+        data = place.read(_STEP_METADATA)
+        if data is None:
+            continue
+        try:
+            times = json.loads(data)
+            begun, committed = times.get("init_timestamp_nsecs"), times.get("commit_timestamp_nsecs")
+        except (ValueError, AttributeError) as error:
+            raise foreign_error(f"{place.path}/{_STEP_METADATA}", data) or CheckpointError(
+                "is not metadata that Orbax writes",
+                path=f"{place.path}/{_STEP_METADATA}",
+                found=repr(error),
+                remedy="copy the checkpoint again",
+            ) from error
+        if begun and not committed:
+            raise CheckpointError(
+                "is an unfinished step: its writer was interrupted, or still writes",
+                path=place.path,
+                key=f"{_STEP_METADATA}: commit_timestamp_nsecs",
+                expected="the time of its completion",
+                found=committed,
+                remedy="name another step, or the directory of the run, whose newest whole step is read",
+            )
 
 
 def is_orbax(directory: Location, index: Mapping[str, Any] | None) -> bool:
@@ -52,7 +87,8 @@ def leaves(directory: Location, index: Mapping[str, Any] | None) -> dict[str, An
 
 def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
     """Open the tensors of `parameters`, some of what `leaves` returns. Raises as `open_arrays` does."""
-    root = _database(directory) if directory.read(_DATABASE) is not None else directory
+    in_database = any(directory.read(file) is not None for file in (_DATABASE, _FIRST_PROCESS))
+    root = _database(directory) if in_database else directory
     stored = {name: leaf for name, leaf in parameters.items() if isinstance(leaf, str)}
     directories = list(dict.fromkeys(stored.values()))
     zarr3 = directories and root.read(f"{directories[0]}/zarr.json") is not None
@@ -68,7 +104,7 @@ def _leaf_names(metadata: bytes, path: str) -> list[str]:
         entries = json.loads(metadata)["tree_metadata"].values()
         return ["/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
+        raise foreign_error(path, metadata) or CheckpointError(
             "is not metadata that Orbax writes",
             path=path,
             expected="JSON with tree_metadata",
@@ -77,8 +113,24 @@ def _leaf_names(metadata: bytes, path: str) -> list[str]:
 
 
 def _database(directory: Location) -> Location:
-    """Return a location that has the database's keys as if they were files in the directory."""
-    spec = {"driver": "ocdbt", "base": directory.spec}
+    """Return a location that has the database's keys as if they were files in the directory.
+
+    Raises:
+        CheckpointError: it cannot be opened, or several processes wrote parts that were not merged.
+    """
+    base = directory
+    if directory.read(_DATABASE) is None:
+        parts = _process_databases(directory)
+        if len(parts) > 1:
+            raise CheckpointError(
+                "the OCDBT databases of its processes are not merged",
+                path=directory.path,
+                expected=_DATABASE,
+                found=", ".join(parts),
+                remedy="merge them with Orbax (merge_ocdbt_per_process_files), or name a finished step",
+            )
+        base = directory / parts[0]
+    spec = {"driver": "ocdbt", "base": base.spec}
     try:
         store = ts.KvStore.open(spec, context=directory.context).result()
     except (ValueError, OSError) as error:
@@ -86,3 +138,9 @@ def _database(directory: Location) -> Location:
             "the OCDBT database cannot be opened", path=directory.path, found=error
         ) from error
     return Location(directory.path, store, directory.context)
+
+
+def _process_databases(directory: Location) -> list[str]:
+    """Return the names of the databases that processes wrote each for itself."""
+    names = [name for name in directory.directories() if _PROCESS.fullmatch(name)]
+    return [name for name in names if (directory / name).read(_DATABASE) is not None]

@@ -7,6 +7,7 @@ parameter tree hangs (`optimizer/target/`, `target/`, `params/`), and how its le
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.checkpoints.steps import is_step
 from qmoe_jax.checkpoints.t5x import orbax
 from qmoe_jax.checkpoints.t5x.scanned import unscan
 from qmoe_jax.files import msgpack as flax_msgpack
@@ -26,10 +28,14 @@ from qmoe_jax.files.zarr import ZarrTensor, open_arrays
 from qmoe_jax.parameters import EMBEDDING
 
 _INDEX = "checkpoint"
+INDEX_FILES = (_INDEX, *orbax.INDEX_FILES)
+"""Files that tell a checkpoint of T5X or of Orbax."""
 # Optimizers keep trees of the parameters' names too; a tree below one of these is theirs.
 _OPTIMIZER_STATE = {"state", "opt_state", "param_states"}
-# Items that Orbax's managers put a train state in: T5X's, and Orbax's own default.
-_ORBAX_ITEMS = ("state", "default")
+# Items that a train state is in by convention: T5X's, Orbax's own default, and what users call the rest.
+_ITEMS = ("state", "default", "train_state", "params", "model")
+# Directories beside an index that are arrays, processes' parts of a database, or hidden.
+_NO_ITEM = re.compile(r"target\.|state\.|ocdbt\.|\.|d$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +45,39 @@ class _Step:
     directory: Location
     index: dict[str, Any] | None
 
+    @functools.cached_property
+    def is_orbax(self) -> bool:
+        """Whether Orbax wrote it."""
+        return orbax.is_orbax(self.directory, self.index)
 
-def open_t5x(location: Location) -> Checkpoint | None:
-    """Open a step's directory or msgpack file, or the last of several steps; None where there is none.
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """All leaves of the tree, the optimizer's among them."""
+        if self.is_orbax:
+            return orbax.leaves(self.directory, self.index)
+        return dict(flax_msgpack.leaves(self.index or {}))
+
+
+def open_t5x(location: Location, file: str | None = None) -> Checkpoint | None:
+    """Open the directory of a step, or the msgpack `file` in it; None where there is none.
 
     Reads the index and each array's description: for c-2048 some hundred small files. Nothing is decoded
     twice.
 
     Raises:
-        CheckpointError: a checkpoint is there, but it is damaged, TensorFlow's, or not a Switch Transformer.
+        CheckpointError: a checkpoint is there, but it is damaged, unfinished, TensorFlow's, or not a Switch
+            Transformer.
     """
-    step = _find(location)
+    orbax.require_committed(location)
+    step = _find(location, file)
     if step is None:
         return None
     path = step.directory.path
-    if orbax.is_orbax(step.directory, step.index):
-        parameters = parameter_tree(orbax.leaves(step.directory, step.index), path)
+    parameters = parameter_tree(step.leaves, path)
+    if step.is_orbax:
         stored = orbax.open_leaves(step.directory, parameters)
     else:
         assert step.index is not None
-        parameters = parameter_tree(dict(flax_msgpack.leaves(step.index)), path)
         stored = _open_leaves(step.directory, parameters, step.index.get("version"))
     tensors = unscan(stored, path)
     return Checkpoint(
@@ -98,15 +117,36 @@ def stored_name(name: str) -> str:
     return f"target/{name}".replace("/", ".")
 
 
-def _find(location: Location) -> _Step | None:
-    is_file = location.path.is_file() if isinstance(location.path, Path) else location.name == _INDEX
-    if is_file:
-        return _step(location.parent, location.name)
-    for directory in (location, *(location / item for item in _ORBAX_ITEMS)):
-        if step := _step(directory, _INDEX):
-            return step
-    steps = [name for name in location.directories() if re.fullmatch(r"(checkpoint_)?\d+", name)]
-    return _find(location / max(steps, key=lambda name: int(name.split("_")[-1]))) if steps else None
+def _find(location: Location, file: str | None) -> _Step | None:
+    if file is not None and file not in INDEX_FILES:
+        return _step(location, file)  # a msgpack of any name
+    return _step(location, _INDEX) or _item(location)
+
+
+def _item(location: Location) -> _Step | None:
+    """Return the item of an Orbax step that holds the model, whatever its name.
+
+    Raises:
+        CheckpointError: several items hold one, and none has a name that T5X or Orbax gives.
+    """
+    names = [name for name in location.directories() if not _NO_ITEM.match(name) and not is_step(name)]
+    names.sort(key=lambda name: (name not in _ITEMS, _ITEMS.index(name) if name in _ITEMS else 0))
+    found = {name: step for name in names if (step := _step(location / name, _INDEX))}
+    found = {name: step for name, step in found.items() if name in _ITEMS or step.is_orbax}
+    models = [name for name, step in found.items() if _holds_model(step.leaves)] or list(found)
+    if len(models) > 1 and models[0] not in _ITEMS:
+        raise CheckpointError(
+            "several items hold a model",
+            path=location.path,
+            expected=f"one, or one that is named {', '.join(_ITEMS)}",
+            found=", ".join(models),
+            remedy=f"name one of them, such as {location.path}/{models[0]}",
+        )
+    return found[models[0]] if models else None
+
+
+def _holds_model(leaves: Iterable[str]) -> bool:
+    return any(f"/{name}".endswith(f"/{EMBEDDING}") for name in leaves)
 
 
 def _step(directory: Location, index: str) -> _Step | None:

@@ -43,7 +43,8 @@ def write_t5x(
 ) -> Path:
     """Write a checkpoint as `directory/checkpoint_<step>`, and return that path.
 
-    The optimizer's state has the step alone: T5X loads such a checkpoint for inference or fine-tuning.
+    The optimizer's state has the step alone, as T5X's `InferenceState` does: T5X loads such a checkpoint for
+    inference, and for fine-tuning where missing states come from elsewhere (`fallback_to_scratch`).
 
     Memory: one tensor at a time, of an expert kernel a range of experts of at most 1 GiB (or one expert);
     chunks under way come on top. The directory is named `checkpoint_<step>.tmp-<time>` until it is complete.
@@ -104,7 +105,8 @@ def _write_tensors(
     _write_arrays(_create(temporary, specs), tensors, progress)
     leaves = {name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()}
     optimizer = {
-        "state": {"param_states": {}, "step": np.asarray(step, np.int32)},
+        # No empty dict anywhere: T5X's `load_t5x_checkpoint` takes one for an array.
+        "state": {"step": np.asarray(step, np.int32)},
         "target": traverse_util.unflatten_dict(leaves, sep="/"),
     }
     write_durably(temporary / "checkpoint", [encode_tree({"version": _VERSION, "optimizer": optimizer})])

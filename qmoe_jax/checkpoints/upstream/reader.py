@@ -52,7 +52,7 @@ class UpstreamReader(Checkpoint):
         return kernel.pack(experts or slice(None))
 
 
-def open_upstream(location: Location) -> UpstreamReader | None:
+def open_upstream(location: Location, file: str | None = None) -> UpstreamReader | None:
     """Open an upstream directory; None without a `noexp.pt`. Reads the files' indices, no tensors.
 
     Upstream keeps a tied model's head at bfloat16 beside an embedding of float32: such a head is a tensor of
