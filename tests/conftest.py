@@ -1,9 +1,14 @@
 """Fixtures of all tests: the golden data, and the relative difference of two arrays."""
 
+import os
 import pathlib
 
 import numpy as np
 import pytest
+
+# Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
+# `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 TESTS = pathlib.Path(__file__).parent
 DATA = TESTS / "golden"

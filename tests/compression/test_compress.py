@@ -109,31 +109,34 @@ def test_artifacts_of_every_kind_verify_and_run(samples, compressed, options):
     assert stacks == ({"decoder"} if options.get("skip") == "encoder" else {"encoder", "decoder"})
 
 
+def stop_at_group(monkeypatch, number: int) -> list[tuple]:
+    """Interrupt the quantization of the group of this number, once; return the calls, which go on growing."""
+    real, calls = resume.compress_group, []
+
+    def compress_group(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(resume, "compress_group", compress_group)
+    return calls
+
+
 @pytest.mark.parametrize(
     "options", [{"experts_per_group": 3}, {"bits": 2, "group_size": 16, "experts_per_group": 5}], ids=str
 )
 def test_a_resumed_run_ends_with_the_same_bytes(data, samples, compressed, tmp_path, monkeypatch, options):
-    class Stopped(Exception):
-        pass
-
-    real, calls = resume.compress_group, []
-
-    def stop_at_the_fifth(*arguments):
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise Stopped
-        return real(*arguments)
-
     config = qj.CompressionConfig(sentinel_start=480, **options)
-    monkeypatch.setattr(resume, "compress_group", stop_at_the_fifth)
-    with pytest.raises(Stopped):
+    calls = stop_at_group(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
         qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:16], config)
     with pytest.raises(qj.CheckpointError, match="is unfinished"):
         qj.load_compressed(tmp_path / "model")
     report = qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:16], config)
-    monkeypatch.setattr(resume, "compress_group", real)
+    quantized = len(calls)
     path, whole = compressed(**options)
-    assert len(calls) == 5 + len(whole.groups) - 4  # four groups were not quantized again
+    assert quantized == 5 + len(whole.groups) - 4  # four groups were not quantized again
     assert stored_bytes(tmp_path / "model") == stored_bytes(path)
     assert [group.routed_tokens for group in report.groups] == [group.routed_tokens for group in whole.groups]
     assert not (tmp_path / "model" / FOLDER).exists()
@@ -250,15 +253,7 @@ def test_figures_that_are_not_finite_do_not_stop_a_compression(
 ):
     model = damaged_model(data, tmp_path / "damaged", values)
     config = qj.CompressionConfig(sentinel_start=SENTINELS, experts_per_group=4)
-    real, calls = resume.compress_group, []
-
-    def stop_at_the_last(*arguments):
-        calls.append(arguments)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(resume, "compress_group", stop_at_the_last)
+    calls = stop_at_group(monkeypatch, 8)
     with pytest.raises(KeyboardInterrupt):
         qj.compress(model, tmp_path / "out", samples[:4], config)
     report = qj.compress(model, tmp_path / "out", samples[:4], config)

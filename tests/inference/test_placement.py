@@ -114,12 +114,12 @@ def test_statistics_count_every_lookup(artifact):
     path, examples = artifact
     model, params = qj.load_compressed(path, experts="disk")
     tokens = batch_of(examples)
-    model.apply({"params": params}, *tokens)
+    jax.block_until_ready(model.apply({"params": params}, *tokens))
     first = qj.expert_statistics(params).to_json()
     assert first["calls"] == 4
     assert 4 <= first["reads"] == first["lookups"] <= 32
     assert first["evictions"] == first["hits"] == 0
-    model.apply({"params": params}, *tokens)
+    jax.block_until_ready(model.apply({"params": params}, *tokens))
     again = qj.expert_statistics(params)
     assert (again.reads, again.hits, again.lookups) == (
         first["reads"],
@@ -137,7 +137,7 @@ def test_the_cache_stays_within_its_budget_and_evicts_the_oldest(artifact):
     model, params = qj.load_compressed(path, experts="disk", expert_cache=3 * EXPERT)
     statistics = qj.expert_statistics(params)
     assert statistics.resident_bytes <= 3 * EXPERT
-    model.apply({"params": params}, *batch_of(examples))
+    jax.block_until_ready(model.apply({"params": params}, *batch_of(examples)))
     assert statistics.evictions == statistics.reads - 3
 
 
@@ -205,6 +205,14 @@ def test_the_default_placement_is_the_first_that_fits(artifact, monkeypatch, mem
     monkeypatch.setattr(choose, "available_memory", lambda: memory)
     plan = choose.plan_placement(qj.open_checkpoint(artifact[0]), "float32")
     assert plan.placement == placement
+
+
+@pytest.mark.parametrize(("placement", "cache"), [("device", None), ("host", None), ("disk", 1 << 20)])
+def test_memory_is_not_measured_where_no_option_depends_on_it(artifact, monkeypatch, placement, cache):
+    """So explicit options also work where the system has no /proc."""
+    monkeypatch.setattr(choose, "available_memory", None)
+    plan = choose.plan_placement(qj.open_checkpoint(artifact[0]), "float32", placement, cache)
+    assert (plan.placement, plan.expert_cache) == (placement, cache)
 
 
 def test_experts_that_exceed_device_memory_stay_in_host_memory(artifact, monkeypatch):

@@ -21,7 +21,8 @@ from qmoe_jax.inference.placement.store import ExpertStore as ExpertStore
 def expert_statistics(params: Any) -> ExpertStatistics | None:
     """Return the counters of the store that holds a model's experts, or None for experts on the device.
 
-    The counters are a live object.
+    The counters are a live object. jax dispatches asynchronously: wait for a call's result before reading
+    them.
     """
     stores = stores_of(params)
     return stores[0].statistics if stores else None

@@ -49,15 +49,19 @@ def plan_placement(
 ) -> PlacementPlan:
     """Fill in unspecified options (None) from the memory that is available now.
 
-    Memory: reads only the manifest and file headers.
+    Memory is measured only if an option depends on it. Reads no more than the manifest and file headers.
     """
     experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
-    free, device = SHARE * available_memory(), device_memory()
     sizes = f"experts {_gb(experts)}, dense parameters {_gb(dense)}"
     if placement is None and not all(map(runs_packed, reader.manifest.kinds.values())):
         reason = "experts that are not ternary with one pair of levels per row are dequantized"
         return PlacementPlan("device", None, reason)
+    if placement in ("device", "host"):
+        return PlacementPlan(placement, None, sizes)
+    if placement == "disk" and expert_cache is not None:
+        return PlacementPlan("disk", expert_cache, f"{sizes}: expert cache of {_gb(expert_cache)}")
+    free, device = SHARE * available_memory(), device_memory()
     if placement is None and experts + dense <= (free if device is None else SHARE * device):
         return PlacementPlan("device", None, f"{sizes}: they fit")
     if placement is None:
