@@ -13,10 +13,20 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.location import Location, local_path
 
 
-def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Return whether an artifact lies at a path (or file URL), finished or not."""
+def artifact_root(path: str | os.PathLike[str]) -> Path | None:
+    """Return the directory of the artifact at a path or file URL, finished or not; None where there is none.
+
+    The path is that directory, or the manifest or run in it.
+    """
     root = local_path(path)
-    return root is not None and any((root / name).is_file() for name in (MANIFEST, RUN))
+    if root is not None and root.name in (MANIFEST, RUN) and root.is_file():
+        return root.parent
+    return root if root is not None and any((root / name).is_file() for name in (MANIFEST, RUN)) else None
+
+
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Return whether an artifact lies at a path or file URL, finished or not."""
+    return artifact_root(path) is not None
 
 
 def _open_artifact(location: Location, file: str | None) -> ArtifactReader | None:

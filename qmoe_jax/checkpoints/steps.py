@@ -13,7 +13,9 @@ from qmoe_jax.files.location import Location, Unreadable
 # T5X's checkpoint_1000, Orbax's 1000 and step_1000, the Trainer's checkpoint-500 of `transformers`.
 _STEP = re.compile(r"(?:(?:checkpoint|ckpt|step)[_-])?([0-9]+)")
 # Names until a step is complete: T5X's (and ours), Orbax's, the Trainer's.
-_TEMPORARY = re.compile(r"(checkpoint_[0-9]+)\.tmp-.*|(.+)\.orbax-checkpoint-tmp(?:-.*)?|tmp-(checkpoint-[0-9]+)")
+_TEMPORARY = re.compile(
+    r"(checkpoint_[0-9]+)\.tmp-.*|(.+)\.orbax-checkpoint-tmp(?:-.*)?|tmp-(checkpoint-[0-9]+)"
+)
 _COMMITTED = "commit_success.txt"
 """Orbax's mark of a finished step on file systems that cannot rename directories."""
 

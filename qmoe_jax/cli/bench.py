@@ -13,7 +13,7 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import working
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load
+from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.evaluation.throughput import Generator, Throughput
 
 
@@ -43,7 +43,7 @@ def bench(
     """
     began = time.monotonic()
     with working(f"loading {path}"):
-        checkpoint = qj.open_checkpoint(path)
+        checkpoint = open_model(path)
         model, params = load(checkpoint, dtype, experts, expert_cache)
     loading = time.monotonic() - began
     runs: list[tuple[int, Throughput]] = []

@@ -16,6 +16,7 @@ from rich.text import Text
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import note, working
+from qmoe_jax.cli.models import open_model
 from qmoe_jax.cli.samples import (
     ExtraIds,
     HeldOutText,
@@ -88,7 +89,7 @@ def compare(
     """
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {original}, {compressed} and the text"):
-        checkpoints = qj.open_checkpoint(original), qj.open_checkpoint(compressed)
+        checkpoints = open_model(original), open_model(compressed)
         found = tokenizer or next(filter(None, (find_tokenizer(each.path) for each in checkpoints)), None)
         tokens = load_tokenizer(checkpoints[0], found, extra_ids)
         examples = options.read(text, tokens)

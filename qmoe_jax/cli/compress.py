@@ -18,7 +18,7 @@ from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
 from qmoe_jax.cli.console import note, working
 from qmoe_jax.cli.failures import Interrupted
-from qmoe_jax.cli.models import CheckpointPath
+from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.cli.samples import (
     ExtraIds,
     MaxTokens,
@@ -86,7 +86,7 @@ def compress(
     """
     options = SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):
-        checkpoint = qj.open_checkpoint(path)
+        checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
         examples = options.read(calibration, pieces)
     if config.sentinel_start is None:

@@ -12,7 +12,7 @@ from rich.text import Text
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.failures import Interrupted
-from qmoe_jax.cli.models import CheckpointPath
+from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
 
 TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model", "upstream": "spiece.model"}
@@ -55,7 +55,7 @@ def convert(
     """
     if to == "upstream" and dtype:
         raise typer.BadParameter("--dtype: the dtypes of upstream's format are fixed")
-    checkpoint = qj.open_checkpoint(path)
+    checkpoint = open_model(path)
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
             written = qj.convert(checkpoint, output, to, dtype=dtype, step=step, progress=progress)

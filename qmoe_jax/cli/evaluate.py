@@ -11,7 +11,7 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import working
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load
+from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.cli.samples import (
     ExtraIds,
     HeldOutText,
@@ -57,7 +57,7 @@ def evaluate(
     """
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
     with working(f"reading {path} and the text"):
-        checkpoint = qj.open_checkpoint(path)
+        checkpoint = open_model(path)
         examples = options.read(text, load_tokenizer(checkpoint, tokenizer, extra_ids))
     with working(f"loading {path}"):
         model, params = load(checkpoint, dtype, experts, expert_cache)

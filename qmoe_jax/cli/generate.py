@@ -13,7 +13,7 @@ import typer
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import stderr, working
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load
+from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, load_tokenizer
 from qmoe_jax.data.infill import Infill
 
@@ -80,7 +80,7 @@ def generate(
         temperature = 0.0 if top_k is None and top_p is None else 1.0
     sampling, lines, clock = qj.Sampling(temperature, top_k, top_p), _lines(text, file), Stopwatch()
     with working(f"loading {path}"):
-        checkpoint = qj.open_checkpoint(path)
+        checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
         for line in lines:
             Infill.parse(line).encode(pieces)  # refuses a bad text before the model is loaded

@@ -10,7 +10,7 @@ import typer
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.reader import ArtifactReader
-from qmoe_jax.cli.console import note
+from qmoe_jax.cli.console import note, stderr
 from qmoe_jax.inference.placement import plan_placement
 from qmoe_jax.models import SwitchTransformer
 
@@ -22,7 +22,8 @@ CheckpointPath = Annotated[
     typer.Argument(
         metavar="PATH",
         help="A checkpoint: T5X, Hugging Face, a qmoe artifact, or a compressed directory of upstream QMoE. "
-        "T5X checkpoints can be URLs (gs://, s3://, http://).",
+        "Its directory, a file in it that tells the format, or the directory of a run, whose newest whole "
+        "step is read. T5X checkpoints can be URLs (gs://, s3://, http://).",
         show_default=False,
     ),
 ]
@@ -50,6 +51,14 @@ ExpertCache = Annotated[
 ]
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
+
+
+def open_model(path: str) -> qj.Checkpoint:
+    """Open a checkpoint, and print the notes on what opening it had to decide to stderr."""
+    checkpoint = qj.open_checkpoint(path)
+    for text in checkpoint.notes:
+        stderr().print(f"note: {checkpoint.path}: {text}", style="dim", soft_wrap=True)
+    return checkpoint
 
 
 def load(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 import qmoe_jax as qj
-from qmoe_jax.artifact.open import is_artifact
+from qmoe_jax.artifact.open import artifact_root
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.failures import OK, PROBLEMS
 
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(help="An artifact, as `qmoe compress` writes it.", show_default=False)
+        str,
+        typer.Argument(metavar="PATH", help="An artifact, as `qmoe compress` writes it.", show_default=False),
     ],
 ) -> Answer:
     """Check every byte of a compressed model.
@@ -31,13 +31,13 @@ def verify(
         $ qmoe verify mini-ternary --json | jq -r '.problems[]'
         $ qmoe verify mini-ternary && rsync -a mini-ternary server:models/
     """
-    if not is_artifact(path):
+    if (root := artifact_root(path)) is None:
         found = qj.open_checkpoint(path, check=False).format  # raises where there is nothing
         raise qj.CheckpointError(
             "is not an artifact", path=path, found=f"a {found} checkpoint", remedy="use qmoe inspect"
         )
     with qj.ProgressBar("checking", "bytes") as progress:
-        result = qj.verify(path, progress=progress)
+        result = qj.verify(root, progress=progress)
     fields = {
         "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes,
         "problems": result.problems,

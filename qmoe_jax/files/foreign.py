@@ -55,7 +55,7 @@ _SERVER_MESSAGES = (
 
 
 def recognize(head: bytes) -> Foreign | None:
-    """Return what a file is whose first `HEAD_BYTES` bytes are `head`; None for nothing that is known here."""
+    """Return what a file is that begins with `head` (`HEAD_BYTES` bytes); None for nothing known here."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"version https://git-lfs.", b"version https://hawser.")):
         return _GIT_LFS

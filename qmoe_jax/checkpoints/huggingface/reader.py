@@ -151,9 +151,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have the same values. Memory: some rows of each."""
     if a.shape != b.shape:
         return False
-    steps = range(0, a.shape[0], _ROWS)
-    parts = ((tensor.read(slice(i, min(i + _ROWS, a.shape[0]))) for tensor in (a, b)) for i in steps)
-    return all(np.array_equal(*part) for part in parts)
+    parts = (slice(i, min(i + _ROWS, a.shape[0])) for i in range(0, a.shape[0], _ROWS))
+    return all(np.array_equal(a.read(rows), b.read(rows)) for rows in parts)
 
 
 def _require_equal_embeddings(stored: Mapping[str, Tensor], path: object) -> None:
