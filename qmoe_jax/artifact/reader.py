@@ -209,6 +209,6 @@ def _shards(root: Path, manifest: Manifest) -> list[Shard]:
         if found != record.bytes:
             known = recognize(read_head(root / path))
             problem = f"expected {record.bytes} bytes, found {found or 'no file'}"
-            problem = f"{known.problem}: {problem}" if known else problem
+            problem = f"{known}; {problem}" if known else problem
         shards.append(Shard(path, found, problem))
     return shards

@@ -14,6 +14,7 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.steps import (
     contents,
     is_step,
+    is_temporary,
     open_newest,
     require_finished,
     step_names,
@@ -132,6 +133,13 @@ def _nothing(
         return known
     if file is None and (unfinished := unfinished_step(location)):
         return unfinished
+    if file is None and (temporary := next(filter(is_temporary, location.directories()), None)):
+        return CheckpointError(
+            "no finished step",
+            path=path,
+            expected="checkpoint_<step>, or another step's directory",
+            found=f"{temporary}, whose writer was interrupted or still writes",
+        )
     there = not isinstance(location.path, Path) or os.path.lexists(location.path)
     directory = location.parent if file is not None else location
     looked_for = "; ".join(f"{form.name}: {' or '.join(form.index_files)}" for form in formats)

@@ -85,7 +85,7 @@ def open_newest(
         except CheckpointError as error:
             faults[name] = error
             continue
-        return checkpoint, [f"{name} is read; {_told(faults)}"] if faults else []
+        return checkpoint, [f"{name} is read, newer steps are skipped: {_told(faults)}"] if faults else []
     if not faults:
         return None
     if damaged is not None and not check:
@@ -103,7 +103,7 @@ def open_newest(
 def _told(faults: dict[str, CheckpointError]) -> str:
     """Return what is wrong with steps, the first three in words."""
     told = [
-        f"{name} is skipped: {error.problem}" + (f" ({error.found})" if error.found is not None else "")
+        f"{name}: {error.problem}" + (f" ({error.found})" if error.found is not None else "")
         for name, error in list(faults.items())[:3]
     ]
     return "; ".join(told + ([f"{len(faults) - 3} more"] if len(faults) > 3 else []))

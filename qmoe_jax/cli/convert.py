@@ -11,11 +11,13 @@ from rich.text import Text
 
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
+from qmoe_jax.cli.console import warn
 from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
 
-TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model", "upstream": "spiece.model"}
+TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model"}
+"""Not for upstream, whose loader takes every file of a directory but a few for torch's."""
 
 
 def convert(
@@ -45,7 +47,8 @@ def convert(
     """Write a checkpoint in another format; a compressed one is decompressed.
 
     Values stay as they are, bit for bit, unless --dtype rounds them. The
-    tokenizer beside the checkpoint is copied. Memory: about 1 GB, or the
+    tokenizer beside the checkpoint is copied, except to upstream's format,
+    whose loader fails on files of other kinds. Memory: about 1 GB, or the
     largest tensor.
 
     Examples:
@@ -59,9 +62,13 @@ def convert(
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
             written = qj.convert(checkpoint, output, to, dtype=dtype, step=step, progress=progress)
-        tokenizer = _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to])
+        tokenizer = (
+            _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to]) if to != "upstream" else None
+        )
     except KeyboardInterrupt:
         raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
+    if to == "huggingface" and checkpoint.config.gated:
+        warn("transformers has no gated experts: it cannot load this model")
     fields = {
         "path": path, "format": checkpoint.format, "output": written, "output_format": to,
         "tokenizer": tokenizer,

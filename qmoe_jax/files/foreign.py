@@ -16,10 +16,14 @@ HEAD_BYTES = 512
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """What a file turned out to be, and the remedy."""
+    """The content of a file that is not the one expected, in words, and the remedy."""
 
     problem: str
     remedy: str
+
+    def __str__(self) -> str:
+        """Return both in words."""
+        return f"{self.problem}; {self.remedy}"
 
 
 _GIT_LFS = Foreign(

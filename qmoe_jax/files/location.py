@@ -17,6 +17,15 @@ from qmoe_jax.files.errors import CheckpointError
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 
 
+# Statuses of tensorstore with which a server or the system does not give out what may be there.
+_WITHHELD = (
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "ABORTED",
+)
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
@@ -64,7 +73,7 @@ class Location:
                     found=first_line(error),
                 ) from error
             return cls(url.rstrip("/"), store, context)
-        spec = {"driver": "file", "path": f"{os.path.abspath(local)}/"}
+        spec = {"driver": "file", "path": os.path.join(os.path.abspath(local), "")}
         return cls(local, ts.KvStore.open(spec, context=context).result(), context)
 
     def __truediv__(self, name: str) -> Location:
@@ -94,7 +103,8 @@ class Location:
         try:
             result = self.store.read(key).result()
         except (ValueError, OSError) as error:
-            raise Unreadable("cannot be read", path=f"{self.path}/{key}", found=first_line(error)) from error
+            kind = Unreadable if any(status in str(error) for status in _WITHHELD) else CheckpointError
+            raise kind("cannot be read", path=f"{self.path}/{key}", found=first_line(error)) from error
         return result.value if result.state == "value" else None
 
     def directories(self) -> list[str]:

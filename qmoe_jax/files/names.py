@@ -11,7 +11,7 @@ PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", 
 def similar(directory: Path, name: str) -> str | None:
     """Return a file in `directory` that has the name in other letters or incomplete, or is a link to nothing.
 
-    None if there is no such file.
+    None without such a file.
     """
     wanted = {name.lower()} | {name.lower() + ending for ending in PARTIAL}
     return next((entry.name for entry in sorted(directory.iterdir()) if entry.name.lower() in wanted), None)

@@ -49,7 +49,7 @@ def _problem(file: Path, size: int, compressor: str | None, expected: int) -> st
     problem = _wrong_size(file, size, compressor, expected)
     known = recognize(read_head(file)) if problem else None
     # A chunk is compressed itself: that it is gzip is not news.
-    return known.problem if known and "compressed" not in known.problem else problem
+    return str(known) if known and "compressed" not in known.problem else problem
 
 
 def _wrong_size(file: Path, size: int, compressor: str | None, expected: int) -> str | None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from qmoe_jax.checkpoints import CheckpointError, open_dense
 from qmoe_jax.checkpoints.huggingface import names, write_huggingface
+from qmoe_jax.files.safetensors import read_header
 from qmoe_jax.files.torch_pickle import open_torch
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import is_expert
@@ -170,3 +171,46 @@ def test_safetensors_are_preferred_and_an_index_cannot_point_outside(tmp_path: P
         open_dense(path)
     shutil.copy(DATA / "hf_tiny_a" / "model.safetensors", path)
     assert open_dense(path).config.d_model == 64
+
+
+@pytest.mark.parametrize(
+    "key", ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+)
+def test_a_copy_that_differs_from_a_tied_embedding_is_told(key: str, tmp_path: Path) -> None:
+    parameters = random_parameters(TINY_TIED)
+    path = LAYOUTS["torch"](tmp_path / "model", TINY_TIED, parameters)
+    stored = huggingface_arrays(TINY_TIED, parameters)
+    for copy, told in ((stored["shared.weight"].copy(), False), (stored["shared.weight"] + 1, True)):
+        save_torch(path / "pytorch_model.bin", stored | {key: copy})
+        opened = open_dense(path)
+        assert opened.config == TINY_TIED
+        assert opened.read("token_embedder/embedding").tobytes() == stored["shared.weight"].tobytes()
+        assert any(f"{key} differs from shared.weight" in note for note in opened.notes) == told
+
+
+def test_what_transformers_reads_of_a_directory_is_written(tmp_path: Path) -> None:
+    """Tried with transformers 5.24: no missing or unexpected keys, equal logits (tied, untied, sharded)."""
+    config = dataclasses.replace(TINY_TIED, decoder_sparse_layers=(1,))
+    parameters = random_parameters(config)
+    path = write_huggingface(memory_checkpoint(config, parameters), tmp_path / "model", shard_bytes=1000)
+    stated = json.loads((path / "config.json").read_text())
+    expected = {
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        "model_type": "switch_transformers",
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "num_sparse_encoder_layers": 2,
+        "encoder_sparse_step": 2,
+        "num_sparse_decoder_layers": 1,
+        "decoder_sparse_step": 2,
+    }
+    assert {key: stated[key] for key in expected} == expected
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in parameters.values())
+    for file in set(index["weight_map"].values()):
+        header = read_header(path / file)
+        assert header.metadata == {"format": "pt"}
+        assert {entry.name for entry in header.tensors} == {
+            key for key, name in index["weight_map"].items() if name == file
+        }

@@ -15,12 +15,24 @@ import numpy as np
 import pytest
 from flax import serialization
 
+from qmoe_jax.artifact.convert import convert
 from qmoe_jax.checkpoints import CheckpointError, open_dense, write_t5x
 from qmoe_jax.checkpoints.t5x import write_parameters
 from qmoe_jax.checkpoints.t5x.writer import chunk_shape
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.msgpack import decode_tree
-from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, TINY, nested, random_parameters
+from qmoe_jax.files.msgpack import decode_tree, leaves
+from tests.helpers.checkpoint_samples import (
+    BFLOAT16,
+    DATA,
+    EXPERTS,
+    LAYOUTS,
+    TINY,
+    TINY_GATED,
+    TINY_TIED,
+    memory_checkpoint,
+    nested,
+    random_parameters,
+)
 
 GOLDEN = {name: DATA / "t5x" / name for name in ("switch_base_tiny_f32", "switch_c_tiny_f32")}
 
@@ -112,6 +124,44 @@ def test_writing_t5x_never_overwrites_and_leaves_nothing_half_written(tmp_path: 
     with pytest.raises(CheckpointError, match="checkpoint_3: exists already"):
         write_parameters(nested(random_parameters()), tmp_path, step=3)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint_3"]
+
+
+def empty_dicts(tree: dict, prefix: str = "") -> list[str]:
+    below = [
+        place
+        for key, value in tree.items()
+        if isinstance(value, dict)
+        for place in empty_dicts(value, f"{prefix}/{key}")
+    ]
+    return below if tree else [prefix]
+
+
+@pytest.mark.parametrize("dtype", [None, BFLOAT16], ids=str)
+@pytest.mark.parametrize("config", [TINY, TINY_TIED, TINY_GATED], ids=["untied", "tied", "gated"])
+def test_an_index_is_what_the_readers_of_t5x_take(
+    config: SwitchConfig, dtype: np.dtype | None, tmp_path: Path
+) -> None:
+    """T5X's `load_t5x_checkpoint` takes an empty dict for an array and drops members of a spec's metadata."""
+    parameters = random_parameters(config, np.dtype(np.float32))
+    written = convert(memory_checkpoint(config, parameters), tmp_path, "t5x", step=3, dtype=dtype)
+    tree = decode_tree((written / "checkpoint").read_bytes(), written)
+    assert empty_dicts(tree) == []
+    assert (tree.keys(), tree["version"]) == ({"version", "optimizer"}, 3)
+    assert tree["optimizer"].keys() == {"state", "target"}
+    assert {name: step.tolist() for name, step in tree["optimizer"]["state"].items()} == {"step": 3}
+    found = dict(leaves(tree["optimizer"]["target"]))
+    assert found.keys() == parameters.keys()
+    for name, spec in found.items():
+        assert spec["kvstore"] == {"driver": "file", "path": f"target.{name.replace('/', '.')}/"}
+        assert spec["dtype"] == (dtype or np.dtype(np.float32)).name
+        assert spec["metadata"].keys() == {"chunks", "compressor", "shape"}
+        assert tuple(spec["metadata"]["shape"]) == parameters[name].shape
+
+
+def test_writing_scanned_layers_leaves_no_empty_dict(tmp_path: Path) -> None:
+    scanned = LAYOUTS["t5x, scanned"](tmp_path / "scanned", TINY, random_parameters())
+    for written in (scanned, convert(scanned, tmp_path / "out", "t5x")):
+        assert empty_dicts(decode_tree((written / "checkpoint").read_bytes(), written)) == []
 
 
 def as_gfile(spec: Spec) -> Spec:
@@ -262,7 +312,7 @@ def test_t5x_is_read_from_a_url(tmp_path: Path, served: str) -> None:
     write_parameters(nested(parameters), tmp_path, step=3)
     for url in (f"{served}/checkpoint_3", f"{served}/checkpoint_3/checkpoint"):
         opened = open_dense(url)
-        assert (opened.config, opened.path) == (TINY, url)
+        assert (opened.config, opened.path) == (TINY, f"{served}/checkpoint_3")
         assert opened.read(EXPERTS, slice(1, 3)).tobytes() == parameters[EXPERTS][1:3].tobytes()
 
 

@@ -108,8 +108,29 @@ def test_convert_decompresses_to_the_values_of_the_artifact(artifact, tmp_path, 
     assert Path(found["tokenizer"]).read_bytes() == (artifact / "tokenizer.model").read_bytes()
 
 
+def test_commands_take_file_urls_and_files_within(model, artifact, texts):
+    arguments = ("--text", texts, "--samples", 4)
+    expected = answer("evaluate", model, *arguments)["loss"]
+    assert answer("evaluate", model.as_uri(), *arguments)["loss"] == expected
+    assert answer("evaluate", model / "config.json", *arguments)["loss"] == expected
+    assert qmoe("verify", artifact.as_uri()).exit_code == 0
+    assert answer("inspect", (artifact / "manifest.json").as_uri())["format"] == "qmoe"
+
+
+def test_commands_print_what_opening_had_to_decide(model, tmp_path, texts):
+    run = tmp_path / "run"
+    shutil.copytree(model, run / "checkpoint-5")
+    (run / "checkpoint-10").mkdir()
+    result = qmoe("evaluate", run, "--text", texts, "--samples", 4)
+    assert result.exit_code == 0
+    assert "newer steps are skipped: checkpoint-10: is an unfinished step" in result.stderr
+
+
 def test_convert_to_upstream_keeps_every_expert_weight(artifact, tmp_path):
-    answer("convert", artifact, tmp_path / "out", "--to", "upstream")
+    found = answer("convert", artifact, tmp_path / "out", "--to", "upstream")
+    # Upstream's loader takes every other file for torch's.
+    assert found["tokenizer"] is None
+    assert {path.suffix for path in (tmp_path / "out").iterdir() if path.name != "config.json"} == {".pt"}
     upstream, ours = qj.open_checkpoint(tmp_path / "out"), qj.open_checkpoint(artifact)
     assert upstream.format == "upstream"
     experts = [name for name in ours.names() if "/expert/" in name]

@@ -43,7 +43,7 @@ def find_weights(directory: Path) -> Path | None:
 
 
 def weights_named(directory: Path, file: str | None) -> Path | None:
-    """Return the file to begin with where a checkpoint was named by `file`; None where there are no weights.
+    """Return the file to begin with where a checkpoint was named by `file`; None without weights.
 
     A shard stands for the index that lists it, and a file that holds no weights for its directory.
     """

@@ -57,7 +57,7 @@ def require_committed(directory: Location) -> None:
                 path=place.path,
                 key=f"{_STEP_METADATA}: commit_timestamp_nsecs",
                 expected="the time of its completion",
-                found=committed,
+                found="none",
                 remedy="name another step, or the directory of the run, whose newest whole step is read",
             )
 

@@ -47,7 +47,7 @@ class _Step:
 
     @functools.cached_property
     def is_orbax(self) -> bool:
-        """Whether Orbax wrote it."""
+        """True if Orbax wrote it."""
         return orbax.is_orbax(self.directory, self.index)
 
     @functools.cached_property
