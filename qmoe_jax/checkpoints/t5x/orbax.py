@@ -14,6 +14,7 @@ from qmoe_jax.files import msgpack as flax_msgpack
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location
+from qmoe_jax.files.ocdbt import data_files
 from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.files.zarr import open_arrays, open_zarr3
 
@@ -87,8 +88,7 @@ def leaves(directory: Location, index: Mapping[str, Any] | None) -> dict[str, An
 
 def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
     """Open the tensors of `parameters`, some of what `leaves` returns. Raises as `open_arrays` does."""
-    in_database = any(directory.read(file) is not None for file in (_DATABASE, _FIRST_PROCESS))
-    root = _database(directory) if in_database else directory
+    root = _database(directory) if _is_database(directory) else directory
     stored = {name: leaf for name, leaf in parameters.items() if isinstance(leaf, str)}
     directories = list(dict.fromkeys(stored.values()))
     zarr3 = directories and root.read(f"{directories[0]}/zarr.json") is not None
@@ -97,6 +97,22 @@ def open_leaves(directory: Location, parameters: Mapping[str, Any]) -> dict[str,
         name: arrays[leaf] if name in stored else in_memory(np.asarray(leaf))
         for name, leaf in parameters.items()
     }
+
+
+def data_sizes(directory: Location) -> dict[str, int]:
+    """Return the data files of a local database, and the bytes that each must have; none without one.
+
+    Raises `CheckpointError` if the database is damaged.
+    """
+    if not _is_database(directory):
+        return {}
+    base = _database_base(directory)
+    prefix = "" if base == directory else f"{base.name}/"
+    return {f"{prefix}{file}": size for file, size in data_files(base).items()}
+
+
+def _is_database(directory: Location) -> bool:
+    return any(directory.read(file) is not None for file in (_DATABASE, _FIRST_PROCESS))
 
 
 def _leaf_names(metadata: bytes, path: str) -> list[str]:
@@ -118,19 +134,7 @@ def _database(directory: Location) -> Location:
     Raises:
         CheckpointError: it cannot be opened, or several processes wrote parts that were not merged.
     """
-    base = directory
-    if directory.read(_DATABASE) is None:
-        parts = _process_databases(directory)
-        if len(parts) > 1:
-            raise CheckpointError(
-                "the OCDBT databases of its processes are not merged",
-                path=directory.path,
-                expected=_DATABASE,
-                found=", ".join(parts),
-                remedy="merge them with Orbax (merge_ocdbt_per_process_files), or name a finished step",
-            )
-        base = directory / parts[0]
-    spec = {"driver": "ocdbt", "base": base.spec}
+    spec = {"driver": "ocdbt", "base": _database_base(directory).spec}
     try:
         store = ts.KvStore.open(spec, context=directory.context).result()
     except (ValueError, OSError) as error:
@@ -138,6 +142,22 @@ def _database(directory: Location) -> Location:
             "the OCDBT database cannot be opened", path=directory.path, found=error
         ) from error
     return Location(directory.path, store, directory.context)
+
+
+def _database_base(directory: Location) -> Location:
+    """Return where the database lies: the directory, or the part of its only process if it was not merged."""
+    if directory.read(_DATABASE) is not None:
+        return directory
+    parts = _process_databases(directory)
+    if len(parts) > 1:
+        raise CheckpointError(
+            "the OCDBT databases of its processes are not merged",
+            path=directory.path,
+            expected=_DATABASE,
+            found=", ".join(parts),
+            remedy="merge them with Orbax (merge_ocdbt_per_process_files), or name a finished step",
+        )
+    return directory / parts[0]
 
 
 def _process_databases(directory: Location) -> list[str]:

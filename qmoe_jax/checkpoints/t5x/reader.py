@@ -194,5 +194,16 @@ def _shards(directory: Location, tensors: Iterable[Tensor]) -> list[Shard]:
     if all(array.has_chunk_files for array in arrays):
         own = [Shard(file.name, file.stat().st_size) for file in directory.path.iterdir() if file.is_file()]
         return own + [shard for array in arrays for shard in array.shards()]
-    files = sorted(file for file in directory.path.rglob("*") if file.is_file())
-    return [Shard(str(file.relative_to(directory.path)), file.stat().st_size) for file in files]
+    files = (file for file in directory.path.rglob("*") if file.is_file())
+    sizes = {str(file.relative_to(directory.path)): file.stat().st_size for file in files}
+    needed = orbax.data_sizes(directory)
+    return [
+        Shard(name, size, _too_short(size, needed.get(name, 0)))
+        for name, size in sorted({**dict.fromkeys(needed), **sizes}.items())
+    ]
+
+
+def _too_short(size: int | None, needed: int) -> str | None:
+    if size is None:
+        return "missing"
+    return f"cut short: expected at least {needed:,} bytes, found {size:,}" if size < needed else None
