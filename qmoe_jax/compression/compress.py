@@ -27,6 +27,7 @@ from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.source import checkpoint_digest, examples_digest, read_dense
+from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.parameters import expert_kernels
@@ -86,7 +87,7 @@ def compress(
             return CompressionReport.read(output)
         for name, content in attachments.items():
             writer.attach(name, content)
-        with _staged_in(writer.root / ".staging", reader) as staged_reader:
+        with _staged_in(writer.root / ".staging", reader) as staged_reader, blas_on_one_thread():
             groups = GroupStore(staged_reader, writer, config, kinds, codebooks)
             Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
@@ -214,6 +215,17 @@ def test_compressing_reports_progress_to_the_last_expert(data, samples, tmp_path
     calls.clear()
     qj.compress(*arguments, progress=lambda *call: calls.append(call))
     assert [call[:2] for call in calls] == [(1, 1)]
+
+
+def test_blas_has_one_thread_while_experts_are_quantized(data, samples, tmp_path):
+    """OpenBLAS factors a Hessian differently with another number of threads."""
+    threads = lambda: {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    before, during = threads(), set()
+    config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip="decoder")
+    watch = lambda done, total, label: during.update(threads() if "layer" in label else ())
+    qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:2], config, progress=watch)
+    assert during == {1}
+    assert threads() == before
 
 
 def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
