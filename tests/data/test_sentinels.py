@@ -104,7 +104,7 @@ def test_sentinels_beside_with_the_ids_of_pieces_are_refused(beside):
         Tokenizer(path)
 
 
-@pytest.mark.parametrize("content", [{"extra_ids": "many"}, {"added_tokens_decoder": [1]}])
+@pytest.mark.parametrize("content", [{"extra_ids": "many"}, {"extra_ids": 0}, {"added_tokens_decoder": [1]}])
 def test_a_file_beside_of_the_wrong_types_is_named(beside, content):
     with pytest.raises(TextError, match=r"tokenizer_config\.json: "):
         Tokenizer(beside("tokenizer_config.json", content))

@@ -1,10 +1,20 @@
 """Small sentencepiece models, trained in a moment."""
 
 import pathlib
+import random
 from collections.abc import Iterable
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
+
+
+def random_texts(count: int) -> list[str]:
+    """Return texts of made-up words, enough for a tokenizer of about 300 pieces; the same every time."""
+    drawn = random.Random(0)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 3))) for _ in range(400)]
+    return [" ".join(drawn.choices(words, k=drawn.randint(12, 16))) + "." for _ in range(count)]
+
 
 T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
 
