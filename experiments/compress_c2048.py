@@ -137,9 +137,8 @@ def run_variant(
         VARIANTS[name],
         damping=settings.damping,
         experts_per_group=settings.experts_per_group,
-        sentinel_start=tokenizer.sentinels.start,
-    )
-    attachments = {"tokenizer.model": tokenizer.path.read_bytes()}
+    ).with_sentinels(tokenizer)
+    attachments = tokenizer.files()
     with qj.ProgressBar(name) as progress:
         report = qj.compress(
             checkpoint, output, calibration, config, attachments=attachments, progress=progress

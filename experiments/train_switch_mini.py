@@ -48,7 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qmoe_jax import SwitchConfig
 from qmoe_jax.checkpoints.t5x import write_parameters
-from qmoe_jax.data import Example, Sentinels, Tokenizer, batches, span_corruption
+from qmoe_jax.data import Example, Tokenizer, batches, span_corruption
 from qmoe_jax.data.text import text_files
 from qmoe_jax.models import GroupCapacity, SwitchTransformer
 from qmoe_jax.models.router import load_balancing_loss, router_z_loss
@@ -114,8 +114,8 @@ def train_tokenizer(texts: list[str], path: pathlib.Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
         model_prefix=str(path.with_suffix("")), vocab_size=CONFIG.vocab_size - EXTRA_IDS,
-        model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, max_sentence_length=20000,
-        num_threads=2, minloglevel=2,
+        model_type="unigram", pad_id=CONFIG.pad_id, eos_id=CONFIG.eos_id, unk_id=2, bos_id=-1,
+        max_sentence_length=20000, num_threads=2, minloglevel=2,
         input_sentence_size=60000, shuffle_input_sentence=True,
     )  # fmt: skip
     path.with_suffix(".vocab").unlink()
@@ -141,8 +141,8 @@ def cut(texts: list[np.ndarray], generator: np.random.RandomState | None = None)
 class TrainingBatches:
     """Training batches that depend only on seed and step, so that a resumed run sees the same data."""
 
-    def __init__(self, texts: list[np.ndarray], sentinels: Sentinels, recipe: Recipe):
-        self.texts, self.sentinels, self.recipe = texts, sentinels, recipe
+    def __init__(self, texts: list[np.ndarray], tokenizer: Tokenizer, recipe: Recipe):
+        self.texts, self.tokenizer, self.recipe = texts, tokenizer, recipe
         self.per_epoch = len(cut(texts)) * 9 // 10 // recipe.batch_size  # random offsets lose a few segments
         self.epoch, self.pieces = -1, []
 
@@ -155,10 +155,11 @@ class TrainingBatches:
             generator.shuffle(self.pieces)
         size = self.recipe.batch_size
         density = 0.5 if step < self.recipe.dense_noise else 0.15
+        texts = self.pieces[place * size : (place + 1) * size]
         examples = span_corruption(
-            self.pieces[place * size : (place + 1) * size], self.sentinels, seed=step + 1, density=density
+            texts, self.tokenizer.sentinels, CONFIG.token_ids, seed=step + 1, density=density
         )
-        batch = next(batches(examples, size, multiple=8))
+        batch = next(batches(examples, size, CONFIG.pad_id, multiple=8))
         return batch.encoder, batch.decoder
 
 
@@ -166,7 +167,7 @@ def token_losses(logits: jax.Array, decoder: jax.Array) -> tuple[jax.Array, jax.
     """Return the cross-entropy of each decoder token after the first, and its weight (0 on padding)."""
     targets = decoder[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
-    return losses, (targets != 0).astype(jnp.float32)
+    return losses, (targets != CONFIG.pad_id).astype(jnp.float32)
 
 
 def loss_function(
@@ -255,7 +256,10 @@ def evaluation_step(
 def evaluate(params: dict, examples: list[Example], batch_size: int = 64) -> float:
     """Return the mean cross-entropy per token, with no token dropped by an expert."""
     model = SwitchTransformer(CONFIG)
-    sums = sum(evaluation_step(params, b.encoder, b.decoder, model) for b in batches(examples, batch_size))
+    sums = sum(
+        evaluation_step(params, b.encoder, b.decoder, model)
+        for b in batches(examples, batch_size, CONFIG.pad_id)
+    )
     return float(sums[0] / sums[1])
 
 
@@ -265,7 +269,7 @@ def encoder_controls(examples: list[Example]) -> dict[str, list[Example]]:
     others = examples[len(examples) // 2 :] + examples[: len(examples) // 2]
     return {
         "of_another_example": [Example(o.encoder, e.decoder) for o, e in zip(others, examples, strict=True)],
-        "empty": [Example(np.array([1], np.int32), e.decoder) for e in examples],
+        "empty": [Example(np.array([CONFIG.eos_id], np.int32), e.decoder) for e in examples],
         "order_shuffled": [
             Example(generator.permutation(e.encoder).astype(np.int32), e.decoder) for e in examples
         ],
@@ -344,16 +348,17 @@ def main() -> None:
     tokenizer_path = arguments.output / "tokenizer.model"
     if not tokenizer_path.exists():
         train_tokenizer(texts_of("training"), tokenizer_path)
-    tokenizer = Tokenizer(tokenizer_path, EXTRA_IDS)
+    tokenizer = Tokenizer(tokenizer_path, EXTRA_IDS, CONFIG.token_ids)
+    tokenizer.check_model(CONFIG)
     for split in ("calibration", "validation"):
         write_split(documents, split, arguments.output / f"{split}.jsonl.xz")
 
     texts = [tokenizer.encode(text) for text in texts_of("training")]
     held_out = [tokenizer.encode(text) for text in texts_of("validation")]
-    validation = span_corruption(cut(held_out), tokenizer.sentinels)
+    validation = span_corruption(cut(held_out), tokenizer.sentinels, CONFIG.token_ids)
     params = train(
         recipe,
-        TrainingBatches(texts, tokenizer.sentinels, recipe),
+        TrainingBatches(texts, tokenizer, recipe),
         validation,
         arguments.states,
         arguments.save_every,
@@ -374,7 +379,9 @@ def main() -> None:
                 f"loss_encoder_{name}": evaluate(stored, spoiled)
                 for name, spoiled in encoder_controls(validation).items()
             },
-            **baselines(span_corruption(cut(texts), tokenizer.sentinels, seed=1), validation),
+            **baselines(
+                span_corruption(cut(texts), tokenizer.sentinels, CONFIG.token_ids, seed=1), validation
+            ),
         },
     }
     (arguments.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")

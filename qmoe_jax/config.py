@@ -9,6 +9,21 @@ Activation = Literal["relu", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """The ids that a model gives a meaning of their own; by default T5's.
+
+    Attributes:
+        pad: fills rows of unequal length, and what follows the end token in generated text.
+        eos: ends encoder texts, and generation.
+        decoder_start: begins the decoder's input.
+    """
+
+    pad: int = 0
+    eos: int = 1
+    decoder_start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class SwitchConfig:
     """An encoder-decoder of T5 blocks, whose feed-forward layers are dense or route tokens to experts.
 
@@ -52,9 +67,14 @@ class SwitchConfig:
     relative_attention_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    pad_id: int = 0
-    eos_id: int = 1
-    decoder_start_id: int = 0
+    pad_id: int = TokenIds.pad
+    eos_id: int = TokenIds.eos
+    decoder_start_id: int = TokenIds.decoder_start
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The ids that texts and batches for this model are made with."""
+        return TokenIds(self.pad_id, self.eos_id, self.decoder_start_id)
 
     def sparse_layers(self, stack: str) -> tuple[int, ...]:
         """Return the layers of `stack` ("encoder" or "decoder") that have experts."""

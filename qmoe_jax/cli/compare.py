@@ -50,7 +50,7 @@ def compare(
     ],
     text: HeldOutText,
     tokenizer: TokenizerFile = None,
-    extra_ids: ExtraIds = 100,
+    extra_ids: ExtraIds = None,
     samples: Annotated[
         int, typer.Option(min=1, help="Maximum number of samples.", rich_help_panel="Text")
     ] = 128,

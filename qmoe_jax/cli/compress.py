@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def compress(
     ],
     *,
     tokenizer: TokenizerFile = None,
-    extra_ids: ExtraIds = 100,
+    extra_ids: ExtraIds = None,
     samples: Annotated[
         int,
         typer.Option(
@@ -89,11 +88,10 @@ def compress(
         checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
         examples = options.read(calibration, pieces)
-    if config.sentinel_start is None:
-        config = dataclasses.replace(config, sentinel_start=pieces.sentinels.start)
+        config = config.with_sentinels(pieces)
     tokens = sum(len(encoder) + len(decoder) for encoder, decoder in examples)
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
-    attachments = {"tokenizer.model": pieces.path.read_bytes()}
+    attachments = pieces.files()
     try:
         with qj.ProgressBar("compressing") as progress:
             report = qj.compress(

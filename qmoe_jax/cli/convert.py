@@ -15,6 +15,7 @@ from qmoe_jax.cli.console import warn
 from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
+from qmoe_jax.data.sentinels import SIDE_FILES
 
 TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model"}
 """Not for upstream, whose loader takes every file of a directory but a few for torch's."""
@@ -78,8 +79,14 @@ def convert(
 
 
 def _copy_tokenizer(checkpoint: Path | str, target: Path) -> Path | None:
-    """Copy the checkpoint's tokenizer unless `target` exists; return None where nothing was copied."""
+    """Copy the checkpoint's tokenizer, and the files beside it that may name its sentinels.
+
+    Nothing is copied over another file; return None where `target` exists, or nothing is there to copy.
+    """
     source = find_tokenizer(checkpoint)
     if source is None or target.exists():
         return None
+    for name in SIDE_FILES:
+        if source.with_name(name).is_file() and not target.with_name(name).exists():
+            shutil.copyfile(source.with_name(name), target.with_name(name))
     return Path(shutil.copyfile(source, target))

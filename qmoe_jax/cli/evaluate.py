@@ -29,7 +29,7 @@ def evaluate(
     path: CheckpointPath,
     text: HeldOutText,
     tokenizer: TokenizerFile = None,
-    extra_ids: ExtraIds = 100,
+    extra_ids: ExtraIds = None,
     samples: Annotated[
         int | None,
         typer.Option(min=1, help="Maximum number of samples.", show_default="all", rich_help_panel="Text"),

@@ -31,7 +31,7 @@ def generate(
         typer.Option(help="Fill the texts of this file instead, one per line.", show_default=False),
     ] = None,
     tokenizer: TokenizerFile = None,
-    extra_ids: ExtraIds = 100,
+    extra_ids: ExtraIds = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of tokens to generate, for all blanks of a text.")
     ] = 32,

@@ -35,10 +35,12 @@ TokenizerFile = Annotated[
     ),
 ]
 ExtraIds = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
-        help="Number of sentinel ids above the tokenizer's pieces: 100 in T5's vocabularies.",
+        help="Number of sentinel ids above the tokenizer's pieces, for a model that was trained with another "
+        "number than T5's.",
+        show_default="those that the tokenizer's files name, else 100",
         rich_help_panel=_panel,
     ),
 ]
@@ -92,7 +94,7 @@ class SampleOptions:
         return samples(files, tokenizer, **vars(self))
 
 
-def load_tokenizer(checkpoint: qj.Checkpoint, path: Path | None, extra_ids: int) -> Tokenizer:
+def load_tokenizer(checkpoint: qj.Checkpoint, path: Path | None, extra_ids: int | None) -> Tokenizer:
     """Load the tokenizer at `path`, or the checkpoint's own, and print the API's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -29,7 +29,7 @@ from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.source import checkpoint_digest, examples_digest, read_dense
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
-from qmoe_jax.data import Examples, check_examples
+from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 
@@ -55,7 +55,8 @@ def compress(
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
         output: the artifact's directory: missing, empty, or that of the same compression.
-        examples: calibration samples, (encoder ids, decoder ids beginning with the start token 0).
+        examples: calibration samples, (encoder ids, decoder ids beginning with the model's start token).
+            Padding at the encoder's end does not count.
         config: the options.
         attachments: files to carry in the artifact, by name, such as the tokenizer's model.
         progress: called with the number of experts done; a dense layer counts as one.
@@ -67,7 +68,7 @@ def compress(
     began = time.monotonic()
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
-    check_examples(examples, reader.config.vocab_size)
+    examples = checked_examples(examples, reader.config)
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.data import Tokenizer
 from qmoe_jax.parameters import STACKS
 from qmoe_jax.quantization import Grid, ternary_grid, uniform_grid
 
@@ -30,8 +31,8 @@ class CompressionConfig:
         true_sequential: calibrate an expert's second matrix on the outputs of its quantized first one.
         skip: stack to leave uncompressed, encoder or decoder; by default neither.
         keep_sentinels: let sentinel tokens, and the decoder tokens that predict them, enter the Hessians.
-        sentinel_start: first sentinel id; by default the tokenizer's (in Python: 32000, for the vocabulary of
-            the published models).
+        sentinel_start: lowest sentinel id; by default the tokenizer's (in Python: `with_sentinels`, or 32000
+            for the vocabulary of the published models).
         token_cap: maximum number of tokens that calibrate an expert, as a multiple of the even share.
         experts_per_group: experts quantized and written together; each needs about 12 x d_ff² bytes of
             memory.
@@ -80,6 +81,29 @@ class CompressionConfig:
         """Stacks whose experts are quantized."""
         return tuple(stack for stack in STACKS if stack != self.skip)
 
+    def with_sentinels(self, tokenizer: Tokenizer) -> CompressionConfig:
+        """Return the options with `sentinel_start` from the tokenizer.
+
+        Raises:
+            ValueError: another one is given, or the sentinels are not the highest ids of the tokenizer, so
+                that no lowest id sets them apart.
+        """
+        start, count = tokenizer.sentinels.start, tokenizer.sentinels.count
+        if self.keep_sentinels:
+            return self
+        if start + count != tokenizer.vocab_size:
+            raise ValueError(
+                f"{tokenizer.path}: expected sentinels with the highest ids of the tokenizer, "
+                f"{tokenizer.vocab_size - count} to {tokenizer.vocab_size - 1}, found {start} to "
+                f"{max(tokenizer.sentinels.ids)}; calibrate on sentinels too (keep_sentinels)"
+            )
+        if self.sentinel_start not in (None, start):
+            raise ValueError(
+                f"sentinel_start: expected {start}, the lowest sentinel of {tokenizer.path}, found "
+                f"{self.sentinel_start}; leave the option out"
+            )
+        return dataclasses.replace(self, sentinel_start=start)
+
     def first_sentinel(self, model: SwitchConfig) -> int:
         """Return the first id that is a sentinel; one beyond the vocabulary where sentinels are kept.
 
@@ -94,6 +118,6 @@ class CompressionConfig:
             return PUBLISHED_SENTINEL_START
         raise ValueError(
             "sentinel_start: expected the first sentinel id, found None; it is known only for the published "
-            f"models' vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; pass it, or "
-            "keep_sentinels=True"
+            f"models' vocabulary of {PUBLISHED_VOCABULARY}, not for one of {model.vocab_size}; take it from "
+            "the tokenizer (with_sentinels), or set keep_sentinels=True"
         )

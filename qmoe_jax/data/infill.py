@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Int32
 
-from qmoe_jax.data.span_corruption import EOS, Sentinels
 from qmoe_jax.data.tokenizer import Tokenizer
 
 BLANK = re.compile(r"<extra_id_(\d+)>|_{3,}")
@@ -70,7 +69,7 @@ class Infill:
         ids = tokenizer.encode(self.texts[0]).tolist()
         for number, text in zip(self.numbers, self.texts[1:], strict=True):
             ids += [int(sentinels.id(number)), *_encode_after_blank(text, tokenizer)]
-        return np.array([*ids, EOS], np.int32)
+        return np.array([*ids, tokenizer.token_ids.eos], np.int32)
 
     def fill(self, spans: Mapping[int, list[int]], tokenizer: Tokenizer) -> str:
         """Return the text with `spans` (ids by sentinel number) in its blanks; the other blanks stay."""
@@ -82,7 +81,7 @@ class Infill:
         return filled
 
 
-def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]:
+def read_spans(ids: Iterable[int], tokenizer: Tokenizer) -> dict[int, list[int]]:
     """Cut generated ids at their sentinels: return the ids after each sentinel, by its number.
 
     Left out are all ids before the first sentinel and from the end token on, padding, and ids beyond the
@@ -91,12 +90,12 @@ def read_spans(ids: Iterable[int], sentinels: Sentinels) -> dict[int, list[int]]
     spans: dict[int, list[int]] = {}
     current: list[int] = []
     for token in map(int, ids):
-        if token == EOS:
+        if token == tokenizer.token_ids.eos:
             break
-        if sentinels.start <= token <= sentinels.last:
+        if (number := tokenizer.sentinels.number(token)) is not None:
             current = []
-            spans.setdefault(sentinels.last - token, current)
-        elif 0 < token < sentinels.start:
+            spans.setdefault(number, current)
+        elif tokenizer.is_written(token):
             current.append(token)
     return spans
 

@@ -67,7 +67,7 @@ def samples(
     if not texts:
         of_split = f' with "split": "{split}"' if split else ""
         raise TextError(f"{', '.join(map(str, paths))}: no text{of_split} {rule}")
-    return span_corruption(texts, tokenizer.sentinels, seed)
+    return span_corruption(texts, tokenizer.sentinels, tokenizer.token_ids, seed)
 
 
 def segments(documents: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Int32[np.ndarray, "token"]]:

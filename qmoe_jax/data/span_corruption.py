@@ -8,32 +8,12 @@ NumPy.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Bool
 
+from qmoe_jax.config import TokenIds
 from qmoe_jax.data.examples import Example
-
-EOS = 1
-DECODER_START = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sentinels:
-    """The ids of the sentinels, counted downwards: sentinel i is `last - i`, and none is below `start`."""
-
-    start: int
-    last: int
-
-    @property
-    def count(self) -> int:
-        """Number of sentinels."""
-        return self.last - self.start + 1
-
-    def id(self, index: np.ndarray | int) -> np.ndarray | int:
-        """Return the id of sentinel number `index`."""
-        return self.last - index
+from qmoe_jax.data.sentinels import Sentinels
 
 
 def _random_segmentation(items: int, segments: int, generator: np.random.RandomState) -> np.ndarray:
@@ -67,13 +47,14 @@ def noise_mask(
     return np.repeat(np.tile([False, True], spans), runs)
 
 
-def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Example:
+def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels, token_ids: TokenIds) -> Example:
     """Replace each run of `mask` in `tokens` by a sentinel.
 
     Args:
         tokens: int `[token]`, end token included.
         mask: bool `[token]`, as `noise_mask` draws it.
         sentinels: ids of the sentinels; one more than there are runs is used.
+        token_ids: the model's end and start tokens.
 
     Raises:
         ValueError: there are more runs than sentinels.
@@ -85,17 +66,18 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels) -> Examp
             f"{spans} noise spans: expected at least {spans + 1} sentinels, found {sentinels.count}"
         )
     marked = np.where(first, sentinels.id(np.cumsum(first) - 1), tokens)
-    encoder = np.append(marked[~mask | first], EOS)
+    encoder = np.append(marked[~mask | first], token_ids.eos)
     # Shape: each span's start yields two decoder tokens, its sentinel and the token itself.
     decoder = np.repeat(tokens[mask], 1 + first[mask])
     decoder[np.flatnonzero(first[mask]) + np.arange(spans)] = sentinels.id(np.arange(spans))
-    decoder = np.concatenate([[DECODER_START], decoder, [sentinels.id(spans)]])
+    decoder = np.concatenate([[token_ids.decoder_start], decoder, [sentinels.id(spans)]])
     return Example(encoder.astype(np.int32), decoder.astype(np.int32))
 
 
 def span_corruption(
     texts: list[np.ndarray],
     sentinels: Sentinels,
+    token_ids: TokenIds,
     seed: int = 0,
     density: float = 0.15,
     mean_span: float = 3.0,
@@ -108,6 +90,7 @@ def span_corruption(
     generator = np.random.RandomState(seed)
     examples = []
     for text in texts:
-        tokens = np.append(text, EOS)
-        examples.append(corrupt(tokens, noise_mask(len(tokens), generator, density, mean_span), sentinels))
+        tokens = np.append(text, token_ids.eos)
+        mask = noise_mask(len(tokens), generator, density, mean_span)
+        examples.append(corrupt(tokens, mask, sentinels, token_ids))
     return examples

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.data import Examples, check_examples
+from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
@@ -64,7 +64,7 @@ def compare(
     """Compare two models of one architecture, in any two formats, tensor by tensor and on the same text.
 
     Both run side by side, layer after layer, each on its own hidden states; every tensor is read once,
-    measured and used. No token is dropped at full experts, and padding (id 0 in the encoder) does not count.
+    measured and used. No token is dropped at full experts, and padding at the encoder's end does not count.
 
     Memory: of each model the hidden states of all tokens, twice; one layer without its experts, or
     `experts_per_read` of them in float32; at the end the embedding or head, and 512 tokens' logits.
@@ -72,7 +72,8 @@ def compare(
     Args:
         original: a checkpoint of any format, by path or opened.
         compressed: likewise; a compressed one is dequantized range by range.
-        examples: held-out samples, (encoder ids, decoder ids beginning with the start token 0), 1-D int32.
+        examples: held-out samples, (encoder ids, decoder ids beginning with the model's start token), both
+            1-D int32.
         dtype: dtype of the computation, as in `load_model`; weights are measured as they are stored.
         experts_per_read: experts of a layer in memory together.
         scratch: folder for hidden states beyond an eighth of the machine's memory, and for experts whose
@@ -81,14 +82,14 @@ def compare(
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: one cannot be read, or a tensor is in one only or has another shape: it names the
-            tensor.
+        CheckpointError: one cannot be read, a tensor is in one only or has another shape (the error names
+            it), or their token ids differ.
         ValueError: the examples do not fit the model.
     """
     if experts_per_read < 1:
         raise ValueError(f"experts_per_read: expected 1 or more, found {experts_per_read}")
     pair = Pair(_opened(original), _opened(compressed))
-    check_examples(examples, pair.config.vocab_size, min_decoder=2)
+    examples = checked_examples(examples, pair.config, min_decoder=2)
     folder = Path(scratch) if scratch is not None else Path(tempfile.gettempdir())
     layers, states = SideBySide(pair, examples, dtype, experts_per_read, folder).run(progress)
     predictions = compare_predictions(pair, states, [decoder for _, decoder in examples], dtype)

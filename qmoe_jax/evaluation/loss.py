@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from qmoe_jax.data import Examples, batches, check_examples
+from qmoe_jax.data import Examples, batches, checked_examples
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
@@ -43,13 +43,14 @@ def score(
     params: dict[str, Any],
     encoder: Int[Array, "row n"],
     decoder: Int[Array, "row m"],
+    encoder_mask: Bool[Array, "row n"],
     lengths: Int[Array, "row"],
 ) -> tuple[Float[Array, "row"], Int[Array, "row"]]:
     """Return each row's summed cross-entropy and number of correct tokens.
 
     The first `lengths - 1` predictions of a row count.
     """
-    logits = model.apply({"params": params}, encoder, decoder)[:, :-1]
+    logits = model.apply({"params": params}, encoder, decoder, encoder_mask)[:, :-1]
     targets = decoder[:, 1:]
     real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -70,21 +71,26 @@ def evaluate(
     Args:
         model: the module.
         params: its parameters.
-        examples: (encoder ids, decoder ids beginning with the start token 0), both 1-D int32.
+        examples: (encoder ids, decoder ids beginning with the model's start token), both 1-D int32. Padding
+            at the encoder's end does not count.
         batch_size: examples that run through the model together.
         progress: called with the number of examples done.
 
     Raises:
-        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary.
+        ValueError: examples are missing, one has no token to predict, an id is outside the vocabulary, or a
+            decoder begins with another token.
         CheckpointError: experts on disk that were needed cannot be read.
     """
-    check_examples(examples, model.config.vocab_size, min_decoder=2)
+    examples = checked_examples(examples, model.config, min_decoder=2)
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     tally = Tally(progress, len(examples))
-    for batch in batches(examples, min(batch_size, len(examples))):
+    for batch in batches(examples, min(batch_size, len(examples)), model.config.pad_id):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
         with raise_store_errors(params):
-            losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
+            losses, hits = map(
+                np.asarray,
+                score(model, params, batch.encoder, batch.decoder, batch.encoder_mask, batch.lengths),
+            )
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         tally.advance(part.stop - part.start)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])

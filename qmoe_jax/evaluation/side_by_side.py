@@ -77,19 +77,15 @@ class SideBySide:
         return layers, states["decoder"]
 
     def _embed(self) -> dict[str, list[HiddenStates]]:
-        """Return each model's states before the first layer.
-
-        The encoder's padding is masked, as in the models.
-        """
+        """Return each model's states before the first layer."""
         tables = self.pair.params([EMBEDDING], self.dtype)
         states: dict[str, list[HiddenStates]] = {}
         for side, stack in enumerate(STACKS):
             lengths = [len(example[side]) for example in self.examples]
             ids = np.concatenate([example[side] for example in self.examples])
-            visible = ids != self.pair.config.pad_id if stack == "encoder" else None
             for params in tables:
                 table = np.asarray(params["token_embedder"]["embedding"])
-                mine = HiddenStates(lengths, table.shape[1], self.scratch, visible)
+                mine = HiddenStates(lengths, table.shape[1], self.scratch)
                 for start in range(0, len(ids), ROWS):
                     mine.values[start : start + ROWS] = table[ids[start : start + ROWS]]
                 states.setdefault(stack, []).append(mine)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32
 from qmoe_jax.checkpoints.params import nest, parameter_dtype
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import staged
-from qmoe_jax.config import SwitchConfig
+from qmoe_jax.config import SwitchConfig, TokenIds
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import scaled, transposed
 from qmoe_jax.parameters import EMBEDDING, LOGITS, ExpertKernel, is_expert
@@ -61,7 +61,8 @@ class Pair:
         """Match the tensors of the two.
 
         Raises:
-            CheckpointError: a tensor is in one only, or has different shapes; the error names it.
+            CheckpointError: a tensor is in one only, or has different shapes, or a token another id; the
+                error names it.
         """
         self.notes: list[str] = []
         readers = [original, compressed]
@@ -74,6 +75,7 @@ class Pair:
             readers[tied] = untied(readers[tied])
         self.original, self.compressed = readers
         _require_same_tensors(self.original, self.compressed)
+        _require_same_token_ids(self.original, self.compressed)
         self.notes += _differences(self.original.config, self.compressed.config)
         self._squares: dict[str, np.ndarray] = {}
 
@@ -167,6 +169,20 @@ def _require_same_tensors(original: Checkpoint, compressed: Checkpoint) -> None:
                 key=name,
                 expected=original.shape(name),
                 found=compressed.shape(name),
+            )
+
+
+def _require_same_token_ids(original: Checkpoint, compressed: Checkpoint) -> None:
+    ours, theirs = original.config.token_ids, compressed.config.token_ids
+    for field in dataclasses.fields(TokenIds):
+        if (want := getattr(ours, field.name)) != (found := getattr(theirs, field.name)):
+            raise CheckpointError(
+                f"a token has not the id that it has in {original.path}: the two do not read the same texts",
+                path=compressed.path,
+                key=f"{field.name}_token_id",
+                expected=want,
+                found=found,
+                remedy=f"correct {field.name}_token_id in the config.json that is wrong",
             )
 
 

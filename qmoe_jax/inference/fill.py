@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
-from qmoe_jax.data.batching import pad_rows, round_up
+from qmoe_jax.data.batching import pad_rows, round_up, row_mask
 from qmoe_jax.data.infill import Infill, read_spans
 from qmoe_jax.data.tokenizer import Tokenizer
 from qmoe_jax.inference.generate import generate
@@ -63,32 +63,42 @@ def fill_blanks(
         progress: called with the texts filled.
 
     Raises:
-        ValueError: a text has no blank, or a blank has a number that the tokenizer has no sentinel for.
+        ValueError: a text has no blank, a blank has a number that the tokenizer has no sentinel for, or the
+            tokenizer is not the model's (`TextError`).
         CheckpointError: experts on disk cannot be read.
     """
+    tokenizer.check_model(model.config)
     infills = [Infill.parse(text) for text in texts]
     rows = [infill.encode(tokenizer) for infill in infills]
     filled: list[FilledText] = []
     progress(0, len(texts), "")
-    for number, batch in enumerate(_batches(rows, batch_size)):
+    for number, (batch, mask) in enumerate(_batches(rows, batch_size, model.config.pad_id)):
         written = generate(
             model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling,
-            seed=seed + number,
+            seed=seed + number, encoder_mask=jnp.asarray(mask),
         )  # fmt: skip
         for infill, ids in zip(infills[len(filled) :], np.asarray(written), strict=False):
-            spans = read_spans(ids, tokenizer.sentinels)
+            spans = read_spans(ids, tokenizer)
             words = {sentinel: tokenizer.decode(span) for sentinel, span in spans.items()}
-            filled.append(FilledText(infill.fill(spans, tokenizer), words, int(np.count_nonzero(ids))))
+            ended = np.flatnonzero(ids == model.config.eos_id)
+            tokens = int(ended[0]) + 1 if ended.size else len(ids)
+            filled.append(FilledText(infill.fill(spans, tokenizer), words, tokens))
         progress(len(filled), len(texts), "")
     return filled
 
 
-def _batches(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[Int32[np.ndarray, "row n"]]:
-    """Yield encoder ids in batches of one shape; the last row is repeated to fill the last batch."""
+def _batches(
+    rows: Sequence[np.ndarray], batch_size: int, pad_id: int
+) -> Iterator[tuple[Int32[np.ndarray, "row n"], Bool[np.ndarray, "row n"]]]:
+    """Yield encoder ids in batches of one shape, and their masks.
+
+    The last row is repeated to fill the last batch.
+    """
     if not rows:
         return
     size = min(batch_size, len(rows))
     length = round_up(max(map(len, rows)), LENGTH_MULTIPLE)
     for start in range(0, len(rows), size):
         part = list(rows[start : start + size])
-        yield pad_rows(part + part[-1:] * (size - len(part)), size, length)
+        part += part[-1:] * (size - len(part))
+        yield pad_rows(part, size, length, pad_id), row_mask(part, size, length)

@@ -104,6 +104,61 @@ def test_config_json_gives_what_no_shape_tells(tmp_path: Path) -> None:
     assert open_dense(path).config == dataclasses.replace(TINY, layer_norm_epsilon=1e-5, eos_id=7)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected", "found"),
+    [
+        ("eos_token_id", [1, 2], "one token id, an integer of 0 or more", r"\[1, 2\] \(a list\)"),
+        ("eos_token_id", "1", "one token id", r'"1" \(a string\)'),
+        ("pad_token_id", True, "one token id", r"true \(a boolean\)"),
+        ("pad_token_id", 0.0, "one token id", r"0.0 \(a number with a fraction\)"),
+        ("decoder_start_token_id", -1, "one token id", r"-1 \(an integer\)"),
+        ("pad_token_id", 11, "0 to 10, the rows of the embedding", "11"),
+        ("d_model", "8", "an integer of 1 or more", r'"8" \(a string\)'),
+        ("num_experts", -5, "an integer of 0 or more", "-5"),
+        ("tie_word_embeddings", "false", "true or false", r'"false" \(a string\)'),
+        ("dense_act_fn", ["relu"], "a string", r'\["relu"\] \(a list\)'),
+        ("layer_norm_epsilon", "1e-6", "a finite number of 0 or more", '"1e-6"'),
+        ("layer_norm_epsilon", float("nan"), "a finite number of 0 or more", "NaN"),
+        ("relative_attention_max_distance", 128.5, "an integer of 1 or more", "128.5"),
+    ],
+)
+def test_members_of_the_wrong_type_or_value_are_named(tmp_path, key, value, expected, found) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
+    rewrite_json(path / "config.json", **{key: value})
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json: .*\n  key: {key}\n  expected: {expected}.*\n  found: {found}"
+    ):
+        open_dense(path)
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "eos_token_id", "decoder_start_token_id"])
+def test_a_model_without_such_a_token_is_refused(tmp_path: Path, key: str) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
+    stated = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**stated, key: None}))
+    with pytest.raises(CheckpointError, match=rf"key: {key}\n  expected: one token id.*\n  found: null"):
+        open_dense(path)
+
+
+def test_another_padding_needs_a_stated_start_token(tmp_path: Path) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
+    rewrite_json(path / "config.json", pad_token_id=3, decoder_start_token_id=None)
+    with pytest.raises(CheckpointError, match=r"key: decoder_start_token_id[\s\S]*pad_token_id is 3"):
+        open_dense(path)
+    rewrite_json(path / "config.json", decoder_start_token_id=3)
+    assert open_dense(path).config == dataclasses.replace(TINY, pad_id=3, decoder_start_id=3)
+
+
+def test_a_generation_config_with_other_ids_is_told(tmp_path: Path) -> None:
+    path = LAYOUTS["safetensors"](tmp_path / "model", TINY, random_parameters())
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 7], "pad_token_id": 0}')
+    checkpoint = open_dense(path)
+    assert checkpoint.config == TINY
+    assert checkpoint.notes == [
+        "generation_config.json says eos_token_id [1, 7], and is ignored: config.json's 1 is used"
+    ]
+
+
 def test_a_tied_head_is_the_embedding_whatever_is_stored(tmp_path: Path) -> None:
     """transformers overwrites it, unless config.json says that it is not tied."""
     path = LAYOUTS["torch"](tmp_path / "model", TINY, random_parameters())

@@ -2,23 +2,19 @@
 
 import json
 import pathlib
-import random
 import shutil
 
 import pytest
 
 from tests.helpers.cli_runs import answer, compress_arguments
-from tests.helpers.tokenizers import train_tokenizer
+from tests.helpers.tokenizers import random_texts, train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> pathlib.Path:
     """A folder with tokenizer.model, of about 300 pieces, and texts.jsonl, of two splits."""
     folder = tmp_path_factory.mktemp("texts")
-    drawn = random.Random(0)
-    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    words = ["".join(drawn.choices(syllables, k=drawn.randint(1, 3))) for _ in range(400)]
-    texts = [" ".join(drawn.choices(words, k=drawn.randint(12, 16))) + "." for _ in range(200)]
+    texts = random_texts(200)
     train_tokenizer(folder / "tokenizer.model", texts, 400)
     lines = [
         json.dumps({"text": text, "split": ("train", "test")[i % 2]}) + "\n" for i, text in enumerate(texts)

@@ -38,7 +38,7 @@ def scripted(monkeypatch, tokenizer):
 def test_blanks_are_filled_with_the_spans_that_the_model_generates(model, tokenizer):
     infill = Infill.parse(TEXT)
     ids = infill.encode(tokenizer)
-    tokens = pad_rows([ids], 1, round_up(len(ids), LENGTH_MULTIPLE))
+    tokens = pad_rows([ids], 1, round_up(len(ids), LENGTH_MULTIPLE), 0)
     written = np.asarray(qj.generate(*qj.load_model(model), tokens, max_new_tokens=12))[0]
     spans = read_spans(written, tokenizer.sentinels)
     found = answer("generate", model, TEXT, "--max-new-tokens", 12)

@@ -1,5 +1,6 @@
 """Selection of calibration tokens, and batches of hidden states."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import qmoe_jax as qj
 from qmoe_jax.compression.tokens import RoutedTokens, keep_decoder, keep_encoder
+from qmoe_jax.data import Sentinels
 from qmoe_jax.inference.blockwise.states import HiddenStates, mask_of, plan_batches
 
 
@@ -45,6 +47,32 @@ def test_hidden_states_survive_gathering_and_scattering_batches(tmp_path, monkey
     assert sorted(seen) == list(range(len(lengths)))
     np.testing.assert_array_equal(states.values, 2 * expected)
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTokenizer:
+    """The part of a tokenizer that options are taken from."""
+
+    sentinels: Sentinels
+    vocab_size: int
+    path: str = "sp.model"
+
+
+def test_the_first_sentinel_is_the_tokenizers():
+    tokenizer = FakeTokenizer(Sentinels((300, 302, 301)), 303)
+    assert qj.CompressionConfig().with_sentinels(tokenizer).sentinel_start == 300
+    assert qj.CompressionConfig(sentinel_start=300).with_sentinels(tokenizer).sentinel_start == 300
+    with pytest.raises(ValueError, match=r"sentinel_start: expected 300, .* sp.model, found 301"):
+        qj.CompressionConfig(sentinel_start=301).with_sentinels(tokenizer)
+
+
+@pytest.mark.parametrize(("ids", "size"), [((300, 302), 303), ((300, 301), 303)])
+def test_sentinels_below_other_ids_are_refused_unless_they_calibrate(ids, size):
+    tokenizer = FakeTokenizer(Sentinels(ids), size)
+    with pytest.raises(ValueError, match=r"sp.model: expected sentinels with the highest ids"):
+        qj.CompressionConfig().with_sentinels(tokenizer)
+    kept = qj.CompressionConfig(keep_sentinels=True)
+    assert kept.with_sentinels(tokenizer) == kept
 
 
 def test_the_first_sentinel_of_the_published_vocabulary_is_known():

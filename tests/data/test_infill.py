@@ -54,7 +54,7 @@ def test_generated_ids_are_cut_at_their_sentinels(tokenizer):
     sentinel = tokenizer.sentinels.id
     ids = [0, 7, sentinel(0), 8, 9, sentinel(2), sentinel(1), 10, 0, sentinel(0), 11, 1, 12]
     ids.insert(4, tokenizer.vocab_size)  # an id that only padding of the vocabulary has
-    assert read_spans(ids, tokenizer.sentinels) == {0: [8, 9], 2: [], 1: [10]}
+    assert read_spans(ids, tokenizer) == {0: [8, 9], 2: [], 1: [10]}
 
 
 @pytest.mark.parametrize(

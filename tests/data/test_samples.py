@@ -37,7 +37,7 @@ def test_segments_cut_a_document_and_short_texts_skips_it(tokenizer):
 
 def test_samples_are_the_first_short_documents(tokenizer, texts):
     kept = short_texts(read_documents(texts), tokenizer, 60, 3)
-    expected = span_corruption(kept, tokenizer.sentinels, seed=5)
+    expected = span_corruption(kept, tokenizer.sentinels, tokenizer.token_ids, seed=5)
     assert_equal(samples(texts, tokenizer, 3, max_tokens=60, seed=5), expected)
     assert len(expected) == 3
 
@@ -45,7 +45,7 @@ def test_samples_are_the_first_short_documents(tokenizer, texts):
 def test_samples_with_segment_are_spread_over_all_documents(tokenizer, texts):
     cut = segments(read_documents(texts, "test"), tokenizer, 16)
     found = samples([texts], tokenizer, 4, segment=16, split="test")
-    assert_equal(found, span_corruption(cut[:: -(-len(cut) // 4)], tokenizer.sentinels))
+    assert_equal(found, span_corruption(cut[:: -(-len(cut) // 4)], tokenizer.sentinels, tokenizer.token_ids))
     assert len(cut) > 2 * len(found)
 
 

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe_jax.data.span_corruption import Sentinels, corrupt, noise_mask, span_corruption
+from qmoe_jax.config import TokenIds
+from qmoe_jax.data import Sentinels
+from qmoe_jax.data.span_corruption import corrupt, noise_mask, span_corruption
 
-T5 = Sentinels(32000, 32099)
+T5 = Sentinels.above(32000)
+IDS = TokenIds()
 
 
 def test_noise_masks_equal_upstreams(data):
@@ -44,7 +47,7 @@ def test_span_corrupted_samples_equal_upstreams(data, split):
     count = golden["trainsamples"]
     short = [np.array(d) for d in golden[f"{split}_docs_without_eos"] if len(d) + 1 <= golden["inputlen"]]
     part = slice(0, count) if split == "train" else slice(count, None)
-    examples = span_corruption(short[: len(golden["encoder"][part])], T5)
+    examples = span_corruption(short[: len(golden["encoder"][part])], T5, IDS)
     assert [e.encoder.tolist() for e in examples] == golden["encoder"][part]
     assert [e.decoder.tolist() for e in examples] == golden["decoder"][part]
 
@@ -54,7 +57,7 @@ def test_span_corrupted_samples_equal_upstreams(data, split):
 def test_encoder_and_decoder_ids_hold_every_token_once(length, seed):
     tokens = np.random.RandomState(seed).randint(2, 100, length)
     mask = noise_mask(length, np.random.RandomState(seed))
-    example = corrupt(tokens, mask, T5)
+    example = corrupt(tokens, mask, T5, IDS)
     text: list[int] = []
     spans = {int(e): int(i) for i, e in enumerate(example.decoder) if e >= T5.start}
     for token in example.encoder[:-1]:
@@ -76,4 +79,11 @@ def test_a_text_of_one_token_is_refused():
 def test_more_noise_spans_than_sentinels_are_refused():
     mask = np.tile([False, True], 10)
     with pytest.raises(ValueError, match="10 noise spans: expected at least 11 sentinels, found 5"):
-        corrupt(np.arange(20), mask, Sentinels(95, 99))
+        corrupt(np.arange(20), mask, Sentinels.above(95, 5), IDS)
+
+
+def test_samples_are_made_with_the_models_token_ids_and_the_sentinels_own():
+    mask = np.array([False, True, True, False, True])
+    example = corrupt(np.arange(20, 25), mask, Sentinels((7, 3, 9)), TokenIds(4, 2, 5))
+    assert example.encoder.tolist() == [20, 7, 23, 3, 2]
+    assert example.decoder.tolist() == [5, 7, 21, 22, 3, 24, 9]

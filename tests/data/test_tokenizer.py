@@ -1,10 +1,14 @@
 """The tokenizer: its sentinels, its place beside a checkpoint, and the vocabulary that it fits."""
 
+import dataclasses
 import shutil
 
 import pytest
 
+import qmoe_jax as qj
+from qmoe_jax.config import SwitchConfig, TokenIds
 from qmoe_jax.data import TextError, Tokenizer, find_tokenizer
+from tests.helpers.tokenizers import train_tokenizer
 
 
 def test_sentinels_are_above_the_pieces(tokenizer):
@@ -50,13 +54,38 @@ def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
         Tokenizer(tmp_path / "bad.model")
 
 
+def model_of(tokenizer: Tokenizer, **fields: int) -> SwitchConfig:
+    return dataclasses.replace(qj.PRESETS["switch-base-8"], **{"vocab_size": tokenizer.vocab_size, **fields})
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer):
-    tokenizer.check_vocabulary(tokenizer.vocab_size)
+    tokenizer.check_model(model_of(tokenizer))
     with pytest.raises(TextError, match=f"expected at most {tokenizer.vocab_size - 1} ids"):
-        tokenizer.check_vocabulary(tokenizer.vocab_size - 1)
+        tokenizer.check_model(model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1))
+
+
+@pytest.mark.parametrize(("field", "key"), [("pad_id", "pad_token_id"), ("eos_id", "eos_token_id")])
+def test_a_tokenizer_that_disagrees_about_a_token_is_refused(tokenizer, field, key):
+    own = getattr(model_of(tokenizer), field)
+    with pytest.raises(TextError, match=f"{key}: expected 5, the model's, found {own}, the tokenizer's own"):
+        tokenizer.check_model(model_of(tokenizer, **{field: 5}))
+
+
+def test_a_tokenizer_without_padding_has_no_text_where_the_model_has_it(tmp_path):
+    """Sentencepiece's own defaults: no padding, 0 unknown, 2 the end."""
+    path = train_tokenizer(
+        tmp_path / "m.model", ["the cat sat"] * 9, 20, pad_id=-1, unk_id=0, bos_id=1, eos_id=2
+    )
+    tokenizer = Tokenizer(path)
+    assert tokenizer.token_ids == TokenIds(pad=0, eos=2, decoder_start=0)
+    tokenizer.check_model(model_of(tokenizer, eos_id=2))
+    with pytest.raises(
+        TextError, match="pad_token_id: expected an id without text for the model's padding, 5"
+    ):
+        tokenizer.check_model(model_of(tokenizer, eos_id=2, pad_id=5))
 
 
 def test_a_model_with_many_more_ids_than_the_tokenizer_gives_a_warning(tokenizer):
-    tokenizer.check_vocabulary(tokenizer.vocab_size + 127)
+    tokenizer.warn_of_fewer_ids(tokenizer.vocab_size + 127)
     with pytest.warns(UserWarning, match="check that it was trained with them"):
-        tokenizer.check_vocabulary(tokenizer.vocab_size + 128)
+        tokenizer.warn_of_fewer_ids(tokenizer.vocab_size + 128)

@@ -95,7 +95,7 @@ def test_compared_losses_are_those_of_evaluate(models, examples, comparison):
 
 def test_compared_predictions_are_those_of_the_logits(models, examples, comparison):
     model, *both = models
-    batch = next(batches(examples, len(examples)))
+    batch = next(batches(examples, len(examples), 0))
     real = np.arange(batch.decoder.shape[1]) < batch.lengths[:, None] - 1
     apply = jax.jit(model.apply)
     logits = (apply({"params": params}, batch.encoder, batch.decoder) for params in both)

@@ -6,25 +6,35 @@ tensors. config.json gives what no shape tells; where the two disagree, a note s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qmoe_jax.checkpoints.architecture import Shapes, infer_config
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import read_json
 from qmoe_jax.parameters import STACKS
 
 MODEL_TYPE = "switch_transformers"
 
+GENERATION_CONFIG = "generation_config.json"
+
+_TOKEN_IDS = {
+    "pad_token_id": "pad_id",
+    "eos_token_id": "eos_id",
+    "decoder_start_token_id": "decoder_start_id",
+}
 # Key of config.json -> field of `SwitchConfig` that no tensor's shape tells.
 _SETTINGS = {
     "relative_attention_max_distance": "relative_attention_max_distance",
     "layer_norm_epsilon": "layer_norm_epsilon",
-    "pad_token_id": "pad_id",
-    "eos_token_id": "eos_id",
-    "decoder_start_token_id": "decoder_start_id",
+    **_TOKEN_IDS,
 }
 # The same for fields that the tensors tell.
 _SIZES = {
@@ -45,6 +55,108 @@ _SIZES = {
 _ACTIVATIONS = {False: {"relu": "relu", "gelu_new": "gelu"}, True: {"gelu": "gelu", "gelu_new": "gelu"}}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """The values that a member of config.json may have, in words and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_epsilon(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+# null states nothing, except where it would say that a model has no such token, or is not tied.
+_ID = _Rule("one token id, an integer of 0 or more", lambda value: _is_int(value, 0))
+_SIZE = _Rule("an integer of 1 or more", lambda value: value is None or _is_int(value, 1))
+_COUNT = _Rule("an integer of 0 or more", lambda value: value is None or _is_int(value, 0))
+_FLAG = _Rule("true or false", lambda value: value is None or isinstance(value, bool))
+_TIED = _Rule("true or false", lambda value: isinstance(value, bool))
+_TEXT = _Rule("a string", lambda value: value is None or isinstance(value, str))
+_EPSILON = _Rule("a finite number of 0 or more", lambda value: value is None or _is_epsilon(value))
+_RULES = {
+    **dict.fromkeys(_SIZES, _SIZE),
+    "is_gated_act": _FLAG,
+    "tie_word_embeddings": _TIED,
+    **dict.fromkeys(("num_experts", *(f"num_sparse_{stack}_layers" for stack in STACKS)), _COUNT),
+    **dict.fromkeys(("model_type", "dense_act_fn"), _TEXT),
+    **dict.fromkeys(_TOKEN_IDS, _ID),
+    "relative_attention_max_distance": _SIZE,
+    "layer_norm_epsilon": _EPSILON,
+}
+
+
+def _found(value: Any) -> str:
+    """Return a JSON value with its type, cut short."""
+    text = json.dumps(value)
+    kinds = {bool: "a boolean", int: "an integer", float: "a number with a fraction", str: "a string"}
+    kind = {**kinds, list: "a list", dict: "an object"}.get(type(value))
+    return (text if len(text) <= 60 else f"{text[:60]}...") + (f" ({kind})" if kind else "")
+
+
+def read_stated(path: Path) -> dict[str, Any]:
+    """Return what a config.json states, sizes that are null left out.
+
+    Raises:
+        CheckpointError: the file is not a JSON object, or a member that is read here has another type than
+            `transformers` gives it.
+    """
+    stated = read_json(path)
+    for key, value in stated.items():
+        if (rule := _RULES.get(key)) and not rule.holds(value):
+            raise CheckpointError(
+                "a member of the wrong type or value",
+                path=path,
+                key=key,
+                expected=rule.expected,
+                found=_found(value),
+                remedy=f"correct {key}, or leave it out where the model has what Switch Transformers have",
+            )
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+def configure(stated: Mapping[str, Any], shapes: Shapes, directory: Path) -> tuple[SwitchConfig, list[str]]:
+    """Return the architecture that tensors and `stated`, a config.json, give; and what they disagree about.
+
+    Args:
+        stated: as `read_stated` returns it.
+        shapes: T5X's names -> shapes.
+        directory: the checkpoint's, for errors and for its generation_config.json.
+
+    Raises:
+        CheckpointError: another kind of model, tensors that do not fit together, an unknown activation, or a
+            token id outside the vocabulary.
+    """
+    path = directory / "config.json"
+    gated = any(name.endswith("/wi_0/kernel") for name in shapes)
+    config = infer_config(shapes, directory, **settings(stated, gated=gated, path=path))
+    for key, field in _TOKEN_IDS.items():
+        if (found := getattr(config, field)) >= config.vocab_size:
+            raise CheckpointError(
+                "a token id outside the vocabulary",
+                path=path,
+                key=key,
+                expected=f"0 to {config.vocab_size - 1}, the rows of the embedding",
+                found=found if key in stated else f"nothing, so T5's {found}",
+                remedy=f"set {key} to the id that the model was trained with",
+            )
+    if config.pad_id != config.decoder_start_id and "decoder_start_token_id" not in stated:
+        raise CheckpointError(
+            "a decoder without a start token",
+            path=path,
+            key="decoder_start_token_id",
+            expected=f"an id, as pad_token_id is {config.pad_id}: T5's decoder starts with padding, id 0",
+            found="nothing",
+            remedy="set decoder_start_token_id to the id that the model was trained with",
+        )
+    return config, contradictions(stated, config) + _generation_differences(directory, config)
+
+
 def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str, Any]:
     """Return the fields of `SwitchConfig` that `stated`, a config.json, gives and no tensor tells.
 
@@ -57,7 +169,7 @@ def settings(stated: Mapping[str, Any], *, gated: bool, path: Path) -> dict[str,
         raise CheckpointError(
             "is not a Switch Transformer", path=path, key="model_type", expected=MODEL_TYPE, found=model_type
         )
-    told = {field: stated[key] for key, field in _SETTINGS.items() if stated.get(key) is not None}
+    told = {field: stated[key] for key, field in _SETTINGS.items() if key in stated}
     activation = stated.get("dense_act_fn", "gelu" if gated else "relu")
     known = _ACTIVATIONS[gated]
     if activation not in known:
@@ -80,6 +192,18 @@ def contradictions(stated: Mapping[str, Any], config: SwitchConfig) -> list[str]
         f"config.json says {key} {stated[key]}, the tensors say {value}"
         for key, value in told.items()
         if key in stated and stated[key] != value
+    ]
+
+
+def _generation_differences(directory: Path, config: SwitchConfig) -> list[str]:
+    """Return a note for each token id that generation_config.json gives otherwise than config.json."""
+    path = directory / GENERATION_CONFIG
+    stated = read_json(path) if path.is_file() else {}
+    told = {key: getattr(config, field) for key, field in _TOKEN_IDS.items()}
+    return [
+        f"{GENERATION_CONFIG} says {key} {json.dumps(found)}, and is ignored: config.json's {value} is used"
+        for key, value in told.items()
+        if (found := stated.get(key, value)) != value
     ]
 
 

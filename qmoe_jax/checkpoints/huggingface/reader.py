@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.huggingface.config import contradictions, settings
+from qmoe_jax.checkpoints.huggingface.config import configure, read_stated
 from qmoe_jax.checkpoints.huggingface.weights import open_weights, unread, weights_named
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location
 from qmoe_jax.files.names import similar
-from qmoe_jax.files.reading import read_json
 from qmoe_jax.files.tensor import LazyTensor, Tensor, stacked, transposed
 from qmoe_jax.parameters import EMBEDDING, LOGITS
 
@@ -47,7 +45,7 @@ def open_huggingface(location: Location, file: str | None = None) -> Checkpoint 
         return None
     directory = location.path
     weights, config_file = open_weights(begin), directory / "config.json"
-    stated = read_json(config_file) if config_file.is_file() else {}
+    stated = read_stated(config_file) if config_file.is_file() else {}
     tensors = assemble(weights.tensors, directory)
     if is_tied(weights.tensors, stated):
         tensors.pop(LOGITS, None)
@@ -55,12 +53,10 @@ def open_huggingface(location: Location, file: str | None = None) -> Checkpoint 
     else:
         _require_equal_embeddings(weights.tensors, directory)
         notes = []
-    gated = any(name.endswith("/wi_0/kernel") for name in tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = infer_config(shapes, directory, **settings(stated, gated=gated, path=config_file))
-    if stated:
-        notes += contradictions(stated, config)
-    else:
+    config, differences = configure(stated, shapes, directory)
+    notes += differences
+    if not config_file.is_file():
         other = similar(directory, config_file.name) if directory.is_dir() else None
         but = f" (but {other})" if other else ""
         notes.append(f"no config.json{but}: token ids and activation are T5's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
 import time
@@ -17,6 +18,7 @@ from flax import traverse_util
 
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x.reader import stored_name
+from qmoe_jax.config import TokenIds
 from qmoe_jax.files.durable import sync_folder, write_durably
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.msgpack import encode_tree
@@ -57,10 +59,25 @@ def write_t5x(
         progress: counts the ranges that are read; its label is the parameter.
 
     Raises:
-        CheckpointError: there is a checkpoint of this step already.
+        CheckpointError: there is a checkpoint of this step already, or the model has other token ids than
+            T5's, which this format cannot tell.
     """
+    _require_t5_ids(checkpoint)
     tensors = {name: checkpoint.tensors[name] for name in checkpoint.names()}
     return _write_tensors(tensors, Path(directory), step, dtype, progress)
+
+
+def _require_t5_ids(checkpoint: Checkpoint) -> None:
+    for field in dataclasses.fields(TokenIds):
+        if (found := getattr(checkpoint.config.token_ids, field.name)) != field.default:
+            raise CheckpointError(
+                "has token ids that T5X's format cannot tell: its readers would take T5's",
+                path=checkpoint.path,
+                key=f"{field.name}_token_id",
+                expected=field.default,
+                found=found,
+                remedy="write it in Hugging Face's format, whose config.json has them",
+            )
 
 
 def write_parameters(

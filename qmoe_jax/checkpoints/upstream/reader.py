@@ -17,15 +17,13 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import PackedMatrix
-from qmoe_jax.checkpoints.architecture import infer_config
 from qmoe_jax.checkpoints.huggingface import names
-from qmoe_jax.checkpoints.huggingface.config import contradictions, settings
+from qmoe_jax.checkpoints.huggingface.config import configure, read_stated
 from qmoe_jax.checkpoints.huggingface.reader import assemble, is_tied
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.coded import CodedKernel, CodedMatrix
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.location import Location
-from qmoe_jax.files.reading import read_json
 from qmoe_jax.files.tensor import Shard, Tensor, scaled
 from qmoe_jax.files.torch_pickle import TorchTensor, open_torch
 from qmoe_jax.parameters import EMBEDDING, LOGITS
@@ -65,7 +63,7 @@ def open_upstream(location: Location, file: str | None = None) -> UpstreamReader
     directory = location.path
     if not isinstance(directory, Path) or not (directory / DENSE_FILE).is_file():
         return None
-    stated = read_json(directory / "config.json")
+    stated = read_stated(directory / "config.json")
     stored = _dense(directory / DENSE_FILE)
     tensors = assemble(stored, directory)
     if EMBEDDING not in tensors:
@@ -80,15 +78,14 @@ def open_upstream(location: Location, file: str | None = None) -> UpstreamReader
             tensors[LOGITS] = scaled(head, head.shape[0] ** -0.5)
     tensors |= _kernels(directory, d_model=tensors[EMBEDDING].shape[1])
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    gated = any(name.endswith("/wi_0/kernel") for name in tensors)
-    config = infer_config(shapes, directory, **settings(stated, gated=gated, path=directory / "config.json"))
+    config, differences = configure(stated, shapes, directory)
     return UpstreamReader(
         path=directory,
         format="upstream",
         config=config,
         tensors=tensors,
         list_shards=lambda: _shards(directory),
-        notes=notes + contradictions(stated, config),
+        notes=notes + differences,
     )
 
 
