@@ -11,8 +11,8 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
+from qmoe_jax.data.errors import TextError
 from qmoe_jax.data.span_corruption import EOS, Sentinels
-from qmoe_jax.data.text import TextError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import local_path
 
