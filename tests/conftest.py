@@ -11,8 +11,8 @@ import pytest
 # `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Workers and the programs that tests start share what they compile, for as long as the run lasts. Whoever sets
-# JAX_COMPILATION_CACHE_DIR keeps it between runs, which are then three times as fast.
+# Workers and the programs that tests start share what they compile, for as long as the run lasts. Set
+# JAX_COMPILATION_CACHE_DIR to keep it between runs, which are then three times as fast.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="qmoe-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name

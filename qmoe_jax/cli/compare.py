@@ -52,8 +52,14 @@ def compare(
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Maximum number of samples.", rich_help_panel="Text")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of samples.",
+            show_default="128, or all where there are fewer",
+            rich_help_panel="Text",
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     segment: Segment = None,
     split: Split = None,
@@ -87,7 +93,7 @@ def compare(
         $ qmoe compare switch-base-128 base-ternary --text c4-validation.json.gz
         $ qmoe compare t5x-original copy --text books/ --json | jq .weight_errors
     """
-    began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
+    began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed, at_most=128)
     with working(f"reading {original}, {compressed} and the text"):
         checkpoints = open_model(original), open_model(compressed)
         found = tokenizer or next(filter(None, (find_tokenizer(each.path) for each in checkpoints)), None)

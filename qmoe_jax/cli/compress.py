@@ -19,6 +19,7 @@ from qmoe_jax.cli.console import note, working
 from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.cli.samples import (
+    TEXT,
     ExtraIds,
     MaxTokens,
     SampleOptions,
@@ -46,7 +47,7 @@ def compress(
     calibration: Annotated[
         list[Path],
         typer.Option(
-            help="Calibration text: .txt or .jsonl (.gz or .xz too), a file or a folder. Can be repeated.",
+            help=f"Calibration text: {TEXT}. Can be repeated.",
             show_default=False,
             rich_help_panel="Text",
         ),
@@ -55,14 +56,15 @@ def compress(
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = None,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            help="Maximum number of calibration samples. QMoE used 10,000 for 128 experts per layer and "
-            "160,000 for 2,048.",
+            help="Number of calibration samples. QMoE used 10,000 for 128 experts per layer and 160,000 for "
+            "2,048.",
+            show_default="10,000, or all where there are fewer",
             rich_help_panel="Text",
         ),
-    ] = 10_000,
+    ] = None,
     max_tokens: MaxTokens = None,
     segment: Segment = None,
     split: Split = None,
@@ -83,7 +85,7 @@ def compress(
         $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
                 --calibration c4.json.gz --samples 20000
     """
-    options = SampleOptions(samples, max_tokens, segment, split, seed)
+    options = SampleOptions(samples, max_tokens, segment, split, seed, at_most=10_000)
     with working(f"reading {path} and the text"):
         checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)

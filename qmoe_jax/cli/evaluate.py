@@ -32,7 +32,7 @@ def evaluate(
     extra_ids: ExtraIds = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of samples.", show_default="all", rich_help_panel="Text"),
+        typer.Option(min=1, help="Number of samples.", show_default="all", rich_help_panel="Text"),
     ] = None,
     max_tokens: MaxTokens = None,
     segment: Segment = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+from qmoe_jax.data import TextError
 from qmoe_jax.files.errors import CheckpointError
 
 OK, FAILED, PROBLEMS, INTERRUPTED = 0, 1, 3, 130
@@ -27,10 +28,14 @@ class Interrupted(KeyboardInterrupt):
 def describe(error: Exception) -> dict[str, Any]:
     """Return an error as data.
 
-    The members are `type` and `problem`, and where known `path`, `key`, `expected`, `found` and `remedy`.
+    The members are `type` and `problem`, and where known `path`, `line`, `key`, `expected`, `found` and
+    `remedy`.
     """
     kind = type(error).__name__
-    if isinstance(error, CheckpointError):
+    if isinstance(error, TextError):
+        names = ("problem", "path", "line", "expected", "found", "remedy")
+        fields = {name: getattr(error, name) for name in names}
+    elif isinstance(error, CheckpointError):
         fields = {
             name: getattr(error, name) for name in ("problem", "path", "key", "expected", "found", "remedy")
         }
@@ -54,7 +59,8 @@ def describe(error: Exception) -> dict[str, Any]:
 
 def message(fields: dict[str, Any]) -> str:
     """Return the lines to print for an error that `describe` returned."""
-    where = f"{fields['path']}: " if "path" in fields else ""
+    line = f", line {fields['line']}" if "line" in fields else ""
+    where = f"{fields['path']}{line}: " if "path" in fields else ""
     details = [
         f"  {name}: {fields[name]}" for name in ("key", "expected", "found", "remedy") if name in fields
     ]

@@ -13,13 +13,17 @@ import typer
 import qmoe_jax as qj
 from qmoe_jax.cli.console import warn
 from qmoe_jax.data import Example, Tokenizer, samples
+from qmoe_jax.data.seed import check_seed
 
 _panel = "Text"
+
+TEXT = ".txt, .jsonl or .parquet (.gz, .bz2, .xz or .zst too), a file, a folder, or - for standard input"
+"""The texts that are read, in the help of options."""
 
 HeldOutText = Annotated[
     list[Path],
     typer.Option(
-        help="Held-out text: .txt or .jsonl (.gz or .xz too), a file or a folder. Can be repeated.",
+        help=f"Held-out text: {TEXT}. Can be repeated.",
         show_default=False,
         rich_help_panel=_panel,
     ),
@@ -69,29 +73,42 @@ Split = Annotated[
         metavar="NAME", help='Use only the JSON lines whose "split" equals this.', rich_help_panel=_panel
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the masked spans.", rich_help_panel=_panel)]
+Seed = Annotated[int, typer.Option(help="Seed of the masked spans.", rich_help_panel=_panel)]
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """The options by which `qmoe_jax.data.samples` chooses samples."""
+    """The options by which `qmoe_jax.data.samples` chooses samples.
+
+    Attributes:
+        count: samples asked for; None: as many as there are, `at_most` of them.
+        max_tokens: see `samples`, as for `segment`, `split` and `seed`.
+        at_most: the command's own limit where no number is asked for.
+    """
 
     count: int | None
     max_tokens: int | None
     segment: int | None
     split: str | None
     seed: int
+    at_most: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse options that exclude each other, as wrong usage."""
+        """Refuse options that exclude each other, as wrong usage, and a seed out of range."""
+        check_seed(self.seed)
         if self.max_tokens and self.segment:
             raise typer.BadParameter(
                 "--max-tokens skips long texts and --segment cuts them: give only one of them"
             )
 
     def read(self, files: Sequence[Path], tokenizer: Tokenizer) -> list[Example]:
-        """Return the samples of text files or folders. Raises `TextError` where there are none."""
-        return samples(files, tokenizer, **vars(self))
+        """Return the samples of text files or folders.
+
+        Raises:
+            TextError: there are none, or fewer than asked for.
+        """
+        limit = None if self.count else self.at_most
+        return samples(files, tokenizer, **vars(self) | {"at_most": limit})
 
 
 def load_tokenizer(checkpoint: qj.Checkpoint, path: Path | None, extra_ids: int | None) -> Tokenizer:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from qmoe_jax.data.text import TextError
+from qmoe_jax.data.errors import TextError
 from qmoe_jax.files.reading import read_json
 
 T5_COUNT = 100

@@ -13,8 +13,8 @@ import sentencepiece
 from jaxtyping import Int32
 
 from qmoe_jax.config import SwitchConfig, TokenIds
+from qmoe_jax.data.errors import TextError
 from qmoe_jax.data.sentinels import CONFIG_FILE, Sentinels, find_sentinels, side_file
-from qmoe_jax.data.text import TextError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import local_path
 

@@ -6,7 +6,7 @@ import os
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.data.text import TextError
+from qmoe_jax.data.errors import TextError
 from qmoe_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, find_tokenizer
 
 
