@@ -8,8 +8,6 @@ groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +42,7 @@ from qmoe_jax.files.durable import (
     write_durably,
 )
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.lock import Lock
 
 
 class ArtifactWriter:
@@ -92,7 +91,7 @@ class ArtifactWriter:
         self._dense: dict[str, ArrayRecord] | None = None
         self._require_ours()
         make_folder(self.root)
-        self._lock = _lock(self.root / f".lock-{host}")
+        self._lock = Lock(self.root / f".lock-{host}")
         try:
             self._clean()
             self.attach(RUN, canonical(self.run.to_json()))
@@ -110,8 +109,7 @@ class ArtifactWriter:
 
     def close(self) -> None:
         """Release the lock. Whatever has been written stays."""
-        (self.root / f".lock-{self.host}").unlink(missing_ok=True)
-        os.close(self._lock)
+        self._lock.release()
 
     @property
     def finished(self) -> bool:
@@ -266,7 +264,7 @@ class ArtifactWriter:
     def _require_ours(self) -> None:
         """Raise `CheckpointError` where the directory holds anything but this run."""
         found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
-        found = {name for name in found if not re.fullmatch(r"\.lock-\d+|\..*\.\d+\.tmp", name)}
+        found = {name for name in found if not re.fullmatch(r"\.lock-\d+(\.\d+)?|\..*\.\d+\.tmp", name)}
         if not found:
             return
         if RUN not in found:
@@ -298,16 +296,3 @@ class ArtifactWriter:
 
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
-
-
-def _lock(path: Path) -> int:
-    """Take the lock that a process holds while it writes; the system frees it however the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise CheckpointError(
-            "is being written by another process", path=path.parent, remedy="wait for it, or stop it"
-        ) from error
-    return descriptor
