@@ -8,7 +8,7 @@ groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for
 from __future__ import annotations
 
 import dataclasses
-import re
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,31 @@ from qmoe_jax.files.durable import (
 )
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.lock import Lock
+from qmoe_jax.files.names import is_stray
+from qmoe_jax.files.output import output_directory
+
+
+def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path:
+    """Return the local directory in which an artifact can be begun or resumed; nothing is read but names.
+
+    Args:
+        path: a local path or a file URL.
+        inputs: paths of what is read meanwhile.
+
+    Raises:
+        CheckpointError: it cannot be written (see `output_directory`), or holds something else.
+    """
+    root = output_directory(path, inputs=inputs)
+    found = sorted(name for name in os.listdir(root) if not is_stray(name)) if root.exists() else []
+    if found and RUN not in found:
+        raise CheckpointError(
+            "holds something else",
+            path=root,
+            expected="an empty directory, or an artifact of the same run",
+            found=", ".join(found[:5]),
+            remedy="choose another output directory",
+        )
+    return root
 
 
 class ArtifactWriter:
@@ -56,7 +81,7 @@ class ArtifactWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         config: SwitchConfig,
         options: Mapping[str, Any],
@@ -82,7 +107,7 @@ class ArtifactWriter:
         """
         codebooks = list(codebooks)
         digests = {codebook.name: codebook.digest for codebook in codebooks}
-        self.root, self.host = Path(path), host
+        self.root, self.host = artifact_directory(path), host
         self.run = Run(config, options, source, digests)
         self._digest = self.run.digest
         self._groups: dict[GroupKey, FileRecord] = {}
@@ -262,19 +287,9 @@ class ArtifactWriter:
         return found
 
     def _require_ours(self) -> None:
-        """Raise `CheckpointError` where the directory holds anything but this run."""
-        found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
-        found = {name for name in found if not re.fullmatch(r"\.lock-\d+(\.\d+)?|\..*\.\d+\.tmp", name)}
-        if not found:
+        """Raise `CheckpointError` where the directory holds another run."""
+        if not (self.root / RUN).exists():
             return
-        if RUN not in found:
-            raise CheckpointError(
-                "holds something else",
-                path=self.root,
-                expected="an empty directory, or an artifact of the same run",
-                found=", ".join(sorted(found)[:5]),
-                remedy="choose another output directory",
-            )
         differences = self.run.differences(Run.read(self.root))
         if differences:
             ours, theirs = zip(*differences.values(), strict=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qmoe_jax.files.errors import CheckpointError, system_error
+from qmoe_jax.files.errors import system_error
 from qmoe_jax.files.reading import unreadable
 
 HASH_CHUNK = 1 << 22
@@ -105,18 +105,6 @@ def record_of(path: Path) -> FileRecord:
 def temporary_files(root: Path, host: int = 0) -> list[Path]:
     """Return the files that a killed run of this host left half-written below `root`."""
     return sorted(root.rglob(f".*.{host}.tmp"))
-
-
-def make_empty_folder(path: Path) -> Path:
-    """Make a folder, or take one that is empty.
-
-    Raises:
-        CheckpointError: the folder holds something.
-    """
-    make_folder(path)
-    if any(path.iterdir()):
-        raise CheckpointError("is not empty", path=path, remedy="choose a new directory")
-    return path
 
 
 def make_folder(path: Path) -> None:

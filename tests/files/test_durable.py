@@ -9,7 +9,6 @@ import pytest
 
 from qmoe_jax.files.durable import (
     durable_file,
-    make_empty_folder,
     record_of,
     record_of_pieces,
     sync_folder,
@@ -40,12 +39,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_a_leftover_of_its_host(tmp_p
 def test_a_record_counts_every_byte_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(10 << 20))
     assert record_of(tmp_path / "file") == record_of_pieces([bytes(10 << 20)])
-
-
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    assert make_empty_folder(tmp_path / "a" / "b").is_dir()
-    with pytest.raises(CheckpointError, match="is not empty"):
-        make_empty_folder(tmp_path / "a")
 
 
 def directories_cannot_be_synced(monkeypatch, number: int) -> None:
