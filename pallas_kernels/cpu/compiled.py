@@ -1,8 +1,7 @@
 """numba's options, and the form of the arrays that compiled functions read.
 
-numba caches what it compiles on disk, beside each module or in NUMBA_CACHE_DIR. It compiles a function anew
-where the function's own file changed, not where a file changed that it calls into: after editing such a file,
-delete the cache.
+What numba compiles is cached on disk, where `cache` finds a folder. A function is compiled anew where its own
+file changed, not where a file changed that it calls into: after editing such a file, delete the cache.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import Any
 import numba
 import numpy as np
 
+from pallas_kernels.cpu.cache import enable_cache
+
 # No assumption about NaN or infinity: they must come out where they went in.
-OPTIONS: Any = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+OPTIONS: Any = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 as_index: Any = np.uintp
 """The type of indices in compiled code: numba checks signed ones for counting from the end."""
@@ -23,7 +24,9 @@ as_index: Any = np.uintp
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function on its first call, for compiled code or Python to call; it runs without the GIL."""
-    return numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
+    dispatcher = numba.njit(**OPTIONS)(inspect.unwrap(function))  # a type checker may have wrapped it
+    enable_cache(dispatcher)
+    return dispatcher
 
 
 def read_only(array: Any) -> np.ndarray:

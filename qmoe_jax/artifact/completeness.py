@@ -9,18 +9,19 @@ from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
 from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.manifest import Run
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.names import is_stray
 from qmoe_jax.parameters import STACKS, ExpertKernel, expert_matrices, expert_shapes
 
 
 def find_groups(root: Path) -> list[GroupKey]:
-    """Return the expert groups on disk, whichever host wrote them.
+    """Return the expert groups on disk, whichever host wrote them; strays (`is_stray`) are passed over.
 
     Raises:
         CheckpointError: there is a file among them that is not an expert group.
     """
     keys = []
     for path in sorted((root / EXPERTS).rglob("*")):
-        if path.is_dir():
+        if path.is_dir() or any(map(is_stray, path.relative_to(root).parts)):
             continue
         key = GroupKey.from_path(path.relative_to(root).as_posix())
         if key is None:

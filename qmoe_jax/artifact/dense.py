@@ -6,10 +6,12 @@ joined with dots; `orbax.checkpoint` reads the directory like any other of its o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from flax import traverse_util
 
 from qmoe_jax.artifact.manifest import ArrayRecord
 from qmoe_jax.files.durable import sync_folder
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.errors import CheckpointError, error_number, system_error
+from qmoe_jax.files.location import tensorstore_path
 from qmoe_jax.files.tensor import LazyTensor, read_all
 
 DENSE = "dense"
@@ -44,13 +47,36 @@ def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
     path = root / DENSE
     host_tree = jax.tree.map(np.asarray, dict(tree))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), host_tree)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
-        checkpointer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(host_tree, save_args), force=True)
+    place = os.path.join(tensorstore_path(root), DENSE)
+    try:
+        with (
+            _quiet_orbax(),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer,
+        ):
+            checkpointer.save(place, args=ocp.args.PyTreeSave(host_tree, save_args), force=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        if error_number(error) is None:
+            raise
+        with contextlib.suppress(OSError):
+            remove_leftovers(root)
+        raise system_error("the dense parameters cannot be written", path, error) from error
     for folder in (path, *(found for found in path.rglob("*") if found.is_dir())):
         sync_folder(folder)
     sync_folder(root)
     arrays = traverse_util.flatten_dict(host_tree, sep="/")
     return {name: _record_of(array) for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keep Orbax's threads from logging the traceback of an error that is raised as well."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -70,7 +96,7 @@ def dense_tensor(root: Path, name: str, record: ArrayRecord) -> LazyTensor:
     dtype = np.dtype(record.dtype)  # ml_dtypes has registered bfloat16
 
     def read(rows: slice) -> np.ndarray:
-        base = {"driver": "file", "path": os.path.abspath(root / DENSE) + "/"}
+        base = {"driver": "file", "path": os.path.join(tensorstore_path(root), DENSE, "")}
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
             store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()

@@ -8,9 +8,7 @@ groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,32 @@ from qmoe_jax.files.durable import (
     write_durably,
 )
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.lock import Lock
+from qmoe_jax.files.names import is_stray
+from qmoe_jax.files.output import output_directory
+
+
+def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path:
+    """Return the local directory in which an artifact can be begun or resumed; nothing is read but names.
+
+    Args:
+        path: a local path or a file URL.
+        inputs: paths of what is read meanwhile.
+
+    Raises:
+        CheckpointError: it cannot be written (see `output_directory`), or holds something else.
+    """
+    root = output_directory(path, inputs=inputs)
+    found = sorted(name for name in os.listdir(root) if not is_stray(name)) if root.exists() else []
+    if found and RUN not in found:
+        raise CheckpointError(
+            "holds something else",
+            path=root,
+            expected="an empty directory, or an artifact of the same run",
+            found=", ".join(found[:5]),
+            remedy="choose another output directory",
+        )
+    return root
 
 
 class ArtifactWriter:
@@ -57,7 +81,7 @@ class ArtifactWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         config: SwitchConfig,
         options: Mapping[str, Any],
@@ -83,7 +107,7 @@ class ArtifactWriter:
         """
         codebooks = list(codebooks)
         digests = {codebook.name: codebook.digest for codebook in codebooks}
-        self.root, self.host = Path(path), host
+        self.root, self.host = artifact_directory(path), host
         self.run = Run(config, options, source, digests)
         self._digest = self.run.digest
         self._groups: dict[GroupKey, FileRecord] = {}
@@ -92,7 +116,7 @@ class ArtifactWriter:
         self._dense: dict[str, ArrayRecord] | None = None
         self._require_ours()
         make_folder(self.root)
-        self._lock = _lock(self.root / f".lock-{host}")
+        self._lock = Lock(self.root / f".lock-{host}")
         try:
             self._clean()
             self.attach(RUN, canonical(self.run.to_json()))
@@ -110,8 +134,7 @@ class ArtifactWriter:
 
     def close(self) -> None:
         """Release the lock. Whatever has been written stays."""
-        (self.root / f".lock-{self.host}").unlink(missing_ok=True)
-        os.close(self._lock)
+        self._lock.release()
 
     @property
     def finished(self) -> bool:
@@ -264,19 +287,9 @@ class ArtifactWriter:
         return found
 
     def _require_ours(self) -> None:
-        """Raise `CheckpointError` where the directory holds anything but this run."""
-        found = {entry.name for entry in self.root.iterdir()} if self.root.exists() else set()
-        found = {name for name in found if not re.fullmatch(r"\.lock-\d+|\..*\.\d+\.tmp", name)}
-        if not found:
+        """Raise `CheckpointError` where the directory holds another run."""
+        if not (self.root / RUN).exists():
             return
-        if RUN not in found:
-            raise CheckpointError(
-                "holds something else",
-                path=self.root,
-                expected="an empty directory, or an artifact of the same run",
-                found=", ".join(sorted(found)[:5]),
-                remedy="choose another output directory",
-            )
         differences = self.run.differences(Run.read(self.root))
         if differences:
             ours, theirs = zip(*differences.values(), strict=True)
@@ -298,16 +311,3 @@ class ArtifactWriter:
 
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
-
-
-def _lock(path: Path) -> int:
-    """Take the lock that a process holds while it writes; the system frees it however the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise CheckpointError(
-            "is being written by another process", path=path.parent, remedy="wait for it, or stop it"
-        ) from error
-    return descriptor

@@ -10,21 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.names import is_stray
 from qmoe_jax.files.reading import read_whole
 
 SUMS = "SHA256SUMS"
 
 FOREIGN = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"})
-"""Files that people and hubs put beside an artifact; these, and hidden entries, do not belong to it."""
+"""Files that people and hubs put beside an artifact; these, and strays at any depth, do not belong to it."""
 
 
 def listed_files(root: Path) -> list[str]:
     """Return every file of an artifact except `SHA256SUMS`, as sorted relative paths."""
-    top = (entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name not in FOREIGN)
-    files = (file for entry in top for file in ([entry] if not entry.is_dir() else entry.rglob("*")))
-    return sorted(
-        file.relative_to(root).as_posix() for file in files if not file.is_dir() and file != root / SUMS
-    )
+    files = (file.relative_to(root) for file in root.rglob("*") if not file.is_dir())
+    ours = (file for file in files if not any(map(is_stray, file.parts)) and file.as_posix() not in FOREIGN)
+    return sorted(file.as_posix() for file in ours if file != Path(SUMS))
 
 
 def render_sums(sums: Mapping[str, str]) -> bytes:

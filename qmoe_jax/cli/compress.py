@@ -13,6 +13,7 @@ from rich.text import Text
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
+from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
 from qmoe_jax.cli.console import note, working
@@ -38,7 +39,7 @@ NAMED = 8
 def compress(
     path: CheckpointPath,
     output: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="Directory of the artifact: new, or that of an interrupted run, which is resumed.",
             show_default=False,
@@ -85,6 +86,7 @@ def compress(
         $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
                 --calibration c4.json.gz --samples 20000
     """
+    artifact_directory(output, inputs=(path,))  # raises before anything is read
     options = SampleOptions(samples, max_tokens, segment, split, seed, at_most=10_000)
     with working(f"reading {path} and the text"):
         checkpoint = open_model(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +15,9 @@ from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
 from qmoe_jax.data.sentinels import SIDE_FILES
+from qmoe_jax.files.durable import write_durably
+from qmoe_jax.files.output import new_output_directory, output_directory
+from qmoe_jax.files.reading import read_whole
 
 TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model"}
 """Not for upstream, whose loader takes every file of a directory but a few for torch's."""
@@ -24,7 +26,7 @@ TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model"}
 def convert(
     path: CheckpointPath,
     output: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="A directory that is missing or empty; T5X adds its checkpoint_<step>.", show_default=False
         ),
@@ -59,12 +61,14 @@ def convert(
     """
     if to == "upstream" and dtype:
         raise typer.BadParameter("--dtype: the dtypes of upstream's format are fixed")
+    check = output_directory if to == "t5x" else new_output_directory
+    directory = check(output, inputs=(path,))  # raises before anything is read
     checkpoint = open_model(path)
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
-            written = qj.convert(checkpoint, output, to, dtype=dtype, step=step, progress=progress)
+            written = qj.convert(checkpoint, directory, to, dtype=dtype, step=step, progress=progress)
         tokenizer = (
-            _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to]) if to != "upstream" else None
+            _copy_tokenizer(checkpoint.path, directory / TOKENIZER_NAMES[to]) if to != "upstream" else None
         )
     except KeyboardInterrupt:
         raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
@@ -88,5 +92,6 @@ def _copy_tokenizer(checkpoint: Path | str, target: Path) -> Path | None:
         return None
     for name in SIDE_FILES:
         if source.with_name(name).is_file() and not target.with_name(name).exists():
-            shutil.copyfile(source.with_name(name), target.with_name(name))
-    return Path(shutil.copyfile(source, target))
+            write_durably(target.with_name(name), [read_whole(source.with_name(name))])
+    write_durably(target, [read_whole(source)])
+    return target

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import os
 from typing import Any
 
 from qmoe_jax.data import TextError
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.errors import REMEDIES, CheckpointError, printable
 
 OK, FAILED, PROBLEMS, INTERRUPTED = 0, 1, 3, 130
 """Exit codes: OK; an error; `verify` found problems; Ctrl-C. Wrong usage exits with 2."""
-
-REMEDIES = {
-    errno.ENOSPC: "free some space on that disk, then run the same command again",
-    errno.EDQUOT: "free some of your quota, then run the same command again",
-    errno.EACCES: "choose a location where you have read and write permission",
-    errno.EPERM: "choose a location where you have read and write permission",
-    errno.EROFS: "choose a location on a writable file system",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,7 +33,7 @@ def describe(error: Exception) -> dict[str, Any]:
     elif isinstance(error, OSError):
         fields = {
             "problem": error.strerror or str(error) or kind,
-            "path": error.filename,
+            "path": None if error.filename is None else os.fsdecode(error.filename),
             "remedy": REMEDIES.get(error.errno or 0),
         }
     elif isinstance(error, ValueError):
@@ -54,7 +45,11 @@ def describe(error: Exception) -> dict[str, Any]:
             "problem": f"{kind}: {error}",
             "remedy": "this may be a bug in qmoe: run the command with --debug, and report the traceback",
         }
-    return {"type": kind} | {name: value for name, value in fields.items() if value is not None}
+    return {"type": kind} | {
+        name: printable(value) if isinstance(value, str) else value
+        for name, value in fields.items()
+        if value is not None
+    }
 
 
 def message(fields: dict[str, Any]) -> str:

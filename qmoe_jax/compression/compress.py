@@ -19,7 +19,7 @@ from typing import Any
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
-from qmoe_jax.artifact.store import ArtifactWriter
+from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import staged
@@ -36,7 +36,7 @@ from qmoe_jax.progress import ProgressCallback, no_progress
 
 def compress(
     checkpoint: str | os.PathLike[str] | Checkpoint,
-    output: str | Path,
+    output: str | os.PathLike[str],
     examples: Examples,
     config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
     *,
@@ -66,6 +66,8 @@ def compress(
         ValueError: the examples or the options do not fit the model.
     """
     began = time.monotonic()
+    inputs = (checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint,)
+    output = artifact_directory(output, inputs=inputs)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
     examples = checked_examples(examples, reader.config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -14,11 +15,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.errors import system_error
 from qmoe_jax.files.reading import unreadable
 
 HASH_CHUNK = 1 << 22
 """Bytes read at a time when a file is checked (4 MiB): enough to stream from a disk, little in memory."""
+
+# A file system that cannot sync a directory (network and FUSE file systems) says so; a failing disk says EIO.
+# EACCES: a directory may be written and entered, but not opened to be read.
+_CANNOT_SYNC = (
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,9 @@ def durable_file(path: Path, *, host: int = 0) -> Iterator[BinaryIO]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise CheckpointError("cannot be written", path=path, found=error.strerror or str(error)) from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # a full disk needs the room
+        raise system_error("cannot be written", path, error) from error
 
 
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview], *, host: int = 0) -> FileRecord:
@@ -98,30 +107,34 @@ def temporary_files(root: Path, host: int = 0) -> list[Path]:
     return sorted(root.rglob(f".*.{host}.tmp"))
 
 
-def make_empty_folder(path: Path) -> Path:
-    """Make a folder, or take one that is empty.
+def make_folder(path: Path) -> None:
+    """Make a folder that outlives a power cut, and those above it.
 
     Raises:
-        CheckpointError: the folder holds something.
+        CheckpointError: the system refuses.
     """
-    make_folder(path)
-    if any(path.iterdir()):
-        raise CheckpointError("is not empty", path=path, remedy="choose a new directory")
-    return path
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder that outlives a power cut, and those above it."""
-    if not path.is_dir():
-        make_folder(path.parent)
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    try:
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+    except OSError as error:
+        raise system_error("cannot be made", path, error) from error
+    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make the names in a folder durable, where its file system can.
+
+    Raises:
+        CheckpointError: the system refuses for another reason, for example a failing disk.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise system_error("cannot be synced to the disk", path, error) from error

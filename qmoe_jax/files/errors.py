@@ -1,6 +1,37 @@
-"""The error for a checkpoint or artifact that cannot be read or written."""
+"""The error for a checkpoint or artifact that cannot be read or written, and the system's errors as such."""
 
 from __future__ import annotations
+
+import errno
+import os
+import re
+
+_SPACE = "free some space on that disk, then run the same command again"
+_PERMISSION = "choose a location where you have read and write permission"
+_HARDWARE = "check the disk and its connection; the system's log says more"
+
+REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: "free some of your quota, then run the same command again",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose a file system with larger files",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "choose a location on a writable file system",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs, or raise the system's limit of open files",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "check the symbolic links on the path",
+    errno.ENOTDIR: "choose a path whose parents are directories",
+    errno.EISDIR: "name a file, not a directory",
+    errno.EIO: _HARDWARE,
+    errno.ENODEV: _HARDWARE,
+    errno.ENXIO: _HARDWARE,
+    errno.ESTALE: "mount the network file system again, then run the same command again",
+    errno.ETIMEDOUT: "wait for the file server, then run the same command again",
+    errno.ENOMEM: "free some memory, or raise the limit of this process",
+    errno.EILSEQ: "choose a name that the file system allows, of ASCII characters",
+}
+"""Remedies for errors of the system, by their number."""
 
 
 class CheckpointError(Exception):
@@ -28,4 +59,31 @@ class CheckpointError(Exception):
         self.expected, self.found, self.remedy = expected, found, remedy
         details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
         lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
-        super().__init__("\n".join([f"{path}: {problem}", *lines]))
+        super().__init__(printable("\n".join([f"{path}: {problem}", *lines])))
+
+
+def system_error(problem: str, path: object, error: Exception, *, key: str | None = None) -> CheckpointError:
+    """Return the error for what the system refused: its words, and the remedy where one is known.
+
+    Args:
+        problem: what could not be done.
+        path: the file or directory concerned.
+        error: an `OSError`, or an error of tensorstore, which has the system's number in its text.
+        key: as in `CheckpointError`.
+    """
+    number = error_number(error)
+    found = os.strerror(number) if number else str(error).splitlines()[0] if str(error) else repr(error)
+    return CheckpointError(problem, path=path, key=key, found=found, remedy=REMEDIES.get(number or 0))
+
+
+def error_number(error: BaseException) -> int | None:
+    """Return the system's number of an error (`errno`), also of an error of tensorstore; None without one."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
+
+
+def printable(text: object) -> str:
+    r"""Return a text that every UTF-8 terminal prints: bytes of a path that are not UTF-8 as `\xe9`."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

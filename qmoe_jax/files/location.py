@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import urllib.parse
@@ -11,7 +12,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.errors import CheckpointError, system_error
 
 # Six tries over about 20 seconds; tensorstore's default goes on for a quarter of an hour when a host is down.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
@@ -73,7 +74,7 @@ class Location:
                     found=first_line(error),
                 ) from error
             return cls(url.rstrip("/"), store, context)
-        spec = {"driver": "file", "path": os.path.join(os.path.abspath(local), "")}
+        spec = {"driver": "file", "path": os.path.join(tensorstore_path(local), "")}
         return cls(local, ts.KvStore.open(spec, context=context).result(), context)
 
     def __truediv__(self, name: str) -> Location:
@@ -150,6 +151,31 @@ def local_path(path: str | os.PathLike[str]) -> Path | None:
             remedy="pass the path itself",
         )
     return Path(decoded)
+
+
+def tensorstore_path(directory: str | os.PathLike[str]) -> str:
+    """Return the absolute path by which tensorstore, whose paths are UTF-8, opens a directory.
+
+    A path that is not UTF-8 is opened through a file descriptor, which stays open.
+
+    Raises:
+        CheckpointError: the path is not UTF-8, and there is no such directory.
+    """
+    path = os.path.abspath(directory)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        try:
+            found = os.stat(path)
+            return f"/proc/self/fd/{_descriptor(path, found.st_dev, found.st_ino)}"
+        except OSError as error:
+            raise system_error("cannot be opened", path, error) from error
+    return path
+
+
+@functools.cache
+def _descriptor(path: str, device: int, inode: int) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Names of files that are nearly those that were looked for."""
+"""Names of files: those nearly as they were looked for, and those that belong to nobody."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from pathlib import Path
 
 PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
 """Endings that downloads give a file until it is complete."""
+
+_STRAY = (
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information",
+    "__macosx", "lost+found", "@eadir", "#recycle",
+)  # fmt: skip
 
 
 def similar(directory: Path, name: str) -> str | None:
@@ -15,3 +20,14 @@ def similar(directory: Path, name: str) -> str | None:
     """
     wanted = {name.lower()} | {name.lower() + ending for ending in PARTIAL}
     return next((entry.name for entry in sorted(directory.iterdir()) if entry.name.lower() in wanted), None)
+
+
+def is_stray(name: str) -> bool:
+    """Return whether systems, file managers or editors leave entries of this name in any directory.
+
+    These are hidden entries (`.DS_Store`, `._x`, `.nfs0001`, `.snapshot`, `.ipynb_checkpoints`), known names
+    of other systems, and backups of editors (`x~`, `#x#`, `x.swp`, `x.bak`, `x.orig`).
+    """
+    lower = name.lower()
+    backup = lower.endswith(("~", ".swp", ".swo", ".bak", ".orig")) or (lower[0], lower[-1]) == ("#", "#")
+    return lower.startswith(".") or lower in _STRAY or backup

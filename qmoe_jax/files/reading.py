@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.errors import CheckpointError, system_error
 from qmoe_jax.files.foreign import foreign_error
 
 _MAX_PIECES = os.sysconf("SC_IOV_MAX")
@@ -102,10 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def unreadable(path: Path, error: OSError, key: str | None = None) -> CheckpointError:
     """Return the error for a file that the system cannot read."""
-    remedy = "copy the file again" if isinstance(error, FileNotFoundError) else None
-    return CheckpointError(
-        "cannot be read", path=path, key=key, found=error.strerror or str(error), remedy=remedy
-    )
+    if isinstance(error, FileNotFoundError):
+        found = error.strerror or str(error)
+        return CheckpointError(
+            "cannot be read", path=path, key=key, found=found, remedy="copy the file again"
+        )
+    return system_error("cannot be read", path, error, key=key)
 
 
 def truncated(path: Path, *, expected: int, found: int, key: str | None = None) -> CheckpointError:

@@ -1,14 +1,17 @@
 """Files that are whole or absent."""
 
+import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from qmoe_jax.files.durable import (
     durable_file,
-    make_empty_folder,
     record_of,
     record_of_pieces,
+    sync_folder,
     temporary_files,
     write_durably,
 )
@@ -38,7 +41,31 @@ def test_a_record_counts_every_byte_once(tmp_path: Path) -> None:
     assert record_of(tmp_path / "file") == record_of_pieces([bytes(10 << 20)])
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    assert make_empty_folder(tmp_path / "a" / "b").is_dir()
-    with pytest.raises(CheckpointError, match="is not empty"):
-        make_empty_folder(tmp_path / "a")
+def directories_cannot_be_synced(monkeypatch, number: int) -> None:
+    def fsync(descriptor: int, *, real=os.fsync) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_directories_will_do(tmp_path: Path, monkeypatch, number: int) -> None:
+    directories_cannot_be_synced(monkeypatch, number)
+    write_durably(tmp_path / "new" / "file", [b"bytes"])
+    assert (tmp_path / "new" / "file").read_bytes() == b"bytes"
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch) -> None:
+    directories_cannot_be_synced(monkeypatch, errno.EIO)
+    with pytest.raises(CheckpointError, match=r"cannot be synced(.|\n)*remedy: check the disk"):
+        sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_names_the_file_and_leaves_nothing_of_it(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(CheckpointError, match=rf"{path}: cannot be written(.|\n)*remedy"), durable_file(path):
+        raise OSError(number, os.strerror(number))
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.files.durable import make_empty_folder, write_json
+from qmoe_jax.files.durable import make_folder, write_json
+from qmoe_jax.files.output import new_output_directory
 from qmoe_jax.files.safetensors import nbytes, write_safetensors
 from qmoe_jax.parameters import EMBEDDING, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -56,7 +57,8 @@ def write_huggingface(
         CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
             layers.
     """
-    directory = make_empty_folder(Path(directory))
+    directory = new_output_directory(directory, inputs=(checkpoint.path,))
+    make_folder(directory)
     stated = config_json(checkpoint.config, np.dtype(dtype or checkpoint.dtype(EMBEDDING)))
     entries = _entries(checkpoint, dtype)
     shards = _shards(entries, shard_bytes)

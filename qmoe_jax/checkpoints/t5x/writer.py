@@ -19,9 +19,11 @@ from flax import traverse_util
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.config import TokenIds
-from qmoe_jax.files.durable import sync_folder, write_durably
-from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.durable import make_folder, sync_folder, write_durably
+from qmoe_jax.files.errors import CheckpointError, error_number, system_error
+from qmoe_jax.files.location import tensorstore_path
 from qmoe_jax.files.msgpack import encode_tree
+from qmoe_jax.files.output import output_directory
 from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.parameters import is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -59,12 +61,13 @@ def write_t5x(
         progress: counts the ranges that are read; its label is the parameter.
 
     Raises:
-        CheckpointError: there is a checkpoint of this step already, or the model has other token ids than
-            T5's, which this format cannot tell.
+        CheckpointError: there is a checkpoint of this step already, the directory cannot be written, or the
+            model has other token ids than T5's, which this format cannot tell.
     """
     _require_t5_ids(checkpoint)
+    directory = output_directory(directory, inputs=(checkpoint.path,))
     tensors = {name: checkpoint.tensors[name] for name in checkpoint.names()}
-    return _write_tensors(tensors, Path(directory), step, dtype, progress)
+    return _write_tensors(tensors, directory, step, dtype, progress)
 
 
 def _require_t5_ids(checkpoint: Checkpoint) -> None:
@@ -90,7 +93,7 @@ def write_parameters(
     """Write nested dicts of JAX or NumPy arrays under T5X's names, as `write_t5x` does."""
     arrays = traverse_util.flatten_dict(dict(params), sep="/")
     tensors = {name: in_memory(np.asarray(array)) for name, array in arrays.items()}
-    return _write_tensors(tensors, Path(directory), step, dtype, no_progress)
+    return _write_tensors(tensors, output_directory(directory), step, dtype, no_progress)
 
 
 def chunk_shape(write_shape: tuple[int, ...], itemsize: int) -> list[int]:
@@ -117,9 +120,14 @@ def _write_tensors(
     if final.exists():
         raise CheckpointError("exists already", path=final, remedy="choose another directory or step")
     temporary = final.with_name(f"{final.name}.tmp-{int(time.time())}")
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
-    _write_arrays(_create(temporary, specs), tensors, progress)
+    try:
+        _write_arrays(_create(temporary, specs), tensors, progress)
+    except (ValueError, OSError) as error:
+        if error_number(error) is None:
+            raise
+        raise system_error("cannot be written", final, error) from error
     leaves = {name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()}
     optimizer = {
         # No empty dict anywhere: T5X's `load_t5x_checkpoint` takes one for an array.
@@ -150,7 +158,7 @@ def _kvstore(prefix: str, name: str) -> dict[str, str]:
 def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, ts.TensorStore]:
     """Create empty arrays for all parameters; at once, since each waits for its description to be synced."""
     context = ts.Context()
-    prefix = f"{os.path.abspath(directory)}/"
+    prefix = f"{tensorstore_path(directory)}/"
     opening = {
         name: ts.open({**spec, "kvstore": _kvstore(prefix, name)}, create=True, context=context)
         for name, spec in specs.items()

@@ -17,7 +17,8 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.reader import CODES, DENSE_FILE, LEVELS, OFFSETS, PLACEHOLDER, SIZES_FILE
 from qmoe_jax.coding import encode, upstream_codebook
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.durable import make_empty_folder, write_json
+from qmoe_jax.files.durable import make_folder, write_json
+from qmoe_jax.files.output import new_output_directory
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import EMBEDDING, STACKS, expert_kernels, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -51,7 +52,8 @@ def write_upstream(
         CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
             layers.
     """
-    directory = make_empty_folder(Path(directory))
+    directory = new_output_directory(directory, inputs=(checkpoint.path,))
+    make_folder(directory)
     config = _config(checkpoint.config)
     layers = _sparse_layers(checkpoint.config)
     total, done = sum(map(len, layers)) * checkpoint.config.num_experts, itertools.count()
