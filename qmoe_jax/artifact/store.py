@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,7 @@ class ArtifactWriter:
         self.close()
 
     def close(self) -> None:
-        """Release the lock. Whatever has been written stays."""
-        (self.root / f".lock-{self.host}").unlink(missing_ok=True)
+        """Release the lock, whose file stays: one that waits for it must find the same file."""
         os.close(self._lock)
 
     @property
@@ -132,8 +132,10 @@ class ArtifactWriter:
         self._groups[key] = self._check_group(key)
         return True
 
-    def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> None:
-        """Write the experts from `start` on; when this returns they are durable.
+    def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> FileRecord:
+        """Write the experts from `start` on, and return their file's record; they are durable then.
+
+        A file that is already what they are written as stays untouched.
 
         Raises:
             CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be
@@ -143,9 +145,16 @@ class ArtifactWriter:
         key = GroupKey(stack, layer, start, start + len(experts))
         matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
         check_matrices(self.root / key.path, self.run, matrices)
-        self._reopen()
         pieces = render_group(key, experts, self._digest)
-        self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
+        self._groups[key] = record = record_of_pieces(pieces)
+        if not _holds(self.root / key.path, record):
+            self._reopen()
+            write_durably(self.root / key.path, pieces, host=self.host)
+        return record
+
+    def record(self, key: GroupKey) -> FileRecord:
+        """Return size and checksum of a group that this process has written or checked."""
+        return self._groups[key]
 
     def link_group(self, stack: str, layer: int, source: GroupKey) -> None:
         """Share the file of `source` with experts `source.start` to `source.stop - 1` of another layer.
@@ -178,14 +187,10 @@ class ArtifactWriter:
     def attach(self, name: str, content: bytes) -> None:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
         path, record = self.root / name, record_of_pieces([content])
-        if self.host == 0 and not (path.exists() and record_of(path) == record):
+        if self.host == 0 and not _holds(path, record):
             self._reopen()
             write_durably(path, [content])
         self._files[name] = record
-
-    def write_report(self, report: RunReport) -> None:
-        """Replace the report, which no checksum covers before the artifact is finished."""
-        write_durably(self.root / REPORT, [report.render()])
 
     def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
         """Check that nothing is missing, and write the report, the checksums and, last, the manifest.
@@ -214,7 +219,7 @@ class ArtifactWriter:
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
-        self.write_report(report or RunReport())
+        write_durably(self.root / REPORT, [(report or RunReport()).render()])
         write_durably(self.root / SUMS, [self._render_sums(manifest)])
         write_durably(self.root / MANIFEST, [manifest.render()])
         return manifest
@@ -296,6 +301,14 @@ class ArtifactWriter:
             remove_leftovers(self.root)
 
 
+def _holds(path: Path, record: FileRecord) -> bool:
+    """Return whether a file has the size and checksum of `record`; False where it cannot be read."""
+    try:
+        return path.exists() and record_of(path) == record
+    except CheckpointError:
+        return False
+
+
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
 
@@ -306,8 +319,14 @@ def _lock(path: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise CheckpointError(
-            "is being written by another process", path=path.parent, remedy="wait for it, or stop it"
+            "is being written by another process",
+            path=path.parent,
+            found=holder or None,
+            remedy="wait for it, or stop it",
         ) from error
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor

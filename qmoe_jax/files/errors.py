@@ -29,3 +29,14 @@ class CheckpointError(Exception):
         details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
         lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
         super().__init__("\n".join([f"{path}: {problem}", *lines]))
+
+    def with_remedy(self, remedy: str) -> CheckpointError:
+        """Return the error with what a caller that knows more advises."""
+        return CheckpointError(
+            self.problem,
+            path=self.path,
+            key=self.key,
+            expected=self.expected,
+            found=self.found,
+            remedy=remedy,
+        )
