@@ -71,6 +71,7 @@ class GroupReport:
         calibration_tokens: those of them that are in the expert's Hessian.
         matrices: the expert's matrices by name.
         seconds: time to quantize and write the group.
+        producer: the software and the machine that quantized the group, by the names of what decides digits.
     """
 
     stack: str
@@ -80,6 +81,7 @@ class GroupReport:
     calibration_tokens: tuple[int, ...]
     matrices: Mapping[str, MatrixReport]
     seconds: float
+    producer: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def layer_name(self) -> str:
@@ -151,8 +153,15 @@ class RunReport:
 
     def render(self) -> bytes:
         """Return the bytes of the file."""
-        content = {**vars(self), "groups": [group.to_json() for group in self.groups]}
+        producers = list(self.producers)
+        groups = [{**group.to_json(), "producer": producers.index(group.producer)} for group in self.groups]
+        content = {**vars(self), "groups": groups, "producers": producers}
         return json.dumps(content, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+    @property
+    def producers(self) -> tuple[Mapping[str, str], ...]:
+        """The software and machines that quantized the groups, each once; usually there is one."""
+        return tuple(dict(fields) for fields in dict.fromkeys(tuple(g.producer.items()) for g in self.groups))
 
     @classmethod
     def read(cls, root: str | Path) -> Self:
@@ -166,9 +175,13 @@ class RunReport:
             return cls()
         try:
             content = json.loads(read_whole(path))
-            groups = tuple(map(GroupReport.from_json, content["groups"]))
+            producers = content["producers"]
+            groups = tuple(
+                GroupReport.from_json({**group, "producer": producers[group["producer"]]})
+                for group in content["groups"]
+            )
             return cls(groups, content["seconds"], content["device"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "is damaged, or was written by another version",
                 path=path,

@@ -155,8 +155,10 @@ class ArtifactWriter:
         self._groups[key] = self._check_group(key)
         return True
 
-    def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> None:
-        """Write the experts from `start` on; when this returns they are durable.
+    def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> FileRecord:
+        """Write the experts from `start` on, and return their file's record; they are durable then.
+
+        A file that is already what they are written as stays untouched.
 
         Raises:
             CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be
@@ -166,9 +168,16 @@ class ArtifactWriter:
         key = GroupKey(stack, layer, start, start + len(experts))
         matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
         check_matrices(self.root / key.path, self.run, matrices)
-        self._reopen()
         pieces = render_group(key, experts, self._digest)
-        self._groups[key] = write_durably(self.root / key.path, pieces, host=self.host)
+        self._groups[key] = record = record_of_pieces(pieces)
+        if not _holds(self.root / key.path, record):
+            self._reopen()
+            write_durably(self.root / key.path, pieces, host=self.host)
+        return record
+
+    def record(self, key: GroupKey) -> FileRecord:
+        """Return size and checksum of a group that this process has written or checked."""
+        return self._groups[key]
 
     def link_group(self, stack: str, layer: int, source: GroupKey) -> None:
         """Share the file of `source` with experts `source.start` to `source.stop - 1` of another layer.
@@ -201,14 +210,10 @@ class ArtifactWriter:
     def attach(self, name: str, content: bytes) -> None:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
         path, record = self.root / name, record_of_pieces([content])
-        if self.host == 0 and not (path.exists() and record_of(path) == record):
+        if self.host == 0 and not _holds(path, record):
             self._reopen()
             write_durably(path, [content])
         self._files[name] = record
-
-    def write_report(self, report: RunReport) -> None:
-        """Replace the report, which no checksum covers before the artifact is finished."""
-        write_durably(self.root / REPORT, [report.render()])
 
     def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
         """Check that nothing is missing, and write the report, the checksums and, last, the manifest.
@@ -237,7 +242,7 @@ class ArtifactWriter:
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
-        self.write_report(report or RunReport())
+        write_durably(self.root / REPORT, [(report or RunReport()).render()])
         write_durably(self.root / SUMS, [self._render_sums(manifest)])
         write_durably(self.root / MANIFEST, [manifest.render()])
         return manifest
@@ -307,6 +312,14 @@ class ArtifactWriter:
             path.unlink()
         if self.host == 0:
             remove_leftovers(self.root)
+
+
+def _holds(path: Path, record: FileRecord) -> bool:
+    """Return whether a file has the size and checksum of `record`; False where it cannot be read."""
+    try:
+        return path.exists() and record_of(path) == record
+    except CheckpointError:
+        return False
 
 
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:

@@ -19,6 +19,11 @@ from qmoe_jax.files.durable import FileRecord, record_of
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
 
+REMEDY = (
+    "copy the artifact again, or run the compression that made it again, into the same directory: it makes "
+    "what is damaged or missing anew; remove files that do not belong there"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
@@ -35,6 +40,11 @@ class Verification:
     problems: tuple[str, ...]
     files: int = 0
     bytes: int = 0
+
+    @property
+    def remedy(self) -> str | None:
+        """Return what to do about the problems; None without any."""
+        return None if self.ok else REMEDY
 
 
 def verify(
@@ -58,6 +68,22 @@ def verify(
     files, more = _check_files(root, manifest, sums, [name for name in found if name in sums], progress)
     problems += [*more, *_check_dense(root, manifest), *_check_experts(root)]
     return Verification(not problems, tuple(problems), len(files), sum(record.bytes for record in files))
+
+
+def damaged_files(root: Path) -> tuple[str, ...]:
+    """Return the files of a finished artifact that are missing or damaged, and how they differ.
+
+    Files that do not belong there are left to `verify`, and so are the codes of each expert: if they do not
+    decode, the program that wrote them is wrong, not the disk.
+    """
+    try:
+        manifest, sums = Manifest.read(root), read_sums(root)
+    except CheckpointError as error:
+        return (str(error),)
+    found = listed_files(root)
+    missing = [f"{root / name}: is missing" for name in sorted(sums.keys() - set(found))]
+    _, problems = _check_files(root, manifest, sums, [name for name in found if name in sums], no_progress)
+    return (*missing, *problems)
 
 
 def _misplaced(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterator[str]:

@@ -40,11 +40,12 @@ def verify(
         result = qj.verify(root, progress=progress)
     fields = {
         "path": path, "ok": result.ok, "files": result.files, "bytes": result.bytes,
-        "problems": result.problems,
+        "problems": result.problems, "remedy": result.remedy,
     }  # fmt: skip
     checked = f"{result.files:,} files, {result.bytes:,} bytes"
     if result.ok:
         return Answer(fields, (Text(f"{path}: OK: {checked}", style="green"),), OK)
     problems = "1 problem" if len(result.problems) == 1 else f"{len(result.problems):,} problems"
     verdict = Text(f"{path}: {problems} in {checked}", style="red")
-    return Answer(fields, (verdict, *(f"  {problem}" for problem in result.problems)), PROBLEMS)
+    lines = [f"  {problem}" for problem in result.problems]
+    return Answer(fields, (verdict, *lines, f"  remedy: {result.remedy}"), PROBLEMS)

@@ -7,26 +7,25 @@ finished groups instead of quantizing them again: hidden states, experts and man
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Mapping
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
 from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
+from qmoe_jax.artifact.verify import damaged_files
 from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.checkpoints.staging import staged
+from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
+from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
-from qmoe_jax.compression.source import checkpoint_digest, examples_digest, read_dense
+from qmoe_jax.compression.scratch import remove_scratch, staged_beside
+from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, checked_examples
@@ -41,11 +40,13 @@ def compress(
     config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
     *,
     attachments: Mapping[str, bytes] | None = None,
+    allow_mixed: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> CompressionReport:
     """Compress a checkpoint's experts into an artifact; the same call again resumes an interrupted run.
 
-    A finished artifact is left as it is (`verify` checks its bytes).
+    Of a finished artifact the checksums are checked. Files that are damaged or missing, of a finished or an
+    interrupted run, are made again, after a warning that names them.
 
     Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the
     hidden states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
@@ -59,10 +60,13 @@ def compress(
             Padding at the encoder's end does not count.
         config: the options.
         attachments: files to carry in the artifact, by name, such as the tokenizer's model.
+        allow_mixed: resume a run that other software or another machine began. Each digit may then differ
+            from what either of them alone gives; the report says which groups come from which.
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: the checkpoint or the output cannot be used; nothing has been written then.
+        CheckpointError: the checkpoint or the output cannot be used, or finished groups come from other
+            software or another machine; nothing has been written then.
         ValueError: the examples or the options do not fit the model.
     """
     began = time.monotonic()
@@ -75,42 +79,29 @@ def compress(
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
     dense, attachments = read_dense(reader), attachments or {}
-    source: dict[str, Any] = {
-        "checkpoint": checkpoint_digest(reader, dense),
-        "examples": examples_digest(examples),
-    }
-    if attachments:
-        source["attachments"] = {n: hashlib.sha256(b).hexdigest() for n, b in sorted(attachments.items())}
+    source = source_digests(reader, dense, examples, attachments)
     options = dataclasses.asdict(config)
     with ArtifactWriter(
         output, config=reader.config, options=options, source=source, codebooks=codebooks.values()
     ) as writer:
+        remove_scratch(writer.root)
         if writer.finished:
-            progress(1, 1, "finished before")
-            return CompressionReport.read(output)
+            if not (damaged := damaged_files(writer.root)):
+                remove_records(writer.root)
+                progress(1, 1, "finished before")
+                return CompressionReport.read(output)
+            warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
         for name, content in attachments.items():
             writer.attach(name, content)
-        with _staged_in(writer.root / ".staging", reader) as staged_reader, blas_on_one_thread():
-            groups = GroupStore(staged_reader, writer, config, kinds, codebooks)
-            Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
+        with staged_beside(writer.root, reader) as staged_reader, blas_on_one_thread():
+            groups = GroupStore(staged_reader, writer, config, kinds, codebooks, this_producer())
+            if not groups.complete():
+                if not allow_mixed:
+                    groups.require_same_producer()
+                Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
         skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
         writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
-        groups.exact.remove()
+        remove_records(writer.root)
     return CompressionReport.read(output)
-
-
-@contextlib.contextmanager
-def _staged_in(scratch: Path, reader: Checkpoint) -> Iterator[Checkpoint]:
-    """Yield the reader with chunks that span many experts read once, through `scratch`.
-
-    A killed process may leave `scratch` behind.
-    """
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        with staged(reader, scratch) as staged_reader:
-            yield staged_reader
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

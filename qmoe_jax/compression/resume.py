@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -14,15 +15,21 @@ from qmoe_jax.artifact.report import GroupReport, RunReport
 from qmoe_jax.artifact.store import ArtifactWriter
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Codebook
-from qmoe_jax.compression.exact import ExactLevels, exact_values
+from qmoe_jax.compression.exact import Levels, exact_values
 from qmoe_jax.compression.experts import Weights, compress_group
+from qmoe_jax.compression.finished import FinishedGroups, GroupRecord
 from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.compression.producer import Producer, require_producer
 from qmoe_jax.compression.tokens import GroupTokens
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.parameters import ExpertKernel, expert_matrices
 
 
 class GroupStore:
-    """The experts of one run, group by group; every group is on disk before the next one begins."""
+    """The experts of one run, group by group; every group is on disk before the next one begins.
+
+    What an earlier run left damaged is quantized again, after a warning that names the file.
+    """
 
     def __init__(
         self,
@@ -31,6 +38,7 @@ class GroupStore:
         config: CompressionConfig,
         kinds: Mapping[str, Kind],
         codebooks: Mapping[str, Codebook],
+        producer: Producer,
     ):
         """Continue what `writer`'s directory holds.
 
@@ -40,15 +48,23 @@ class GroupStore:
             config: the options.
             kinds: packing of each matrix of an expert.
             codebooks: by name.
-
-        Raises:
-            CheckpointError: the report of an earlier run is damaged.
+            producer: what quantizes the groups that are missing.
         """
         self.reader, self.writer, self.config = reader, writer, config
-        self.kinds, self.codebooks = kinds, codebooks
-        self.exact = ExactLevels(writer.root)
-        earlier = RunReport.read(writer.root).groups
-        self._reports = {(group.stack, group.layer, group.start): group for group in earlier}
+        self.kinds, self.codebooks, self.producer = kinds, codebooks, producer
+        self.finished = FinishedGroups(writer.root, writer.run.digest)
+        self._records = {key: record for key in self._keys() if (record := self._read_record(key))}
+        self._reports = self._read_reports()
+
+    def require_same_producer(self) -> None:
+        """Raise `CheckpointError` where finished groups were made by other software or another machine."""
+        made = [report.producer for report in self._reports.values()]
+        require_producer(self.producer, made, self.writer.root)
+
+    def complete(self) -> bool:
+        """Return whether every group is on disk, intact and with its figures, so that none is missing."""
+        keys = list(self._keys())
+        return all(key in self._reports for key in keys) and all(self._intact(key) for key in keys)
 
     def original(self, stack: str, layer: int, experts: range) -> Weights:
         """Read the original matrices of a group, float32 `[expert, in, out]`."""
@@ -61,11 +77,11 @@ class GroupStore:
     def quantized(self, stack: str, layer: int, experts: range, tokens: GroupTokens) -> Weights:
         """Return a group's quantized matrices, float32 `[expert, in, out]`, levels not rounded.
 
-        A group that is not on disk yet is quantized on `tokens` and written, with its report, first.
+        A group that is not finished yet is quantized on `tokens` and written, its record last.
         """
         key = GroupKey(stack, layer, experts.start, experts.stop)
-        levels = self.exact.read(key)
-        if levels is not None and self.writer.has_group(stack, layer, experts.start, experts.stop):
+        levels = self._read_levels(key)
+        if levels is not None and self._intact(key):
             stored = self.writer.read_group(stack, layer, experts.start, experts.stop)
             return exact_values(stored, levels, self.codebooks)
         began = time.monotonic()
@@ -77,9 +93,9 @@ class GroupStore:
             self.kinds,
             self.codebooks,
         )
-        self.exact.write(key, group.levels)
-        self.writer.write_group(stack, layer, experts.start, group.experts)
-        self._reports[stack, layer, experts.start] = GroupReport(
+        levels_record = self.finished.write_levels(key, group.levels)
+        group_record = self.writer.write_group(stack, layer, experts.start, group.experts)
+        report = GroupReport(
             stack,
             layer,
             experts.start,
@@ -87,11 +103,68 @@ class GroupStore:
             tokens.calibration().counts(len(experts)),
             group.reports,
             time.monotonic() - began,
+            self.producer,
         )
-        self.writer.write_report(self.report())
+        self.finished.write(key, group_record, levels_record, report)
+        self._reports[key] = report
         return group.values
 
-    def report(self, seconds: float | None = None) -> RunReport:
-        """Return the report so far; `seconds` is the duration of a run that is done."""
-        groups = tuple(report for _, report in sorted(self._reports.items()))
+    def report(self, seconds: float) -> RunReport:
+        """Return the report of a run that took `seconds`."""
+        groups = tuple(self._reports[key] for key in sorted(self._keys()))
         return RunReport(groups, seconds, jax.devices()[0].device_kind)
+
+    def _keys(self) -> Iterator[GroupKey]:
+        """Yield the groups to quantize, in the order in which they are."""
+        count, size = self.reader.config.num_experts, self.config.experts_per_group
+        for stack in self.config.compressed_stacks:
+            for layer in self.reader.config.sparse_layers(stack):
+                for start in range(0, count, size):
+                    yield GroupKey(stack, layer, start, min(start + size, count))
+
+    def _read_record(self, key: GroupKey) -> GroupRecord | None:
+        try:
+            return self.finished.read(key)
+        except CheckpointError as error:
+            _warn(key, error)
+            return None
+
+    def _read_reports(self) -> dict[GroupKey, GroupReport]:
+        """Return the figures of groups: of an artifact that was finished before, then those on record."""
+        try:
+            earlier = RunReport.read(self.writer.root).groups
+        except CheckpointError as error:
+            remedy = "none needed: groups whose figures are lost are quantized again"
+            warnings.warn(str(error.with_remedy(remedy)), stacklevel=2)
+            earlier = ()
+        places = {(group.stack, group.layer, group.start): group for group in earlier}
+        known = {key: places.get((key.stack, key.layer, key.start)) for key in self._keys()}
+        found = {key: report for key, report in known.items() if report is not None}
+        return found | {key: record.report for key, record in self._records.items()}
+
+    def _read_levels(self, key: GroupKey) -> Levels | None:
+        """Return the levels of a group that is on record; None where they are damaged."""
+        if key not in self._records:
+            return None
+        try:
+            return self.finished.read_levels(key, self._records[key])
+        except CheckpointError as error:
+            _warn(key, error)
+            return None
+
+    def _intact(self, key: GroupKey) -> bool:
+        """Return whether the group's file is there and exactly what it was written as."""
+        try:
+            if not self.writer.has_group(key.stack, key.layer, key.start, key.stop):
+                return False
+        except CheckpointError as error:
+            _warn(key, error)
+            return False
+        record = self._records.get(key)
+        return record is None or record.group == self.writer.record(key)
+
+
+def _warn(key: GroupKey, error: CheckpointError) -> None:
+    """Warn that a group is quantized again because something of it is damaged."""
+    experts = f"experts {key.start} to {key.stop - 1} of {key.stack} layer {key.layer}"
+    warnings.warn(str(error.with_remedy(f"none needed: {experts} are quantized again")), stacklevel=2)

@@ -61,6 +61,17 @@ class CheckpointError(Exception):
         lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
         super().__init__(printable("\n".join([f"{path}: {problem}", *lines])))
 
+    def with_remedy(self, remedy: str) -> CheckpointError:
+        """Return the error with what a caller that knows more advises."""
+        return CheckpointError(
+            self.problem,
+            path=self.path,
+            key=self.key,
+            expected=self.expected,
+            found=self.found,
+            remedy=remedy,
+        )
+
 
 def system_error(problem: str, path: object, error: Exception, *, key: str | None = None) -> CheckpointError:
     """Return the error for what the system refused: its words, and the remedy where one is known.

@@ -60,7 +60,8 @@ class Lock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise _held(path.parent, "wait for it, or stop it") from error
+            holder = os.pread(self._descriptor, 300, 0).decode(errors="replace").strip()
+            raise _held(path.parent, "wait for it, or stop it", holder) from error
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise system_error("cannot be locked", path, error) from error
@@ -68,6 +69,10 @@ class Lock:
                 self._numbered = _take_next_number(path)
             except OSError as failure:
                 raise system_error("cannot be locked", path, failure) from failure
+        else:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+                os.truncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def _take_next_number(path: Path) -> Path:
@@ -139,5 +144,7 @@ def _identity(pid: int) -> dict[str, str | int | None]:
     return {"host": socket.gethostname(), "pid": pid, "boot": boot, "processes": processes, "began": began}
 
 
-def _held(directory: Path, remedy: str) -> CheckpointError:
-    return CheckpointError("is being written by another process", path=directory, remedy=remedy)
+def _held(directory: Path, remedy: str, holder: str = "") -> CheckpointError:
+    return CheckpointError(
+        "is being written by another process", path=directory, found=holder or None, remedy=remedy
+    )

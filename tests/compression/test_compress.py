@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression import resume
-from qmoe_jax.compression.exact import FOLDER
+from qmoe_jax.compression.finished import FOLDER
 from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.parameters import is_expert
 from tests.helpers.golden_digits import Problem

@@ -32,9 +32,10 @@ def no_flock(monkeypatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_a_held_lock_is_refused_and_names_the_directory(path: Path) -> None:
+def test_a_held_lock_is_refused_and_names_the_directory_and_the_holder(path: Path) -> None:
     held = Lock(path)
-    with pytest.raises(CheckpointError, match=f"{path.parent}: is being written by another process"):
+    expected = rf"{path.parent}: is being written by another process\n  found: process {os.getpid()} on \S+\n"
+    with pytest.raises(CheckpointError, match=expected):
         Lock(path)
     held.release()
 
