@@ -12,7 +12,6 @@ from rich.text import Text
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import warn
-from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
 
@@ -65,8 +64,8 @@ def convert(
         tokenizer = (
             _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to]) if to != "upstream" else None
         )
-    except KeyboardInterrupt:
-        raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(f"{output} is incomplete: remove it before you run the command again") from None
     if to == "huggingface" and checkpoint.config.gated:
         warn("transformers has no gated experts: it cannot load this model")
     fields = {

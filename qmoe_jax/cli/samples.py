@@ -13,6 +13,7 @@ import typer
 import qmoe_jax as qj
 from qmoe_jax.cli.console import warn
 from qmoe_jax.data import Example, Tokenizer, samples
+from qmoe_jax.data.seed import check_seed
 
 _panel = "Text"
 
@@ -67,7 +68,7 @@ Split = Annotated[
         metavar="NAME", help='Use only the JSON lines whose "split" equals this.', rich_help_panel=_panel
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the masked spans.", rich_help_panel=_panel)]
+Seed = Annotated[int, typer.Option(help="Seed of the masked spans.", rich_help_panel=_panel)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ class SampleOptions:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse options that exclude each other, as wrong usage."""
+        """Refuse options that exclude each other, as wrong usage, and a seed out of range."""
+        check_seed(self.seed)
         if self.max_tokens and self.segment:
             raise typer.BadParameter(
                 "--max-tokens skips long texts and --segment cuts them: give only one of them"

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from qmoe_jax.data.examples import Example
+from qmoe_jax.data.seed import check_seed
 from qmoe_jax.data.span_corruption import span_corruption
 from qmoe_jax.data.text import TextError, read_documents, text_files
 from qmoe_jax.data.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ def samples(
         raise ValueError(
             "expected max_tokens, which skips long texts, or segment, which cuts them, found both"
         )
+    seed = check_seed(seed)  # before the files are read
     paths = [pathlib.Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
     for path in paths:
         text_files(path)  # refuses a path without text before those in front of it are read

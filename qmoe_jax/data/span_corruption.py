@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from qmoe_jax.data.examples import Example
+from qmoe_jax.data.seed import check_seed
 
 EOS = 1
 DECODER_START = 0
@@ -105,7 +106,7 @@ def span_corruption(
     Upstream seeds with 0 before the training texts and again before the validation texts, as one call for
     each does.
     """
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(check_seed(seed))
     examples = []
     for text in texts:
         tokens = np.append(text, EOS)
