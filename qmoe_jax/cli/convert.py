@@ -41,7 +41,10 @@ def convert(
             show_default="as stored; decompressed experts in float32",
         ),
     ] = None,
-    step: Annotated[int, typer.Option(min=1, help="Training step in the name of a T5X checkpoint.")] = 1,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training step in the name of a T5X checkpoint.", show_default="1"),
+    ] = None,
 ) -> Answer:
     """Write a checkpoint in another format; a compressed one is decompressed.
 
@@ -57,10 +60,12 @@ def convert(
     """
     if to == "upstream" and dtype:
         raise typer.BadParameter("--dtype: the dtypes of upstream's format are fixed")
+    if to != "t5x" and step is not None:
+        raise typer.BadParameter(f"--step names a T5X checkpoint: it does not apply to --to {to}")
     checkpoint = open_model(path)
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
-            written = qj.convert(checkpoint, output, to, dtype=dtype, step=step, progress=progress)
+            written = qj.convert(checkpoint, output, to, dtype=dtype, step=step or 1, progress=progress)
         tokenizer = (
             _copy_tokenizer(checkpoint.path, output / TOKENIZER_NAMES[to]) if to != "upstream" else None
         )
