@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,6 +15,7 @@ from qmoe_jax.cli.convert import convert
 from qmoe_jax.cli.evaluate import evaluate
 from qmoe_jax.cli.generate import generate
 from qmoe_jax.cli.inspect import inspect
+from qmoe_jax.cli.streams import run_program
 from qmoe_jax.cli.verify import verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -43,11 +44,12 @@ def qmoe(
 
     Every command has --help with examples, and --json for scripts.
 
-    Exit codes: 0 OK, 1 error, 2 wrong usage, 3 `qmoe verify` found problems,
-    130 interrupted with Ctrl-C.
+    Exit codes: 0 OK, 1 error (also where standard output is full or closed),
+    2 wrong usage, 3 `qmoe verify` found problems, 130 interrupted with Ctrl-C,
+    141 the reader of the output's pipe left, 143 terminated.
     """
 
 
-def main() -> None:
-    """Run the command line."""
-    app(prog_name="qmoe")
+def main() -> NoReturn:
+    """Run the command line, and exit."""
+    run_program(lambda: app(prog_name="qmoe"))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from qmoe_jax.cli.console import print_json, stderr, stdout
-from qmoe_jax.cli.failures import FAILED, INTERRUPTED, OK, describe, message
+from qmoe_jax.cli.console import Verbatim, print_json, print_verbatim, stdout
+from qmoe_jax.cli.failures import OK, describe, report, traceback_wanted
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
 Debug = Annotated[
@@ -28,12 +27,12 @@ class Answer:
 
     Attributes:
         fields: the JSON object that --json prints.
-        shown: tables and lines for people.
+        shown: tables and lines for people, and texts that go out as they are.
         exit_code: exit code of the process.
     """
 
     fields: Mapping[str, Any]
-    shown: tuple[RenderableType, ...]
+    shown: tuple[RenderableType | Verbatim, ...]
     exit_code: int = OK
 
     def print(self, as_json: bool) -> None:
@@ -43,7 +42,10 @@ class Answer:
             return
         console = stdout()
         for part in self.shown:
-            console.print(part, soft_wrap=isinstance(part, str))
+            if isinstance(part, Verbatim):
+                print_verbatim(part)
+            else:
+                console.print(part, soft_wrap=isinstance(part, str))
 
 
 def command(run: Callable[..., Answer]) -> Callable[..., None]:
@@ -58,19 +60,16 @@ def command(run: Callable[..., Answer]) -> Callable[..., None]:
         try:
             answer = run(**arguments)
             answer.print(as_json)
-        except KeyboardInterrupt as interrupt:
-            stderr().print(f"interrupted. {interrupt}".rstrip(), soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except (typer.Exit, typer.BadParameter, BrokenPipeError):
+        except (typer.Exit, typer.BadParameter):
             raise
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(report(interrupt)) from None
         except Exception as error:
-            if debug or os.environ.get("QMOE_DEBUG", "") not in ("", "0"):
+            if debug or traceback_wanted():
                 raise
-            fields = describe(error)
             if as_json:
-                print_json({"error": fields})
-            stderr().print(message(fields), style="red", soft_wrap=True)
-            raise typer.Exit(FAILED) from None
+                print_json({"error": describe(error)})
+            raise typer.Exit(report(error)) from None
         raise typer.Exit(answer.exit_code)
 
     signature = inspect.signature(run, eval_str=True)

@@ -17,7 +17,6 @@ from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
 from qmoe_jax.cli.console import note, working
-from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.cli.samples import (
     TEXT,
@@ -101,9 +100,9 @@ def compress(
             report = qj.compress(
                 checkpoint, output, examples, config, attachments=attachments, progress=progress
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
-        raise Interrupted(f"Finished groups are safe in {output}; to resume:\n  {again}") from None
+        raise type(interrupt)(f"Finished groups are safe in {output}; to resume:\n  {again}") from None
     return Answer(_fields(report, len(examples), tokens), (result_table(report),))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,7 @@ def warn(text: object) -> None:
 def working(text: str) -> Iterator[None]:
     """Show a spinner with `text` while the context lasts, for work whose progress is unknown."""
     if (console := stderr()).is_terminal:
-        with console.status(text):
+        with console.status(text, spinner="dots" if console.encoding.startswith("utf") else "line"):
             yield
     else:
         yield
@@ -71,5 +72,37 @@ def to_json(value: Any) -> Any:
 
 
 def print_json(fields: Mapping[str, Any]) -> None:
-    """Print one JSON object to stdout."""
-    print(json.dumps(to_json(fields), ensure_ascii=False, allow_nan=False), flush=True)
+    """Print one JSON object to stdout, in ASCII whatever the terminal's encoding.
+
+    Bytes of a path that are not UTF-8 are written \\udc80 to \\udcff, as `os.fsdecode` stands for them.
+    """
+    _write_bytes(json.dumps(to_json(fields), allow_nan=False).encode("ascii") + b"\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verbatim:
+    """A text that goes out as it is, with its line ending: no tab is expanded, no character left out."""
+
+    text: str
+
+
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+"""Control characters, as a terminal shows them."""
+
+
+def print_verbatim(part: Verbatim) -> None:
+    """Print a text to stdout: in UTF-8 whatever the locale, byte for byte.
+
+    A terminal is shown control characters other than tabs and line ends as escapes, such as \\x1b, so that a
+    text cannot drive it.
+    """
+    if sys.stdout.isatty():
+        sys.stdout.write(part.text.replace("\r\n", "\n").translate(CONTROL))
+    else:
+        _write_bytes(part.text.encode("utf-8"))
+
+
+def _write_bytes(content: bytes) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.flush()

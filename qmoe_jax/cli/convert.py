@@ -11,7 +11,6 @@ from rich.text import Text
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import warn
-from qmoe_jax.cli.failures import Interrupted
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.data import find_tokenizer
 from qmoe_jax.data.sentinels import SIDE_FILES
@@ -45,7 +44,10 @@ def convert(
             show_default="as stored; decompressed experts in float32",
         ),
     ] = None,
-    step: Annotated[int, typer.Option(min=1, help="Training step in the name of a T5X checkpoint.")] = 1,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training step in the name of a T5X checkpoint.", show_default="1"),
+    ] = None,
 ) -> Answer:
     """Write a checkpoint in another format; a compressed one is decompressed.
 
@@ -61,17 +63,19 @@ def convert(
     """
     if to == "upstream" and dtype:
         raise typer.BadParameter("--dtype: the dtypes of upstream's format are fixed")
+    if to != "t5x" and step is not None:
+        raise typer.BadParameter(f"--step names a T5X checkpoint: it does not apply to --to {to}")
     check = output_directory if to == "t5x" else new_output_directory
     directory = check(output, inputs=(path,))  # raises before anything is read
     checkpoint = open_model(path)
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
-            written = qj.convert(checkpoint, directory, to, dtype=dtype, step=step, progress=progress)
+            written = qj.convert(checkpoint, directory, to, dtype=dtype, step=step or 1, progress=progress)
         tokenizer = (
             _copy_tokenizer(checkpoint.path, directory / TOKENIZER_NAMES[to]) if to != "upstream" else None
         )
-    except KeyboardInterrupt:
-        raise Interrupted(f"{output} is incomplete: remove it before you run the command again") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(f"{output} is incomplete: remove it before you run the command again") from None
     if to == "huggingface" and checkpoint.config.gated:
         warn("transformers has no gated experts: it cannot load this model")
     fields = {

@@ -5,15 +5,36 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import jax
+
+from qmoe_jax.cli.console import stderr
 from qmoe_jax.data import TextError
 from qmoe_jax.files.errors import REMEDIES, CheckpointError, printable
 
-OK, FAILED, PROBLEMS, INTERRUPTED = 0, 1, 3, 130
-"""Exit codes: OK; an error; `verify` found problems; Ctrl-C. Wrong usage exits with 2."""
+OK, FAILED, PROBLEMS, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 3, 130, 141, 143
+"""Exit codes: OK; an error; `verify` found problems; 128 + the signals of Ctrl-C, of a closed pipe and of
+`kill`. Wrong usage exits with 2."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; the message says what remains and how to continue."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Its message, like that of a `KeyboardInterrupt`, says what remains and how to continue."""
+
+
+def report(error: BaseException) -> int:
+    """Print an error or an interrupt to standard error, and return its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        ended = isinstance(error, Terminated)
+        stderr().print(f"{'terminated' if ended else 'interrupted'}. {error}".rstrip(), soft_wrap=True)
+        return TERMINATED if ended else INTERRUPTED
+    if not isinstance(error, Exception):
+        raise error
+    stderr().print(message(describe(error)), style="red", soft_wrap=True)
+    return FAILED
+
+
+def traceback_wanted() -> bool:
+    """Return True where QMOE_DEBUG is set in the environment, to other than 0."""
+    return os.environ.get("QMOE_DEBUG", "") not in ("", "0")
 
 
 def describe(error: Exception) -> dict[str, Any]:
@@ -36,8 +57,14 @@ def describe(error: Exception) -> dict[str, Any]:
             "path": None if error.filename is None else os.fsdecode(error.filename),
             "remedy": REMEDIES.get(error.errno or 0),
         }
-    elif isinstance(error, ValueError):
+    elif isinstance(error, ValueError | NotImplementedError | ImportError):
         fields = {"problem": str(error)}
+    elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        fields = {
+            "problem": "out of the device's memory",
+            "found": str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0] or None,
+            "remedy": "make batches smaller, or keep experts elsewhere: --experts host or --experts disk",
+        }
     elif isinstance(error, MemoryError):
         fields = {"problem": "out of memory", "found": str(error) or None}
     else:

@@ -12,10 +12,12 @@ import typer
 
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
-from qmoe_jax.cli.console import stderr, working
+from qmoe_jax.cli.console import Verbatim, stderr, working
+from qmoe_jax.cli.lines import Line, argument_line, file_lines
 from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, load_tokenizer
 from qmoe_jax.data.infill import Infill
+from qmoe_jax.data.seed import check_seed
 
 
 def generate(
@@ -28,7 +30,11 @@ def generate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Fill the texts of this file instead, one per line.", show_default=False),
+        typer.Option(
+            help="Fill the texts of this file instead, one per line, or of standard input (-). Blank lines "
+            "are left out.",
+            show_default=False,
+        ),
     ] = None,
     tokenizer: TokenizerFile = None,
     extra_ids: ExtraIds = None,
@@ -70,25 +76,39 @@ def generate(
 
     The experts of a compressed model stay packed.
 
+    Around its blanks a text goes out as it came in, in UTF-8; only a terminal
+    is shown control characters as escapes. With --file each text is one line,
+    with the line ending that it had: a line break that the model writes is
+    printed as a space, and given as it is by --json.
+
     Examples:
         $ qmoe generate mini-ternary "The ___ sat on the mat."
         $ qmoe generate switch-base-8 "A <extra_id_0> day." --top-p 0.9 --seed 1
         $ qmoe generate mini-ternary --file lines.txt --stats > filled.txt
+        $ grep ___ notes.txt | qmoe generate mini-ternary --file - --json
         $ qmoe generate c2048-ternary "Paris is the ___." --experts disk --expert-cache 4GB
     """
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise typer.BadParameter(
+            "--temperature 0 takes the most likely token: --top-k and --top-p do not apply to it"
+        )
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
+    seed = check_seed(seed)
     sampling, lines, clock = qj.Sampling(temperature, top_k, top_p), _lines(text, file), Stopwatch()
     with working(f"loading {path}"):
         checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
-        for line in lines:
-            Infill.parse(line).encode(pieces)  # refuses a bad text before the model is loaded
+        for line in lines:  # refuses a bad text before the model is loaded
+            try:
+                Infill.parse(line.text).encode(pieces)
+            except ValueError as error:
+                raise ValueError(f"{line.place}{error}") from error
         model, params = load(checkpoint, dtype, experts, expert_cache)
     with qj.ProgressBar("filling", "texts") as progress:
         filled = qj.fill_blanks(
-            model, params, pieces, lines, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-            batch_size=batch_size, progress=clock.forwarding_to(progress),
+            model, params, pieces, [line.text for line in lines], max_new_tokens=max_new_tokens,
+            sampling=sampling, seed=seed, batch_size=batch_size, progress=clock.forwarding_to(progress),
         )  # fmt: skip
     timing, statistics = clock.timing(filled), qj.expert_statistics(params)
     if stats:
@@ -99,7 +119,11 @@ def generate(
         "texts": [{"filled": each.text, "spans": each.spans} for each in filled],
         "stats": timing.to_json() | {"experts": None if statistics is None else statistics.to_json()},
     }
-    return Answer(fields, tuple(each.text for each in filled))
+    printed = [
+        Verbatim((each.text if file is None else each.text.replace("\n", " ")) + line.ending)
+        for each, line in zip(filled, lines, strict=True)
+    ]
+    return Answer(fields, tuple(printed))
 
 
 class Stopwatch:
@@ -163,14 +187,11 @@ class Timing:
         )
 
 
-def _lines(text: str | None, file: Path | None) -> list[str]:
-    """Return the text of the command line, or the lines of a file that are not empty."""
+def _lines(text: str | None, file: Path | None) -> list[Line]:
+    """Return the text of the command line, or the lines of a file that are not blank."""
     if (text is None) == (file is None):
         raise typer.BadParameter("give either a text with blanks, or --file with one text per line")
     if text is not None:
-        return [text]
+        return [argument_line(text)]
     assert file is not None
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{file}: expected at least one line of text, found none")
-    return lines
+    return file_lines(file)

@@ -70,20 +70,31 @@ def load(
     """Load a model, with packed experts if its checkpoint is compressed.
 
     Raises:
-        ValueError: the checkpoint is dense, and its experts are to be kept elsewhere than on the device.
+        ValueError: the checkpoint cannot have its experts kept or cached so.
+        typer.BadParameter: a cache is given for experts that are not on disk.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     cache = None if expert_cache is None else parse_size(expert_cache)
+    if cache is not None and experts in ("device", "host"):
+        raise typer.BadParameter(f"--expert-cache is for experts on disk: it does not apply to {experts}")
     if checkpoint.format not in COMPRESSED_FORMATS:
         if experts not in (None, "device"):
             raise ValueError(
                 f"--experts {experts}: {checkpoint.path} is not compressed; compress it first (qmoe compress)"
+            )
+        if cache is not None:
+            raise ValueError(
+                f"--expert-cache: {checkpoint.path} is not compressed; its experts are not cached"
             )
         return qj.load_model(checkpoint, dtype)
     if isinstance(checkpoint, ArtifactReader):
         plan = plan_placement(checkpoint, dtype, experts, cache)
         experts, cache = plan.placement, plan.expert_cache
         note(f"experts: {experts} ({plan.reason})")
+    elif cache is not None:
+        raise ValueError(
+            f"--expert-cache: {checkpoint.path} is upstream QMoE's, whose experts cannot be kept on disk"
+        )
     return qj.load_compressed(checkpoint, dtype, experts, expert_cache=cache)
 
 

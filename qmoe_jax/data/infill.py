@@ -16,7 +16,7 @@ from jaxtyping import Int32
 
 from qmoe_jax.data.tokenizer import Tokenizer
 
-BLANK = re.compile(r"<extra_id_(\d+)>|_{3,}")
+BLANK = re.compile(r"<extra_id_([0-9]+)>|_{3,}")
 WORD_START = "▁"
 """The mark that sentencepiece writes for the space before a word."""
 
@@ -40,8 +40,15 @@ class Infill:
         """Find the blanks of a text.
 
         Raises:
-            ValueError: the text has no blank.
+            ValueError: the text has no blank, or is not a string of Unicode characters.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"expected a text, found {type(text).__name__} {text!r}")
+        if lone := re.search("[\ud800-\udfff]", text):
+            raise ValueError(
+                f"expected Unicode text, found the surrogate U+{ord(lone[0]):04X} at position {lone.start()} "
+                f"of {text[:60]!r}"
+            )
         blanks = list(BLANK.finditer(text))
         if not blanks:
             raise ValueError(f"no blank in {text[:60]!r}: write ___ or <extra_id_0> where words are missing")
@@ -118,8 +125,11 @@ def _encode_after_blank(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _join(before: str, span: list[int], tokenizer: Tokenizer) -> str:
-    """Append the words of a span to a text, after a space if its first piece begins with one."""
+    """Append the words of a span to a text, after a space if its first piece begins with one.
+
+    The text itself stays as it is: its own spaces stand also before a comma.
+    """
     words = tokenizer.model.decode(span)
     if not tokenizer.model.id_to_piece(span[0]).startswith(WORD_START):
-        return before.rstrip(" ") + words
+        return before + words
     return before + words if not before or before[-1].isspace() else f"{before} {words}"

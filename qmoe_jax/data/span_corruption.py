@@ -13,6 +13,7 @@ from jaxtyping import Bool
 
 from qmoe_jax.config import TokenIds
 from qmoe_jax.data.examples import Example
+from qmoe_jax.data.seed import check_seed
 from qmoe_jax.data.sentinels import Sentinels
 
 
@@ -87,7 +88,7 @@ def span_corruption(
     Upstream seeds with 0 before the training texts and again before the validation texts, as one call for
     each does.
     """
-    generator = np.random.RandomState(seed)
+    generator = np.random.RandomState(check_seed(seed))
     examples = []
     for text in texts:
         tokens = np.append(text, token_ids.eos)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int32
 
 from qmoe_jax.data.batching import pad_rows, round_up, row_mask
 from qmoe_jax.data.infill import Infill, read_spans
+from qmoe_jax.data.seed import SEEDS, check_seed
 from qmoe_jax.data.tokenizer import Tokenizer
 from qmoe_jax.inference.generate import generate
 from qmoe_jax.inference.sampling import Sampling
@@ -55,7 +56,7 @@ def fill_blanks(
         model: as `load_model` or `load_compressed` returns it.
         params: its parameters.
         tokenizer: its tokenizer.
-        texts: each with one blank or more.
+        texts: each with one blank or more; around its blanks a text stays as it is, byte for byte.
         max_new_tokens: tokens to write at most, for all blanks of a text.
         sampling: temperature, top-k, top-p; greedy by default.
         seed: seed of the sampling; batch i uses `seed + i`, so that equal texts in two batches differ.
@@ -63,10 +64,14 @@ def fill_blanks(
         progress: called with the texts filled.
 
     Raises:
-        ValueError: a text has no blank, a blank has a number that the tokenizer has no sentinel for, or the
-            tokenizer is not the model's (`TextError`).
+        ValueError: a text is not a string of Unicode characters or has no blank, a blank has a number that
+            the tokenizer has no sentinel for, the tokenizer is not the model's (`TextError`), or the seed is
+            out of range.
         CheckpointError: experts on disk cannot be read.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts: expected a sequence of texts, found one text, {texts[:60]!r}")
+    seed = check_seed(seed)
     tokenizer.check_model(model.config)
     infills = [Infill.parse(text) for text in texts]
     rows = [infill.encode(tokenizer) for infill in infills]
@@ -75,7 +80,7 @@ def fill_blanks(
     for number, (batch, mask) in enumerate(_batches(rows, batch_size, model.config.pad_id)):
         written = generate(
             model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling,
-            seed=seed + number, encoder_mask=jnp.asarray(mask),
+            seed=(seed + number) % SEEDS, encoder_mask=jnp.asarray(mask),
         )  # fmt: skip
         for infill, ids in zip(infills[len(filled) :], np.asarray(written), strict=False):
             spans = read_spans(ids, tokenizer)

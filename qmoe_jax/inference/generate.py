@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from qmoe_jax.data.seed import check_seed
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
@@ -98,8 +99,9 @@ def generate(
 
     Raises:
         CheckpointError: an expert on disk cannot be read.
-        ValueError: `max_new_tokens` is below 1.
+        ValueError: `max_new_tokens` is below 1, or the seed is not one of 0 to 2³² - 1.
     """
+    seed = check_seed(seed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)

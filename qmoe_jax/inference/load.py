@@ -90,10 +90,12 @@ def load_compressed(
     Raises:
         CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed
             so.
-        ValueError: the cache is too small for one expert.
+        ValueError: the cache is too small for one expert, or given for experts that are not on disk.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
+    if expert_cache is not None and experts in ("device", "host"):
+        raise ValueError(f"expert_cache: expected None unless experts are on disk, found experts={experts!r}")
     reader = open_checkpoint(checkpoint)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise CheckpointError(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from qmoe_jax import CheckpointError
 from qmoe_jax.cli.command import Answer, command
 from qmoe_jax.cli.console import to_json
-from qmoe_jax.cli.failures import Interrupted
+from qmoe_jax.cli.failures import Terminated
 
 
 def run(error: BaseException, *arguments: str, **environment: str):
@@ -77,15 +77,16 @@ def test_debug_raises_the_error_itself():
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "message"),
+    ("interrupt", "exit_code", "message"),
     [
-        (KeyboardInterrupt(), "interrupted.\n"),
-        (Interrupted("To resume:\n  qmoe x"), "interrupted. To resume:\n  qmoe x\n"),
+        (KeyboardInterrupt(), 130, "interrupted.\n"),
+        (KeyboardInterrupt("To resume:\n  qmoe x"), 130, "interrupted. To resume:\n  qmoe x\n"),
+        (Terminated("To resume:\n  qmoe x"), 143, "terminated. To resume:\n  qmoe x\n"),
     ],
 )
-def test_ctrl_c_exits_with_130(interrupt, message):
+def test_ctrl_c_and_sigterm_exit_with_128_and_their_number(interrupt, exit_code, message):
     result = run(interrupt)
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", message)
+    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", message)
 
 
 def test_arrays_and_infinities_become_json_values():

@@ -71,10 +71,11 @@ def test_words_replace_blanks(tokenizer, text, filled):
     assert Infill.parse(text).fill(spans_of(tokenizer, s0="cat"), tokenizer) == filled
 
 
-def test_a_span_within_a_word_needs_no_space(tokenizer):
+def test_a_span_within_a_word_needs_no_space_and_takes_none(tokenizer):
     comma = tokenizer.model.piece_to_id(",")
     assert comma != tokenizer.model.unk_id()
-    assert Infill.parse("the cat ___ sat").fill({0: [comma]}, tokenizer) == "the cat, sat"
+    assert Infill.parse("the cat___ sat").fill({0: [comma]}, tokenizer) == "the cat, sat"
+    assert Infill.parse("the cat ___ sat").fill({0: [comma]}, tokenizer) == "the cat , sat"
 
 
 @settings(deadline=None, max_examples=50)

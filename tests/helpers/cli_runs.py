@@ -11,9 +11,9 @@ SAMPLES = "24"
 """Number of calibration texts."""
 
 
-def qmoe(*arguments: object) -> Result:
+def qmoe(*arguments: object, stdin: bytes | None = None) -> Result:
     """Run a command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="qmoe")
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, prog_name="qmoe")
 
 
 def answer(*arguments: object, exit_code: int = 0) -> dict:
