@@ -71,7 +71,8 @@ class Infill:
         sentinels = tokenizer.sentinels
         if (largest := max(self.numbers)) >= sentinels.count:
             raise ValueError(
-                f"<extra_id_{largest}>: expected a number of 0 to {sentinels.count - 1}, the tokenizer's"
+                f"<extra_id_{largest}>: expected a number of 0 to {sentinels.count - 1}, the sentinels of "
+                f"{tokenizer.path}; write a smaller number, or fewer blanks"
             )
         ids = tokenizer.encode(self.texts[0]).tolist()
         for number, text in zip(self.numbers, self.texts[1:], strict=True):

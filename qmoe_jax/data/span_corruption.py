@@ -64,7 +64,8 @@ def corrupt(tokens: np.ndarray, mask: np.ndarray, sentinels: Sentinels, token_id
     spans = int(first.sum())
     if spans + 1 > sentinels.count:
         raise ValueError(
-            f"{spans} noise spans: expected at least {spans + 1} sentinels, found {sentinels.count}"
+            f"{spans} noise spans: expected at least {spans + 1} sentinels in the tokenizer, found "
+            f"{sentinels.count}; pass the tokenizer that the model was trained with, or shorter texts"
         )
     marked = np.where(first, sentinels.id(np.cumsum(first) - 1), tokens)
     encoder = np.append(marked[~mask | first], token_ids.eos)

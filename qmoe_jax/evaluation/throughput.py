@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from qmoe_jax.inference.generate import decode_tokens, encode_prompt
+from qmoe_jax.inference.generate import decode_tokens, encode_prompt, written_lengths
 from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
@@ -97,7 +97,7 @@ class Generator:
             sampling: how they are drawn.
         """
         self.params, self.shape, self.new_tokens = params, shape, new_tokens
-        self._key = jax.random.key(0)
+        self._key, self._eos_id = jax.random.key(0), model.config.eos_id
         tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
         encoded = jax.eval_shape(lambda *inputs: encode_prompt(model, *inputs), params, tokens, mask)
         self._read = encode_prompt.lower(model, params, tokens, mask).compile()
@@ -115,7 +115,8 @@ class Generator:
                 lambda: self._write(self.params, encoded, mask, self._key)
             )
         rows, length = prompts.shape
-        return Throughput(rows, length, reading, Phase(int(np.count_nonzero(written)), seconds, experts))
+        new = int(written_lengths(np.asarray(written), self._eos_id).sum())
+        return Throughput(rows, length, reading, Phase(new, seconds, experts))
 
     def _timed(self, run: Callable[[], jax.Array]) -> tuple[jax.Array, float, ExpertStatistics | None]:
         statistics = expert_statistics(self.params)

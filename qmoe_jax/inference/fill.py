@@ -14,7 +14,7 @@ from qmoe_jax.data.batching import pad_rows, round_up, row_mask
 from qmoe_jax.data.infill import Infill, read_spans
 from qmoe_jax.data.seed import SEEDS, check_seed
 from qmoe_jax.data.tokenizer import Tokenizer
-from qmoe_jax.inference.generate import generate
+from qmoe_jax.inference.generate import generate, written_lengths
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -82,12 +82,11 @@ def fill_blanks(
             model, params, jnp.asarray(batch), max_new_tokens=max_new_tokens, sampling=sampling,
             seed=(seed + number) % SEEDS, encoder_mask=jnp.asarray(mask),
         )  # fmt: skip
-        for infill, ids in zip(infills[len(filled) :], np.asarray(written), strict=False):
+        lengths = written_lengths(np.asarray(written), model.config.eos_id).tolist()
+        for infill, ids, length in zip(infills[len(filled) :], np.asarray(written), lengths, strict=False):
             spans = read_spans(ids, tokenizer)
             words = {sentinel: tokenizer.decode(span) for sentinel, span in spans.items()}
-            ended = np.flatnonzero(ids == model.config.eos_id)
-            tokens = int(ended[0]) + 1 if ended.size else len(ids)
-            filled.append(FilledText(infill.fill(spans, tokenizer), words, tokens))
+            filled.append(FilledText(infill.fill(spans, tokenizer), words, length))
         progress(len(filled), len(texts), "")
     return filled
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -110,3 +111,9 @@ def generate(
         encoded = encode_prompt(model, params, tokens, mask)
         key = jax.random.key(seed)
         return decode_tokens(model, params, encoded, mask, key, max_new_tokens, sampling).block_until_ready()
+
+
+def written_lengths(tokens: Int[np.ndarray, "b new"], eos_id: int) -> Int[np.ndarray, "b"]:
+    """Return how many tokens `generate` wrote into each row, end token included; the rest is padding."""
+    ended = np.asarray(tokens) == eos_id
+    return np.where(ended.any(1), ended.argmax(1) + 1, ended.shape[1])

@@ -78,7 +78,9 @@ def test_a_text_of_one_token_is_refused():
 
 def test_more_noise_spans_than_sentinels_are_refused():
     mask = np.tile([False, True], 10)
-    with pytest.raises(ValueError, match="10 noise spans: expected at least 11 sentinels, found 5"):
+    with pytest.raises(
+        ValueError, match="10 noise spans: expected at least 11 sentinels in the tokenizer, found 5"
+    ):
         corrupt(np.arange(20), mask, Sentinels.above(95, 5), IDS)
 
 

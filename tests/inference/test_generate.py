@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
+from qmoe_jax.inference.generate import written_lengths
 from tests.helpers.choices import assert_same_generation
 
 
@@ -54,6 +55,11 @@ def test_padding_follows_the_end_token(tied):
         ends = np.flatnonzero(row == 1)
         assert ends.size <= 1
         assert (row[ends[0] + 1 :] == 0).all() if ends.size else True
+
+
+def test_written_tokens_are_counted_up_to_the_end_token():
+    rows = np.array([[7, 0, 4, 3], [4, 3, 3, 3], [0, 3, 0, 7]])
+    assert written_lengths(rows, eos_id=4).tolist() == [3, 1, 4]
 
 
 @pytest.mark.parametrize(
