@@ -94,6 +94,13 @@ PRESETS = {
 }
 
 
+def positive(text: str) -> int:
+    """Return a number of at least 1. Raises `ValueError`, which argparse reports with the option's name."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 def parse_arguments() -> Settings:
     """Return the preset's settings, changed by the command line."""
     parser = argparse.ArgumentParser(
@@ -106,8 +113,8 @@ def parse_arguments() -> Settings:
     add("--calibration", type=Path, help="text to calibrate on")
     add("--validation", type=Path, help="held-out text to evaluate on")
     add("--output", type=Path, help="folder for artifacts and report")
-    add("--samples", type=int, help="number of calibration samples")
-    add("--validation-samples", type=int, help="number of held-out samples")
+    add("--samples", type=positive, help="number of calibration samples")
+    add("--validation-samples", type=positive, help="number of held-out samples")
     add("--segment", type=int, help="cut texts into segments of this many tokens")
     add("--damping", type=float, help="share of the mean of a Hessian's diagonal added to the diagonal")
     add("--experts-per-group", type=int, help="experts quantized together")
