@@ -24,6 +24,7 @@ from qmoe_jax.artifact.manifest import ArrayRecord
 from qmoe_jax.files.durable import sync_folder
 from qmoe_jax.files.errors import CheckpointError, error_number, system_error
 from qmoe_jax.files.location import tensorstore_path
+from qmoe_jax.files.space import require_room
 from qmoe_jax.files.tensor import LazyTensor, read_all
 
 DENSE = "dense"
@@ -41,12 +42,17 @@ def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
 
     Returns:
         Shape, dtype and checksum of each array.
+
+    Raises:
+        CheckpointError: the disk is full, or refuses otherwise.
     """
     import orbax.checkpoint as ocp
 
     path = root / DENSE
     host_tree = jax.tree.map(np.asarray, dict(tree))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), host_tree)
+    # Orbax's threads go on writing after a failure, and print tracebacks when its event loop is closed.
+    require_room(root, sum(array.nbytes for array in jax.tree.leaves(host_tree)), wanted=path)
     place = os.path.join(tensorstore_path(root), DENSE)
     try:
         with (

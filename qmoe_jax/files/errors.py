@@ -73,7 +73,9 @@ class CheckpointError(Exception):
         )
 
 
-def system_error(problem: str, path: object, error: Exception, *, key: str | None = None) -> CheckpointError:
+def system_error(
+    problem: str, path: object, error: Exception, *, key: str | None = None, expected: str | None = None
+) -> CheckpointError:
     """Return the error for what the system refused: its words, and the remedy where one is known.
 
     Args:
@@ -81,10 +83,12 @@ def system_error(problem: str, path: object, error: Exception, *, key: str | Non
         path: the file or directory concerned.
         error: an `OSError`, or an error of tensorstore, which has the system's number in its text.
         key: as in `CheckpointError`.
+        expected: likewise.
     """
     number = error_number(error)
     found = os.strerror(number) if number else str(error).splitlines()[0] if str(error) else repr(error)
-    return CheckpointError(problem, path=path, key=key, found=found, remedy=REMEDIES.get(number or 0))
+    remedy = REMEDIES.get(number or 0)
+    return CheckpointError(problem, path=path, key=key, expected=expected, found=found, remedy=remedy)
 
 
 def error_number(error: BaseException) -> int | None:

@@ -159,7 +159,7 @@ def tensorstore_path(directory: str | os.PathLike[str]) -> str:
     A path that is not UTF-8 is opened through a file descriptor, which stays open.
 
     Raises:
-        CheckpointError: the path is not UTF-8, and there is no such directory.
+        CheckpointError: the path is not UTF-8, and nothing lies there.
     """
     path = os.path.abspath(directory)
     try:

@@ -207,6 +207,13 @@ def test_the_default_placement_is_the_first_that_fits(artifact, monkeypatch, mem
     assert plan.placement == placement
 
 
+def test_without_memory_the_cache_still_holds_an_expert(artifact, monkeypatch):
+    monkeypatch.setattr(choose, "available_memory", lambda: 0)
+    plan = choose.plan_placement(qj.open_checkpoint(artifact[0]), "float32")
+    assert (plan.placement, plan.expert_cache > 0) == ("disk", True)
+    qj.load_compressed(artifact[0])
+
+
 @pytest.mark.parametrize(("placement", "cache"), [("device", None), ("host", None), ("disk", 1 << 20)])
 def test_memory_is_not_measured_where_no_option_depends_on_it(artifact, monkeypatch, placement, cache):
     """So explicit options also work where the system has no /proc."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qmoe_jax.data.batching import round_up
+from qmoe_jax.files.errors import system_error
+from qmoe_jax.files.space import allocate
+from qmoe_jax.memory import usable_memory
 
 BATCH_TOKENS = 8192
 """Padded tokens per batch: enough to keep the device busy while attention weights stay below 1 GB."""
@@ -18,7 +21,8 @@ LENGTH_MULTIPLE = 64
 """Sequence lengths are padded to a multiple of this, so that a step compiles for few shapes."""
 
 MEMORY_SHARE = 0.125
-"""Share of physical memory above which hidden states go to a file; a comparison of two models keeps four."""
+"""Share of the memory that this process may use above which hidden states go to a file; a comparison of two
+models keeps four."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +54,29 @@ def mask_of(batch: PaddedExamples, lengths: np.ndarray) -> np.ndarray:
     return mask
 
 
+def _mapped(folder: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Return zeros, float32, mapped from a file in `folder` that ends with them."""
+    nbytes = 4 * shape[0] * shape[1]
+    try:
+        with tempfile.TemporaryFile(prefix=".hidden-states.", dir=folder) as file:
+            allocate(file.fileno(), nbytes)
+            return np.memmap(file, np.float32, "r+", shape=shape)
+    except OSError as error:
+        raise system_error(
+            "hidden states that do not fit in memory cannot be written here", folder, error,
+            expected=f"{nbytes:,} bytes free",
+        ) from error  # fmt: skip
+
+
 class HiddenStates:
     """Hidden states of all tokens, float32 `[token, feature]`, one example after another.
 
     Attention sees only the tokens where `visible` (bool `[token]`, by default all True) is True. Values that
-    take more than `MEMORY_SHARE` of physical memory are mapped from an unlinked temporary file in `folder`,
-    which disappears with the process.
+    take more than `MEMORY_SHARE` of the memory that this process may use are mapped from a file without a
+    name in `folder`, which disappears with the process. Its room on the disk is allocated at once.
+
+    Raises:
+        CheckpointError: the disk has no room for the file.
     """
 
     def __init__(
@@ -65,13 +86,10 @@ class HiddenStates:
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         shape = (int(self.offsets[-1]), features)
         self.visible = np.ones(shape[0], bool) if visible is None else visible
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if 4 * shape[0] * shape[1] < MEMORY_SHARE * memory:
+        if 4 * shape[0] * shape[1] < MEMORY_SHARE * usable_memory():
             self.values = np.zeros(shape, np.float32)
         else:
-            path = folder / f".hidden-states.{os.getpid()}"
-            self.values = np.memmap(path, np.float32, "w+", shape=shape)
-            path.unlink()
+            self.values = _mapped(folder, shape)
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
@@ -14,6 +13,9 @@ from pallas_kernels.backend import platform
 from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
+from qmoe_jax.inference.placement.disk import smallest_cache
+from qmoe_jax.inference.placement.source import PlacedSource
+from qmoe_jax.memory import available_memory
 
 Placement = Literal["device", "host", "disk"]
 """A place for packed experts."""
@@ -23,7 +25,7 @@ SHARE = 0.8
 
 CACHE_SHARE = 0.5
 """Share of the memory left by the dense parameters that the expert cache takes; the operating system caches
-the same files in the rest."""
+the same files in the rest. The cache holds at least one expert, however little memory there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,11 @@ def plan_placement(
         return PlacementPlan(placement, None, sizes)
     if expert_cache is None:
         left = free - (dense if device is None else 0)
-        expert_cache = max(0, min(experts, int(CACHE_SHARE * left)))
+        expert_cache = min(experts, int(CACHE_SHARE * left))
+        # Headers are read, and the smallest cache found, only where memory is that short.
+        largest = max((group.record.bytes for group in reader.manifest.groups), default=0)
+        if expert_cache < 2 * largest * len(reader.layers):
+            expert_cache = max(expert_cache, smallest_cache(PlacedSource.of(reader)))
     reason = f"{sizes}, available memory {_gb(free)}: expert cache of {_gb(expert_cache)}"
     return PlacementPlan("disk", expert_cache, reason)
 
@@ -87,18 +93,6 @@ def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
         for name in reader.names()
         if not runs_packed(reader.kind(name))
     )
-
-
-def available_memory() -> int:
-    """Return the bytes of host memory available to this process, within the limit of its control group."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = 1024 * int(fields["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
 
 
 def device_memory() -> int | None:

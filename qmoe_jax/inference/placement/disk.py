@@ -219,15 +219,14 @@ class DiskExperts(ExpertStore):
         return slot
 
 
-def _caches(source: PlacedSource, budget: int) -> dict[LayerKey, ExpertCache]:
-    """Return the cache of each layer.
+def smallest_cache(source: PlacedSource) -> int:
+    """Return the bytes of the smallest cache that a model runs with: one expert of each layout."""
+    shapes = _shapes(source)
+    return max((-(-layout.nbytes * len(source.layers) // len(keys)) for layout, keys in shapes), default=0)
 
-    Layers whose experts have similar layouts (usually all) share a cache; the budget is split in proportion
-    to layers.
 
-    Raises:
-        ValueError: the budget is too small for one expert.
-    """
+def _shapes(source: PlacedSource) -> list[tuple[SlotLayout, list[LayerKey]]]:
+    """Return a layout for the layers whose experts have similar layouts, and these layers."""
     shapes: list[tuple[SlotLayout, list[LayerKey]]] = []
     for key, layer in source.layers.items():
         layout = SlotLayout.of(layer.files())
@@ -237,8 +236,20 @@ def _caches(source: PlacedSource, budget: int) -> dict[LayerKey, ExpertCache]:
                 break
         else:
             shapes.append((layout, [key]))
+    return shapes
+
+
+def _caches(source: PlacedSource, budget: int) -> dict[LayerKey, ExpertCache]:
+    """Return the cache of each layer.
+
+    Layers whose experts have similar layouts (usually all) share a cache; the budget is split in proportion
+    to layers.
+
+    Raises:
+        ValueError: the budget is too small for one expert.
+    """
     caches: dict[LayerKey, ExpertCache] = {}
-    for layout, keys in shapes:
+    for layout, keys in _shapes(source):
         experts = sum(source.layers[key].num_experts for key in keys)
         share = budget * len(keys) // len(source.layers)
         slots = min(share // layout.nbytes, experts)
