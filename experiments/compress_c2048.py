@@ -68,6 +68,7 @@ class Settings:
     damping: float = 0.1
     experts_per_group: int = 16
     batch_size: int = 32
+    allow_mixed: bool = False
     variants: tuple[str, ...] = (ORIGINAL, *VARIANTS)
 
 
@@ -120,6 +121,10 @@ def parse_arguments() -> Settings:
     add("--experts-per-group", type=int, help="experts quantized together")
     add("--batch-size", type=int, help="batch size of the evaluation")
     add(
+        "--allow-mixed", action="store_true", default=None,
+        help="resume runs that other software or another machine began",
+    )  # fmt: skip
+    add(
         "--variants", nargs="+", choices=[ORIGINAL, *VARIANTS], metavar="VARIANT",
         help=f"what to compare, of {ORIGINAL}, {', '.join(VARIANTS)}",
     )  # fmt: skip
@@ -151,8 +156,9 @@ def run_variant(
     attachments = tokenizer.files()
     with qj.ProgressBar(name) as progress:
         report = qj.compress(
-            checkpoint, output, calibration, config, attachments=attachments, progress=progress
-        )
+            checkpoint, output, calibration, config, attachments=attachments,
+            allow_mixed=settings.allow_mixed, progress=progress,
+        )  # fmt: skip
     model, params = qj.load_compressed(output)
     evaluation = qj.evaluate(model, params, validation, batch_size=settings.batch_size)
     return Variant(name, evaluation, report)

@@ -161,7 +161,7 @@ class RunReport:
     @property
     def producers(self) -> tuple[Mapping[str, str], ...]:
         """The software and machines that quantized the groups, each once; usually there is one."""
-        return tuple(dict(fields) for fields in dict.fromkeys(tuple(g.producer.items()) for g in self.groups))
+        return tuple(map(dict, dict.fromkeys(tuple(sorted(group.producer.items())) for group in self.groups)))
 
     @classmethod
     def read(cls, root: str | Path) -> Self:

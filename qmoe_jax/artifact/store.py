@@ -7,8 +7,10 @@ groups as they are finished, the dense parameters, `SHA256SUMS` (every file, for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
 from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
-from qmoe_jax.artifact.groups import Expert, GroupFile, GroupKey, render_group
+from qmoe_jax.artifact.groups import EXPERTS, Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
     MANIFEST,
     REPORT,
@@ -59,7 +61,7 @@ def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ..
     """
     root = output_directory(path, inputs=inputs)
     found = sorted(name for name in os.listdir(root) if not is_stray(name)) if root.exists() else []
-    if found and RUN not in found:
+    if found and not {RUN, MANIFEST, EXPERTS}.intersection(found):
         raise CheckpointError(
             "holds something else",
             path=root,
@@ -211,6 +213,8 @@ class ArtifactWriter:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
         path, record = self.root / name, record_of_pieces([content])
         if self.host == 0 and not _holds(path, record):
+            if path.exists():
+                warnings.warn(f"{path}: is damaged or of another run; is written again", stacklevel=2)
             self._reopen()
             write_durably(path, [content])
         self._files[name] = record
@@ -293,9 +297,11 @@ class ArtifactWriter:
 
     def _require_ours(self) -> None:
         """Raise `CheckpointError` where the directory holds another run."""
-        if not (self.root / RUN).exists():
+        entries = self.root.iterdir() if self.root.exists() else ()
+        found = {entry.name for entry in entries if not is_stray(entry.name)}
+        if not found:
             return
-        differences = self.run.differences(Run.read(self.root))
+        differences = self.run.differences(self._begun(found))
         if differences:
             ours, theirs = zip(*differences.values(), strict=True)
             raise CheckpointError(
@@ -305,6 +311,33 @@ class ArtifactWriter:
                 found=_settings(differences, theirs),
                 remedy="choose another output directory, or the settings of the run that began this one",
             )
+
+    def _begun(self, found: set[str]) -> Run:
+        """Return the run that began the directory, from its own file, or where that is damaged from others.
+
+        Raises:
+            CheckpointError: no file says that it is an artifact.
+        """
+        try:
+            if RUN in found:
+                return Run.read(self.root)
+            problem = CheckpointError(
+                "holds something else",
+                path=self.root,
+                expected="an empty directory, or an artifact of the same run",
+                found=", ".join(sorted(found)[:5]),
+            )
+        except CheckpointError as error:
+            problem = error
+        if MANIFEST in found:
+            with contextlib.suppress(CheckpointError):
+                return Manifest.read(self.root).run
+        for file in sorted(self.root.glob(f"{EXPERTS}/*/*")):
+            key = GroupKey.from_path(file.relative_to(self.root).as_posix())
+            with contextlib.suppress(CheckpointError):
+                if key and GroupFile.open(self.root, key).run == self._digest:
+                    return self.run
+        raise problem.with_remedy("choose another output directory") from None
 
     def _clean(self) -> None:
         """Remove what a killed run of this host left half-written."""

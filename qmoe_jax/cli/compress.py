@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
-from qmoe_jax.cli.console import note, working
+from qmoe_jax.cli.console import note, warnings_shown, working
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.cli.samples import (
     TEXT,
@@ -69,6 +70,14 @@ def compress(
     segment: Segment = None,
     split: Split = None,
     seed: Seed = 0,
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed",
+            help="Resume a run that other software or another machine began: groups of both then differ in "
+            "their digits, and the report says which come from which.",
+        ),
+    ] = False,
     config: qj.CompressionConfig,
 ) -> Answer:
     """Compress a checkpoint's experts into an artifact.
@@ -96,9 +105,15 @@ def compress(
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
     attachments = pieces.files()
     try:
-        with qj.ProgressBar("compressing") as progress:
+        with warnings_shown(), qj.ProgressBar("compressing") as progress:
             report = qj.compress(
-                checkpoint, output, examples, config, attachments=attachments, progress=progress
+                checkpoint,
+                output,
+                examples,
+                config,
+                attachments=attachments,
+                allow_mixed=allow_mixed,
+                progress=progress,
             )
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
@@ -119,6 +134,7 @@ def _fields(report: qj.CompressionReport, samples: int, tokens: int) -> dict[str
         "tokens": tokens,
         "rounded_to_nearest": report.fallbacks,
         "under_calibrated": report.under_calibrated(),
+        "producers": report.producers,
         "seconds": report.seconds,
     }
 
@@ -137,9 +153,19 @@ def result_table(report: qj.CompressionReport) -> Table:
     )
     table.add_row("sparsity", f"{report.sparsity:.1%} of the experts' weights are zero")
     table.add_row("seconds", "unknown" if report.seconds is None else f"{report.seconds:.1f}")
+    if len(report.producers) > 1:
+        table.add_row("made by", Text(mixed(report.producers), style="yellow"))
     table.add_row("rounded to nearest", _fallbacks(report.fallbacks))
     table.add_row("under-calibrated", _under_calibrated(report.under_calibrated()))
     return table
+
+
+def mixed(producers: Sequence[Mapping[str, str]]) -> str:
+    """Return in what the software and machines differ that made an artifact's groups."""
+    names = sorted({name for fields in producers for name in fields})
+    values = {name: [fields.get(name, "unknown") for fields in producers] for name in names}
+    told = [f"{name} {' or '.join(found)}" for name, found in values.items() if len(set(found)) > 1]
+    return f"{len(producers)} of them: {'; '.join(told)}"
 
 
 def _fallbacks(fallbacks: tuple[Fallback, ...]) -> Text:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,15 @@ def note(text: RenderableType) -> None:
 def warn(text: object) -> None:
     """Print a warning."""
     stderr().print(f"warning: {text}", style="yellow", soft_wrap=True)
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Print the API's warnings, at once, while the context lasts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: warn(message)
+        yield
 
 
 @contextmanager

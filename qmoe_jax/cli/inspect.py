@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from rich.filesize import decimal
@@ -13,8 +14,11 @@ from rich.text import Text
 import qmoe_jax as qj
 from qmoe_jax.artifact.inspect import Inspection, Layer
 from qmoe_jax.artifact.reader import ArtifactReader
+from qmoe_jax.artifact.report import RunReport
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.cli.command import Answer
+from qmoe_jax.cli.compress import mixed
+from qmoe_jax.cli.console import warn
 from qmoe_jax.cli.models import CheckpointPath
 
 
@@ -111,16 +115,28 @@ def _compression(artifact: ArtifactReader, sizes: Sizes) -> dict[str, Any]:
     ratios = ("bits_per_expert_parameter", "bits_per_parameter", "compression_ratio")
     return {
         "options": artifact.manifest.run.options,
+        "producers": _producers(artifact),
         "source": artifact.manifest.run.source,
         **{name: getattr(sizes, name) for name in ratios},
         "sizes": sizes,
     }
 
 
+def _producers(artifact: ArtifactReader) -> tuple[Mapping[str, str], ...]:
+    """Return what made the artifact's groups; nothing where its report is damaged."""
+    try:
+        return RunReport.read(artifact.path).producers
+    except qj.CheckpointError as error:
+        warn(error)
+        return ()
+
+
 def _compression_table(artifact: ArtifactReader, sizes: Sizes) -> Table:
     options = artifact.manifest.run.options
     table = Table.grid(padding=(0, 2))
     table.add_row("compressed", ", ".join(f"{name} {value}" for name, value in options.items() if value))
+    if len(producers := _producers(artifact)) > 1:
+        table.add_row("made by", Text(mixed(producers), style="yellow"))
     table.add_row("bits", f"{sizes.bits_per_expert_parameter:.4f} per expert parameter, everything counted")
     table.add_row("", f"{sizes.bits_per_parameter:.4f} per parameter of the whole model")
     table.add_row("ratio", f"{sizes.compression_ratio:.1f} times smaller than bfloat16")

@@ -154,13 +154,15 @@ class GroupStore:
 
     def _intact(self, key: GroupKey) -> bool:
         """Return whether the group's file is there and exactly what it was written as."""
+        record = self._records.get(key)
         try:
             if not self.writer.has_group(key.stack, key.layer, key.start, key.stop):
+                if record is not None:
+                    raise CheckpointError("is missing", path=self.writer.root / key.path)
                 return False
         except CheckpointError as error:
             _warn(key, error)
             return False
-        record = self._records.get(key)
         return record is None or record.group == self.writer.record(key)
 
 
