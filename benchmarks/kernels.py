@@ -384,8 +384,8 @@ def main() -> None:
     path.with_name(tuning.table_path(result["device"]).name).write_text(json.dumps(tuned, indent=1) + "\n")
     try:
         plot(run.rows, path.with_suffix(".png"))
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    except ImportError as error:
+        print(f"no plot: {error}")
     path.write_text(json.dumps(result | {"gptq": gptq_rates(run)}, indent=1) + "\n")
 
 

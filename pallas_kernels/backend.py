@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from pallas_kernels.availability import (
+    default_platform,
+    describe_error,
+    import_refusal,
+    missing_gpu,
+    version,
+)
 
 Implementation = Callable[..., Any]
 
@@ -49,12 +55,15 @@ def platform() -> str:
 
     It is that of the abstract device where a program is lowered for one (`jax.sharding.AbstractDevice`), else
     that of jax's default device.
+
+    Raises:
+        NotImplementedError: jax cannot start the platform that it is told to use.
     """
     if (abstract := _abstract_device()) is not None:
         return abstract.platform
     device: Any = jax.config.values["jax_default_device"]
     if device is None:
-        return jax.default_backend()
+        return default_platform()
     return device if isinstance(device, str) else device.platform
 
 
@@ -93,53 +102,46 @@ def _entry(backend: str) -> str:
 
 
 def _nvidia_refusal(here: str) -> str | None:
-    return None if here == "gpu" else f"requires an NVIDIA GPU; the default platform is {here}"
+    if here == "gpu":
+        return None
+    chosen = _abstract_device() or jax.config.values["jax_default_device"]
+    reason = f"the program is for {chosen}" if chosen is not None else missing_gpu()
+    return f"requires an NVIDIA GPU; the default platform is {here}: {reason}"
 
 
 def _pallas_refusal() -> str | None:
     try:
         from jax.experimental.pallas import triton
-    except ImportError as error:
-        return f"jax {jax.__version__} has no Triton backend under Pallas ({error})"
+    except Exception as error:  # absent, or whatever a broken installation raises
+        return f"jax {jax.__version__} has no Triton backend under Pallas ({describe_error(error)})"
     if not hasattr(triton, "CompilerParams"):
         return f"jax {jax.__version__} has no Triton backend under Pallas"
     return None
 
 
 def _jax_triton_refusal() -> str | None:
-    versions = {name: _version(name) for name in ("jax", "triton", "jax-triton")}
-    if missing := [name for name, version in versions.items() if version is None]:
+    versions = {name: version(name) for name in ("jax", "triton", "jax-triton")}
+    if missing := [name for name, found in versions.items() if found is None]:
         return f"{' and '.join(missing)} not installed: pip install 'qmoe-jax[jax-triton]'"
     for name, (least, below) in TRITON_PAIRS.get(_series(versions["jax-triton"]), {}).items():
         if not least <= _series(versions[name]) < below:
             wanted = f">={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
             return f"jax-triton {versions['jax-triton']} requires {name}{wanted}, found {versions[name]}"
-    try:
-        importlib.import_module("jax_triton")
-    except ImportError as error:  # for example, a jaxlib without GPU support
-        return f"jax-triton {versions['jax-triton']} cannot be imported ({error})"
-    return None
+    # It fails, for example, with a jaxlib without GPU support.
+    shown = f"jax-triton {versions['jax-triton']}"
+    return import_refusal("jax_triton", shown, install="'qmoe-jax[jax-triton]'")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _series(version: str | None) -> tuple[int, int]:
-    major, minor = (version or "0.0").split(".")[:2]
+def _series(found: str | None) -> tuple[int, int]:
+    major, minor = (found or "0.0").split(".")[:2]
     return int(major), int(minor)
 
 
 def _cpu_refusal(here: str) -> str | None:
     if here != "cpu":
         return f"computes in host memory; the default platform is {here}"
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        return f"numba cannot be imported ({error})"
+    if reason := import_refusal("numba", install="numba"):
+        return reason
     from pallas_kernels.cpu.xla_c_api import version_refusal
 
     return version_refusal()

@@ -110,6 +110,18 @@ class Fallback:
     matrix: str
     calibration_tokens: int
 
+    @property
+    def reason(self) -> str:
+        """Reason for the missing factor of its Hessian."""
+        return fallback_reason(self.calibration_tokens)
+
+
+def fallback_reason(calibration_tokens: int) -> str:
+    """Return why an expert with so many calibration tokens was rounded to nearest."""
+    if calibration_tokens == 0:
+        return "no calibration tokens"
+    return "a Hessian that is zero or has no Cholesky factor (more damping may help)"
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
@@ -119,7 +131,7 @@ class LayerReport:
         name: such as "encoder 3".
         routed_tokens: tokens that the router sent to each expert.
         calibration_tokens: those of them that are in the expert's Hessian.
-        fallback: experts with a matrix that was rounded to nearest for want of a usable Hessian.
+        fallback: experts with a matrix that was rounded to nearest (`fallback_reason`).
         sparsity: share of zeros, mean over experts and matrices, as are the errors.
         bits_per_parameter: of the stored matrices, without headers, padding and codebooks.
         output_error: see `MatrixReport`.
@@ -191,7 +203,7 @@ class RunReport:
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """Every matrix that was rounded to nearest for want of calibration tokens or of a usable Hessian."""
+        """Every matrix that was rounded to nearest, whose `reason` says why."""
         return tuple(
             Fallback(group.stack, group.layer, group.start + e, name, group.calibration_tokens[e])
             for group in self.groups

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qmoe_jax as qj
+from pallas_kernels.availability import default_platform
 from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
@@ -96,6 +97,7 @@ def compress(
     """
     artifact_directory(output, inputs=(path,))  # raises before anything is read
     options = SampleOptions(samples, max_tokens, segment, split, seed, at_most=10_000)
+    default_platform()  # refuses one that jax cannot start before the text is read
     with working(f"reading {path} and the text"):
         checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
@@ -132,7 +134,7 @@ def _fields(report: qj.CompressionReport, samples: int, tokens: int) -> dict[str
         "sizes": sizes,
         "samples": samples,
         "tokens": tokens,
-        "rounded_to_nearest": report.fallbacks,
+        "rounded_to_nearest": [{**vars(each), "reason": each.reason} for each in report.fallbacks],
         "under_calibrated": report.under_calibrated(),
         "producers": report.producers,
         "seconds": report.seconds,
@@ -169,9 +171,12 @@ def mixed(producers: Sequence[Mapping[str, str]]) -> str:
 
 
 def _fallbacks(fallbacks: tuple[Fallback, ...]) -> Text:
-    tokens = {(f.stack, f.layer, f.expert): f.calibration_tokens for f in fallbacks}
-    names = [f"{stack} {layer} expert {e} ({n} tokens)" for (stack, layer, e), n in tokens.items()]
-    return _named(names, "no usable Hessian")
+    """Return the experts that were rounded to nearest, one line per reason."""
+    names: dict[str, dict[str, None]] = {}
+    for each in fallbacks:
+        name = f"{each.stack} {each.layer} expert {each.expert} ({each.calibration_tokens} tokens)"
+        names.setdefault(each.reason, {})[name] = None
+    return Text("\n").join(_named(list(found), reason) for reason, found in names.items()) or Text("none")
 
 
 def _under_calibrated(layers: dict[str, dict[int, int]]) -> Text:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-import jax
 import typer
 
 import qmoe_jax as qj
+from pallas_kernels.availability import default_platform
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.cli.console import note, stderr
 from qmoe_jax.inference.placement import plan_placement
@@ -73,7 +73,7 @@ def load(
         ValueError: the checkpoint cannot have its experts kept or cached so.
         typer.BadParameter: a cache is given for experts that are not on disk.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or ("float32" if default_platform() == "cpu" else "bfloat16")
     cache = None if expert_cache is None else parse_size(expert_cache)
     if cache is not None and experts in ("device", "host"):
         raise typer.BadParameter(f"--expert-cache is for experts on disk: it does not apply to {experts}")

@@ -13,6 +13,8 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
+    if error.name != "matplotlib":  # installed, but broken: the error itself says by what
+        raise
     raise ModuleNotFoundError(
         "plots need matplotlib: pip install 'qmoe-jax[plots]'", name=error.name
     ) from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmoe_jax.artifact.report import UNDER_CALIBRATED, CompressionReport, to_json
+from qmoe_jax.artifact.report import UNDER_CALIBRATED, CompressionReport, fallback_reason, to_json
 from qmoe_jax.evaluation.plots import plot_layers, plot_loss_against_bits, plot_tokens
 from qmoe_jax.evaluation.variants import Variant
 
@@ -62,11 +62,14 @@ def calibration_notes(report: CompressionReport) -> list[str]:
     """Return a sentence per layer with experts that were rounded to nearest or had few calibration tokens."""
     notes, starved = [], report.under_calibrated()
     for layer in report.layers:
-        if layer.fallback:
-            named = ", ".join(
-                f"{expert} ({layer.calibration_tokens[expert]} tokens)" for expert in layer.fallback
-            )
-            notes.append(f"{layer.name}: rounded to nearest for want of a usable Hessian: experts {named}")
+        reasons: dict[str, list[str]] = {}
+        for expert in layer.fallback:
+            count = layer.calibration_tokens[expert]
+            reasons.setdefault(fallback_reason(count), []).append(f"{expert} ({count} tokens)")
+        notes += [
+            f"{layer.name}: rounded to nearest, {reason}: experts {', '.join(named)}"
+            for reason, named in reasons.items()
+        ]
         few = {e: count for e, count in starved.get(layer.name, {}).items() if e not in layer.fallback}
         if few:
             named = ", ".join(f"{expert} ({count} tokens)" for expert, count in few.items())

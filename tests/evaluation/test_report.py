@@ -1,11 +1,13 @@
 """Variants side by side: figures recomputed from files and weights, table, plots."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 import qmoe_jax as qj
+from qmoe_jax.artifact.report import fallback_reason
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, markdown_table, write_report
 from qmoe_jax.evaluation.variants import Variant
 
@@ -51,9 +53,25 @@ def test_notes_name_experts_without_calibration_tokens(variants):
     assert starved, "24 decoder tokens cannot reach all 8 experts of both layers"
     notes = " ".join(calibration_notes(ternary.report))
     for layer in starved:
-        assert all(
-            f"{expert} ({layer.calibration_tokens[expert]} tokens)" in notes for expert in layer.fallback
-        )
+        named = ", ".join(f"{expert} (0 tokens)" for expert in layer.fallback)
+        assert f"{layer.name}: rounded to nearest, no calibration tokens: experts {named}" in notes
+
+
+def test_notes_tell_experts_without_tokens_from_those_without_a_factor(variants):
+    _, (_, ternary) = variants
+    group = ternary.report.groups[0]
+    report = dataclasses.replace(
+        ternary.report,
+        groups=(dataclasses.replace(group, calibration_tokens=(0, 51, 9, 9, 9, 9, 9, 9), matrices={
+            "wi": dataclasses.replace(group.matrices["wi"], fallback=(True, True, *[False] * 6))
+        }),),
+    )  # fmt: skip
+    assert calibration_notes(report)[:2] == [
+        f"{group.layer_name}: rounded to nearest, no calibration tokens: experts 0 (0 tokens)",
+        f"{group.layer_name}: rounded to nearest, a Hessian that is zero or has no Cholesky factor "
+        "(more damping may help): experts 1 (51 tokens)",
+    ]
+    assert [each.reason for each in report.fallbacks] == [fallback_reason(0), fallback_reason(51)]
 
 
 def test_the_report_folder_has_table_plots_and_figures(variants, tmp_path):

@@ -229,7 +229,13 @@ def test_experts_that_exceed_device_memory_stay_in_host_memory(artifact, monkeyp
     reader = qj.open_checkpoint(artifact[0])
     assert choose.plan_placement(reader, "float32").placement == "device"
     monkeypatch.setattr(choose, "device_memory", lambda: int(3.8 * 2**20))
-    assert choose.plan_placement(reader, "float32").placement == "host"
+    plan = choose.plan_placement(reader, "float32")
+    assert plan.placement == "host"
+    assert "room on the device 0.00 GB, room for experts on the host 0.86 GB" in plan.reason
+    monkeypatch.setattr(choose, "device_memory", lambda: 0)
+    plan = choose.plan_placement(reader, "float32")
+    assert plan.placement == "disk"
+    assert "the device does not report its memory" in plan.reason
 
 
 @pytest.fixture(scope="module")

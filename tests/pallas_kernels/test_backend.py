@@ -4,11 +4,12 @@ import sys
 import types
 import warnings
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels import backend
+from pallas_kernels import availability, backend
 from pallas_kernels.matmul.op import OP as MATMUL
 from pallas_kernels.mlp.op import OP as MLP
 from tests.helpers import packed_samples as samples
@@ -41,7 +42,8 @@ def on_a_gpu(monkeypatch, **versions):
     """A machine with a GPU, and these versions of jax, triton and jax-triton (None: not installed)."""
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
     monkeypatch.setattr(backend, "_warned", set())
-    monkeypatch.setattr(backend, "_version", lambda package: versions.get(package.replace("-", "_")))
+    for module in (backend, availability):
+        monkeypatch.setattr(module, "version", lambda package: versions.get(package.replace("-", "_")))
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     if versions.get("jax_triton"):
         monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
@@ -140,9 +142,85 @@ def test_without_numba_the_reference_runs_with_one_warning(without_numba):
         assert backend.choose_backend(MATMUL) == "reference"
 
 
-def test_without_numba_the_cpu_backend_says_why(without_numba):
-    with pytest.raises(NotImplementedError, match="numba cannot be imported"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("raise ImportError('Numba needs NumPy')", "(ImportError: Numba needs NumPy)"),
+        ("import _llvmlite_", "(ModuleNotFoundError: No module named '_llvmlite_')"),
+        ("raise OSError('libllvm.so: wrong ELF class')", "(OSError: libllvm.so: wrong ELF class)"),
+    ],
+)  # fmt: skip
+def test_a_broken_numba_says_by_what(monkeypatch, tmp_path, content, reason):
+    (tmp_path / "numba.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numba")
+    assert backend.refusal(MATMUL, "cpu") == f"numba cannot be imported {reason}"
+
+
+def test_a_numba_that_is_absent_is_named_so(monkeypatch, without_numba):
+    monkeypatch.setattr(availability, "version", lambda package: None)
+    with pytest.raises(
+        NotImplementedError, match=r"numba cannot be imported: it is not installed .pip install numba"
+    ):
         backend.choose_backend(MATMUL, "cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU and jax's CUDA plug-in, whose jax nevertheless runs on the CPU."""
+    monkeypatch.setattr(availability, "GPU_FILES", ("/dev/null",))
+    monkeypatch.setattr(availability, "version", lambda package: "0.10.2")
+    monkeypatch.setattr(availability, "_chosen_platforms", lambda: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+def without_a_gpu(machine):
+    machine.setattr(availability, "GPU_FILES", ("/dev/no-such-gpu",))
+
+
+def without_a_plugin(machine):
+    machine.setattr(availability, "version", lambda package: None)
+
+
+def told_to_use_the_cpu(machine):
+    machine.setattr(availability, "_chosen_platforms", lambda: "cpu")
+
+
+def with_a_hidden_gpu(machine):
+    machine.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def with_a_plugin_that_fails(machine):
+    machine.setattr("jax._src.xla_bridge._backend_errors", {"cuda": "no driver"})
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (without_a_gpu, "no NVIDIA GPU is visible (no /dev/nvidia0)"),
+        (without_a_plugin, "jax has no CUDA plug-in (pip install 'qmoe-jax[cuda]')"),
+        (told_to_use_the_cpu, "jax is told to use cpu (JAX_PLATFORMS)"),
+        (with_a_hidden_gpu, "CUDA_VISIBLE_DEVICES= hides every GPU"),
+        (with_a_plugin_that_fails, "jax's CUDA plug-in did not start (no driver)"),
+    ],
+)
+def test_the_reason_for_no_gpu_is_the_real_one(machine, cause, reason):
+    cause(machine)
+    assert (
+        backend.refusal(MATMUL, "pallas") == f"requires an NVIDIA GPU; the default platform is cpu: {reason}"
+    )
+
+
+def test_a_platform_that_jax_cannot_start_is_named(machine):
+    def fail():
+        raise AssertionError  # as jax 0.10 does without a plug-in for JAX_PLATFORMS=cuda
+
+    without_a_plugin(machine)
+    machine.setattr(jax, "default_backend", fail)
+    machine.setattr(availability, "_chosen_platforms", lambda: "cuda")
+    with pytest.raises(NotImplementedError, match=r"cannot start the platform 'cuda' .*no CUDA plug-in"):
+        backend.platform()
 
 
 def test_operands_that_do_not_fit_are_refused(operands):

@@ -60,17 +60,19 @@ def plan_placement(
         reason = "experts that are not ternary with one pair of levels per row are dequantized"
         return PlacementPlan("device", None, reason)
     if placement in ("device", "host"):
-        return PlacementPlan(placement, None, sizes)
+        return PlacementPlan(placement, None, f"{sizes}: as asked")
     if placement == "disk" and expert_cache is not None:
         return PlacementPlan("disk", expert_cache, f"{sizes}: expert cache of {_gb(expert_cache)}")
     free, device = SHARE * available_memory(), device_memory()
     if placement is None and experts + dense <= (free if device is None else SHARE * device):
         return PlacementPlan("device", None, f"{sizes}: they fit")
-    if placement is None:
-        host_has_room = device is not None and experts <= free and dense <= SHARE * device
-        placement = "host" if host_has_room else "disk"
-    if placement != "disk":
-        return PlacementPlan(placement, None, sizes)
+    reasons = [sizes] if placement is None else [f"{sizes}: as asked"]
+    if placement is None and device is not None:
+        reasons.append(_device_refusal(device))
+        if experts <= free and dense <= SHARE * device:
+            return PlacementPlan(
+                "host", None, f"{', '.join(reasons)}, room for experts on the host {_gb(free)}"
+            )
     if expert_cache is None:
         left = free - (dense if device is None else 0)
         expert_cache = min(experts, int(CACHE_SHARE * left))
@@ -78,8 +80,13 @@ def plan_placement(
         largest = max((group.record.bytes for group in reader.manifest.groups), default=0)
         if expert_cache < 2 * largest * len(reader.layers):
             expert_cache = max(expert_cache, smallest_cache(PlacedSource.of(reader)))
-    reason = f"{sizes}, available memory {_gb(free)}: expert cache of {_gb(expert_cache)}"
-    return PlacementPlan("disk", expert_cache, reason)
+    reasons.append(f"room on the host {_gb(free)}")
+    return PlacementPlan("disk", expert_cache, f"{', '.join(reasons)}: expert cache of {_gb(expert_cache)}")
+
+
+def _device_refusal(memory: int) -> str:
+    """Return why the experts are not kept on a device with this much free memory."""
+    return f"room on the device {_gb(SHARE * memory)}" if memory else "the device does not report its memory"
 
 
 def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
@@ -96,7 +103,10 @@ def dense_bytes(reader: ArtifactReader, dtype: DTypeLike) -> int:
 
 
 def device_memory() -> int | None:
-    """Return the free bytes of the default device's memory; None if it computes in host memory."""
+    """Return the free bytes of the default device's memory; None if it computes in host memory.
+
+    0 for a device that does not report its memory.
+    """
     device = jnp.zeros(()).devices().pop()
     if device.platform == "cpu":
         return None
