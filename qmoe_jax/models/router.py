@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,6 +27,13 @@ class SequenceCapacity:
     tokens: int
     dropped: Literal["zero", "input"] = "zero"
 
+    def __post_init__(self) -> None:
+        """Check the values. Raises `ValueError` for one that is out of range."""
+        if not self.tokens >= 0:
+            raise ValueError(f"tokens: expected at least 0, found {self.tokens}")
+        if self.dropped not in ("zero", "input"):
+            raise ValueError(f"dropped: expected 'zero' or 'input', found {self.dropped!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupCapacity:
@@ -45,6 +53,14 @@ class GroupCapacity:
     minimum: int = 4
     max_group_size: int = 8192
     replicas: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises `ValueError` for one that is out of range."""
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor: expected a finite number above 0, found {self.factor}")
+        for name in ("minimum", "max_group_size", "replicas"):
+            if not (value := getattr(self, name)) >= 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
 
     def group_size(self, tokens: int, num_experts: int) -> int:
         """Return the tokens per group.

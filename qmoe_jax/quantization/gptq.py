@@ -22,6 +22,7 @@ order, and results are put back into the order of the weights at the end. Only `
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -81,8 +82,8 @@ def gptq(
             f"gptq: weights [expert, out, in] = {w.shape} need a hessian of shape {(experts, width, width)}, "
             f"found {hessian.shape}."
         )
-    if not damping >= 0:
-        raise ValueError(f"gptq: damping must be >= 0, found {damping}.")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"gptq: damping must be finite and >= 0, found {damping}.")
     factor = factorize(hessian, damping, activation_order=activation_order)
     return gptq_with_factor(
         w,
