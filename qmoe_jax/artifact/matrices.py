@@ -40,15 +40,12 @@ class PackedExpertMatrix:
 
 
 def pack_quantized(kind: Kind, quantized: Quantized, codebooks: Codebooks) -> list[PackedExpertMatrix]:
-    """Pack the matrices of several experts. Raises as `pack_matrix` does, and names the expert."""
+    """Pack the matrices of several experts. Raises as `pack_matrix` does."""
     arrays = (np.asarray(array) for array in (quantized.digits, quantized.levels, quantized.group_index))
-    matrices: list[PackedExpertMatrix] = []
-    for digits, levels, group_index in zip(*arrays, strict=True):
-        try:
-            matrices.append(pack_matrix(kind, digits, levels, codebooks, group_index=group_index))
-        except ValueError as error:
-            raise ValueError(f"expert {len(matrices)} of the group, {error}") from error
-    return matrices
+    return [
+        pack_matrix(kind, digits, levels, codebooks, group_index=group_index)
+        for digits, levels, group_index in zip(*arrays, strict=True)
+    ]
 
 
 def pack_matrix(

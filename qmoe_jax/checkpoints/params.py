@@ -63,7 +63,7 @@ def read_params(
     narrow: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Read parameters as nested dicts of device arrays. Memory: the result and, at a time, one tensor twice more.
+    """Read parameters as nested dicts of device arrays. Memory: the result, and a tensor twice at a time.
 
     Args:
         checkpoint: what to read.

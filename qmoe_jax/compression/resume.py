@@ -76,6 +76,8 @@ class GroupStore:
             self.config,
             self.kinds,
             self.codebooks,
+            self.reader.path,
+            key,
         )
         self.exact.write(key, group.levels)
         self.writer.write_group(stack, layer, experts.start, group.experts)

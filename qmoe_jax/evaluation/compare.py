@@ -11,6 +11,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from qmoe_jax.artifact.open import open_checkpoint
+from qmoe_jax.artifact.report import to_json
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
@@ -47,8 +48,8 @@ class Comparison:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return dataclasses.asdict(self)
+        """Return the fields as JSON values: null for an infinite error."""
+        return to_json(dataclasses.asdict(self))
 
 
 def compare(

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,6 +87,11 @@ class Pair:
     def configs(self) -> tuple[SwitchConfig, SwitchConfig]:
         """Both architectures, which may differ in settings that change no tensor's shape."""
         return self.original.config, self.compressed.config
+
+    @property
+    def paths(self) -> tuple[Path | str, Path | str]:
+        """Both checkpoints' paths."""
+        return self.original.path, self.compressed.path
 
     def names(self, prefix: str) -> list[str]:
         """Return the parameters whose paths begin with `prefix`."""

@@ -58,9 +58,9 @@ class GroupCapacity:
         """Check the values. Raises `ValueError` for one that is out of range."""
         if not 0 < self.factor < math.inf:
             raise ValueError(f"factor: expected a finite number above 0, found {self.factor}")
-        for name in ("minimum", "max_group_size", "replicas"):
-            if not (value := getattr(self, name)) >= 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+        for name, least in {"minimum": 0, "max_group_size": 1, "replicas": 1}.items():
+            if not (value := getattr(self, name)) >= least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
 
     def group_size(self, tokens: int, num_experts: int) -> int:
         """Return the tokens per group.
