@@ -32,8 +32,10 @@ from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
+@own_settings(matmul_precision=True)
 def compress(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | Path,

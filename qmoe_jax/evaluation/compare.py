@@ -18,6 +18,7 @@ from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Comparison:
         return to_json(dataclasses.asdict(self))
 
 
+@own_settings()
 def compare(
     original: str | os.PathLike[str] | Checkpoint,
     compressed: str | os.PathLike[str] | Checkpoint,

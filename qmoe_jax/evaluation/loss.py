@@ -16,6 +16,7 @@ from qmoe_jax.data import Examples, batches, check_examples
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def score(
     return jnp.sum(jnp.where(real, losses, 0.0), axis=1), jnp.sum(correct, axis=1)
 
 
+@own_settings()
 def evaluate(
     model: SwitchTransformer,
     params: dict[str, Any],

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.settings import own_settings
 
 
 class _State(NamedTuple):
@@ -71,6 +72,7 @@ def decode_tokens(
     return lax.while_loop(unfinished, advance, advance(start)).tokens
 
 
+@own_settings()
 def generate(
     model: SwitchTransformer,
     params: dict[str, Any],
