@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.data import Examples, batches, check_examples
+from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
@@ -77,7 +78,8 @@ def evaluate(
         progress: called with the number of examples done.
 
     Raises:
-        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary.
+        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary; or
+            a loss is not finite: it names the part of the model in which numbers first are not.
         CheckpointError: experts on disk that were needed cannot be read.
     """
     check_examples(examples, model.config.vocab_size, min_decoder=2)
@@ -87,6 +89,8 @@ def evaluate(
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
         with raise_store_errors(params):
             losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
+            if not np.isfinite(losses).all():
+                raise ValueError(describe_overflow(model, params, batch.encoder, batch.decoder))
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         tally.advance(part.stop - part.start)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])

@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        return x.astype(self.dtype) * jnp.broadcast_to(scale.astype(self.dtype), x.shape)
 
 
 class Embedding(nn.Module):

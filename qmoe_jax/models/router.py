@@ -138,7 +138,7 @@ class Router(nn.Module):
         logits = self.router_weights(x)
         self.sow("intermediates", "router_logits", logits)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        expert = jnp.argmax(probabilities, axis=-1)
+        expert = jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
         return Routing(
             expert, jnp.max(probabilities, axis=-1), within_capacity(expert, self.num_experts, self.capacity)
         )
@@ -151,7 +151,7 @@ def load_balancing_loss(logits: Float[Array, "group token expert"]) -> Float[Arr
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     num_experts = logits.shape[-1]
-    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts)
+    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts, dtype=logits.dtype)
     return num_experts * jnp.mean(jnp.sum(chosen.mean(1) * probabilities.mean(1), axis=-1))
 
 
