@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.operands import AnyArray
 from qmoe_jax.models import SwitchTransformer
 
 
 def describe_overflow(
     model: SwitchTransformer,
     params: dict[str, Any],
-    encoder: Int[Array, "b n"],
-    decoder: Int[Array, "b m"],
+    encoder: Int[AnyArray, "b n"],
+    decoder: Int[AnyArray, "b m"],
     mask: Bool[Array, "b n"] | None = None,
 ) -> str:
     """Return a message that names the first part of the model whose output is not finite.
