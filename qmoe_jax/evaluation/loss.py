@@ -53,7 +53,7 @@ def score(
     """
     logits = model.apply({"params": params}, encoder, decoder)[:, :-1]
     targets = decoder[:, 1:]
-    real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1
+    real = jnp.arange(targets.shape[1], dtype=jnp.int32)[None] < lengths[:, None] - 1
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == targets) & real
     return jnp.sum(jnp.where(real, losses, 0.0), axis=1), jnp.sum(correct, axis=1)
