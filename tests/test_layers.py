@@ -14,6 +14,7 @@ LAYERS = {
     "qmoe_jax.config": 1,
     "qmoe_jax.progress": 1,
     "qmoe_jax.memory": 1,
+    "qmoe_jax.settings": 1,
     "qmoe_jax.files": 1,
     "qmoe_jax.parameters": 2,
     "qmoe_jax.quantization": 1,

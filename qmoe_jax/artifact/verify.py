@@ -18,6 +18,7 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.durable import FileRecord, record_of
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
+from qmoe_jax.settings import own_settings
 
 REMEDY = (
     "copy the artifact again, or run the compression that made it again, into the same directory: it makes "
@@ -47,6 +48,7 @@ class Verification:
         return None if self.ok else REMEDY
 
 
+@own_settings()
 def verify(
     checkpoint: str | os.PathLike[str] | Checkpoint, *, progress: ProgressCallback = no_progress
 ) -> Verification:

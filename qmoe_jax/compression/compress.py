@@ -31,8 +31,10 @@ from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
+@own_settings(matmul_precision=True)
 def compress(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],
@@ -66,7 +68,9 @@ def compress(
 
     Raises:
         CheckpointError: the checkpoint or the output cannot be used, or finished groups come from other
-            software or another machine; nothing has been written then.
+            software or another machine; nothing has been written then. Or an expert holds a number that is
+            not finite, or the model overflows in a layer: both are named when they are reached, and the
+            groups before them stay.
         ValueError: the examples or the options do not fit the model.
     """
     began = time.monotonic()
@@ -93,14 +97,16 @@ def compress(
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
         for name, content in attachments.items():
             writer.attach(name, content)
+        compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
+        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
+        for name in skipped:
+            reader.read_finite(name)  # raises before any work, for they are copied at the end
         with staged_beside(writer.root, reader) as staged_reader, blas_on_one_thread():
             groups = GroupStore(staged_reader, writer, config, kinds, codebooks, this_producer())
             if not groups.complete():
                 if not allow_mixed:
                     groups.require_same_producer()
                 Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
-        compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
-        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
         writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
         remove_records(writer.root)

@@ -28,7 +28,7 @@ published models up to switch-base-256, in a minute or so. Of larger ones a samp
 
 def read_dense(reader: Checkpoint) -> dict[str, np.ndarray]:
     """Read every parameter outside the experts, in its stored dtype."""
-    return {name: reader.read(name) for name in reader.names() if not is_expert(name)}
+    return {name: reader.read_finite(name) for name in reader.names() if not is_expert(name)}
 
 
 def source_digests(

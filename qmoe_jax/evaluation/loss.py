@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.data import Examples, batches, checked_examples
+from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,13 @@ def score(
     """
     logits = model.apply({"params": params}, encoder, decoder, encoder_mask)[:, :-1]
     targets = decoder[:, 1:]
-    real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1
+    real = jnp.arange(targets.shape[1], dtype=jnp.int32)[None] < lengths[:, None] - 1
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == targets) & real
     return jnp.sum(jnp.where(real, losses, 0.0), axis=1), jnp.sum(correct, axis=1)
 
 
+@own_settings()
 def evaluate(
     model: SwitchTransformer,
     params: dict[str, Any],
@@ -78,7 +81,8 @@ def evaluate(
 
     Raises:
         ValueError: examples are missing, one has no token to predict, an id is outside the vocabulary, or a
-            decoder begins with another token.
+            decoder begins with another token; or a loss is not finite: it names the part of the model in
+            which numbers first are not.
         CheckpointError: experts on disk that were needed cannot be read.
     """
     examples = checked_examples(examples, model.config, min_decoder=2)
@@ -91,6 +95,12 @@ def evaluate(
                 np.asarray,
                 score(model, params, batch.encoder, batch.decoder, batch.encoder_mask, batch.lengths),
             )
+            if not np.isfinite(losses).all():
+                raise ValueError(
+                    describe_overflow(
+                        model, params, batch.encoder, batch.decoder, jnp.asarray(batch.encoder_mask)
+                    )
+                )
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         tally.advance(part.stop - part.start)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])

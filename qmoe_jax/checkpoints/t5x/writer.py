@@ -21,6 +21,7 @@ from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.config import TokenIds
 from qmoe_jax.files.durable import make_folder, sync_folder, write_durably
 from qmoe_jax.files.errors import CheckpointError, error_number, system_error
+from qmoe_jax.files.finite import cast
 from qmoe_jax.files.location import tensorstore_path
 from qmoe_jax.files.msgpack import encode_tree
 from qmoe_jax.files.output import output_directory
@@ -61,8 +62,8 @@ def write_t5x(
         progress: counts the ranges that are read; its label is the parameter.
 
     Raises:
-        CheckpointError: there is a checkpoint of this step already, the directory cannot be written, or the
-            model has other token ids than T5's, which this format cannot tell.
+        CheckpointError: there is a checkpoint of this step already, the directory cannot be written, a value
+            overflows in `dtype`, or the model has other token ids than T5's, which this format cannot tell.
     """
     _require_t5_ids(checkpoint)
     directory = output_directory(directory, inputs=(checkpoint.path,))
@@ -123,7 +124,7 @@ def _write_tensors(
     make_folder(temporary)
     specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
     try:
-        _write_arrays(_create(temporary, specs), tensors, progress)
+        _write_arrays(_create(temporary, specs), tensors, final, progress)
     except (ValueError, OSError) as error:
         if error_number(error) is None:
             raise
@@ -167,9 +168,15 @@ def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, t
 
 
 def _write_arrays(
-    stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor], progress: ProgressCallback
+    stores: Mapping[str, ts.TensorStore],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    progress: ProgressCallback,
 ) -> None:
-    """Write all values, with at most `_RANGE_BYTES` (or a single larger range) under way."""
+    """Write all values, with at most `_RANGE_BYTES` (or a single larger range) under way.
+
+    Raises `CheckpointError`, which names `path`, where a value overflows in the dtype that is written.
+    """
     parts = [
         (name, slice(start, start + rows))
         for name, tensor in tensors.items()
@@ -180,7 +187,8 @@ def _write_arrays(
     for done, (name, rows) in enumerate(parts):
         progress(done, len(parts), name)
         store = stores[name]
-        values = tensors[name].read(rows).astype(store.dtype.numpy_dtype)
+        first = rows.start if is_expert(name) else None
+        values = cast(tensors[name].read(rows), store.dtype.numpy_dtype, path=path, key=name, first=first)
         while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
             under_way.popleft()[1].result()
         under_way.append((values.nbytes, (store[rows] if store.rank else store).write(values)))
