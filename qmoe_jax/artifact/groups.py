@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax.artifact.kinds import PARTS, Kind, kind_from_json, kind_to_json
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import read_exactly
+from qmoe_jax.files.reading import parse_json, read_exactly
 from qmoe_jax.files.safetensors import ALIGNMENT, Header, TensorEntry, read_header, render_header
 
 FORMAT = "qmoe-experts-1"
@@ -185,7 +185,7 @@ class GroupFile:
         if (found := header.metadata.get("group")) != location:
             raise CheckpointError("holds other experts", path=path, expected=location, found=found)
         try:
-            packed = json.loads(header.metadata["matrices"])
+            packed = parse_json(header.metadata["matrices"])
             matrices = {
                 name: (
                     kind_from_json(fields["kind"], path),

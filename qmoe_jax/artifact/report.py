@@ -19,7 +19,7 @@ from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import read_whole
+from qmoe_jax.files.reading import parse_json, read_whole
 
 UNDER_CALIBRATED = 0.1
 """Experts with less than this share of the mean number of calibration tokens are called under-calibrated."""
@@ -165,7 +165,7 @@ class RunReport:
         if not path.exists():
             return cls()
         try:
-            content = json.loads(read_whole(path))
+            content = parse_json(read_whole(path))
             groups = tuple(map(GroupReport.from_json, content["groups"]))
             return cls(groups, content["seconds"], content["device"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import tensorstore as ts
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location, first_line
+from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.files.zarr_chunks import check_chunks
 
@@ -168,7 +168,7 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
     if not zarray:
         return _declared_metadata(location, declared)
     try:
-        metadata = json.loads(zarray)
+        metadata = parse_json(zarray)
         shape = list(metadata["shape"])
     except (ValueError, TypeError, KeyError) as error:
         raise foreign_error(f"{location.path}/.zarray", zarray) or CheckpointError(

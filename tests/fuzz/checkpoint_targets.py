@@ -53,7 +53,8 @@ def _layout(layout: str, file: str) -> Callable[[Path], Path]:
 
     def write(directory: Path) -> Path:
         path = directory / MODEL
-        samples.LAYOUTS[layout](path, CONFIG, samples.random_parameters(CONFIG))
+        config = samples.TINY if "scanned" in layout else CONFIG
+        samples.LAYOUTS[layout](path, config, samples.random_parameters(config))
         return _first(path, file)
 
     return write
@@ -194,7 +195,6 @@ TARGETS = (
     Target("zarr3-json", _zarr3("*.token_embedder.embedding/zarr.json"), load, _ZARR),
     Target("zarr3-chunk", _zarr3("*.token_embedder.embedding/c/0/0"), load),
     Target("orbax-metadata", _layout("orbax, ocdbt", "_METADATA"), load, _JSON),
-    Target("orbax-sharding", _layout("orbax, ocdbt", "_sharding"), load, _JSON),
     Target("orbax-step-metadata", _layout("orbax, ocdbt", "_CHECKPOINT_METADATA"), load, _JSON),
     Target(
         "orbax-placeholders", _layout("orbax, placeholders", "checkpoint"), load, (mutation.change_msgpack,)

@@ -32,7 +32,8 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[b
             events.flush()
 
         sample = Sample(target, Path(directory))
-        if (verdict := sample.judge(sample.original)).told != "loads":
+        sample.judge(sample.original)  # compiles, imports
+        if (verdict := sample.judge(sample.original)).fault:
             note(fault=f"the sample itself: {verdict.told}", place="sample", data=sample.original.hex())
             return
         _limit_memory()
@@ -45,7 +46,9 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[b
             if verdict.place not in places:
                 places.add(verdict.place)
                 if verdict.fault:
-                    smaller = shrink(sample, data, verdict, seconds=5)
+                    began = time.monotonic()
+                    smaller = shrink(sample, data, verdict, seconds=3)
+                    deadline += time.monotonic() - began
                     note(fault=sample.judge(smaller).told, place=verdict.place, data=smaller.hex())
                 else:
                     pool = (pool + [data])[-POOL:]
