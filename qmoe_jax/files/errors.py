@@ -43,5 +43,6 @@ def _printable(value: Any) -> Any:
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nested lists
         return f"something that has no text: {error}"
     shown = text.encode("utf-8", "backslashreplace").decode()
-    shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} and {len(shown) - LONGEST:,} characters more"
+    if len(shown) > LONGEST:
+        shown = f"{shown[:LONGEST]} and {len(shown) - LONGEST:,} characters more"
     return value if shown == text else shown

@@ -1,11 +1,31 @@
-"""Names of files that are nearly those that were looked for."""
+"""Names of files: those that may be one, and those that nearly are the one looked for."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
 """Endings that downloads give a file until it is complete."""
+
+
+LONGEST = 255
+"""Bytes of a name that every common file system takes."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text can be the name of a file in a directory: no path, no NUL, not too long."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    plain = Path(name).name == name and name not in (".", "..") and "\0" not in name
+    return bool(name) and plain and len(encoded) <= LONGEST
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a text can be the relative path of a file, with "/" between names, that stays inside."""
+    return all(map(is_file_name, path.split("/")))
 
 
 def similar(directory: Path, name: str) -> str | None:

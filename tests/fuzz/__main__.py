@@ -19,7 +19,7 @@ error of the project that names the file: no other exception, no crash, no hang,
 asks for, no pickle executed.
 
 Faults are saved, made small, below --output. Try one again with --replay; once its fault is fixed, file it
-under tests/fuzz/corpus/TARGET with a line in tests/fuzz/corpus/expected.json, so that `make test` replays it."""
+under tests/fuzz/corpus/TARGET with a line in tests/fuzz/corpus/expected.json: `make test` replays it."""
 EXAMPLES = """\
 examples:
   python -m tests.fuzz                                    every target, 20 seconds each
@@ -31,14 +31,24 @@ examples:
 def main() -> int:
     """Run the command line; the exit code is 1 where there are faults."""
     parser = argparse.ArgumentParser(
-        "python -m tests.fuzz", description=DESCRIPTION, epilog=EXAMPLES,
+        "python -m tests.fuzz",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"default: all ({', '.join(TARGETS)})")
-    parser.add_argument("--seconds", type=float, default=float(os.environ.get("FUZZ_SECONDS", "20")),
-                        help="per target (FUZZ_SECONDS; default 20)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=int(os.environ.get("FUZZ_SEED", "0")),
-                        help="of the changes (FUZZ_SEED; default 0)")  # fmt: skip
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float(os.environ.get("FUZZ_SECONDS", "20")),
+        help="per target (FUZZ_SECONDS; default 20)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=int(os.environ.get("FUZZ_SEED", "0")),
+        help="of the changes (FUZZ_SEED; default 0)",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/fuzz"), help="where faults are saved (runs/fuzz)"
     )

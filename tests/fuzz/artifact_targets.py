@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -65,10 +66,22 @@ def _artifact(file: str, kind: str = "ternary") -> Callable[[Path], Path]:
 def _reported(directory: Path) -> Path:
     write_artifact(directory / ARTIFACT)
     file = directory / ARTIFACT / "report.json"
-    matrix = {"weight_error": [0.5] * 5, "output_error": [0.25, None] + [0.5] * 3, "sparsity": [0.8] * 5,
-              "bytes": [100] * 5, "fallback": [False, True] + [False] * 3}  # fmt: skip
-    group = {"stack": "encoder", "layer": 1, "start": 0, "routed_tokens": [9, 0, 5, 4, 3],
-             "calibration_tokens": [9, 0, 5, 4, 3], "matrices": {"wi": matrix, "wo": matrix}, "seconds": 1.5}  # fmt: skip
+    matrix = {
+        "weight_error": [0.5] * 5,
+        "output_error": [0.25, None] + [0.5] * 3,
+        "sparsity": [0.8] * 5,
+        "bytes": [100] * 5,
+        "fallback": [False, True] + [False] * 3,
+    }
+    group = {
+        "stack": "encoder",
+        "layer": 1,
+        "start": 0,
+        "routed_tokens": [9, 0, 5, 4, 3],
+        "calibration_tokens": [9, 0, 5, 4, 3],
+        "matrices": {"wi": matrix, "wo": matrix},
+        "seconds": 1.5,
+    }
     file.write_text(json.dumps({"groups": [group], "seconds": 2.0, "device": "cpu"}))
     return file
 
@@ -81,26 +94,22 @@ def _unfinished(directory: Path) -> Path:
 
 def install_sealed(file: Path, data: bytes) -> None:
     """Put a manifest in its place in canonical form and with its checksum, where it is JSON."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         content = json.loads(data)
         content.pop("checksum", None)
         data = canonical({"checksum": digest(content), **content})
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        pass
     file.write_bytes(data)
 
 
 def install_canonical(file: Path, data: bytes) -> None:
     """Put a JSON file in its place in canonical form."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         data = canonical(json.loads(data))
-    except (ValueError, TypeError, RecursionError):
-        pass
     file.write_bytes(data)
 
 
 def install_listed(file: Path, data: bytes) -> None:
-    """Put a file in its place, and its size and checksum into the manifest, so that only its content is wrong."""
+    """Put a file in its place, and its size and checksum into the manifest: only its content is wrong."""
     root = next(parent for parent in file.parents if parent.name == ARTIFACT)
     file.write_bytes(data)
     name, record = file.relative_to(root).as_posix(), FileRecord(len(data), hashlib.sha256(data).hexdigest())

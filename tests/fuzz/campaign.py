@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 30.0
 """Seconds without a new input until a worker that does not react to its own alarm is killed."""
+WORKER = ["-m", "tests.fuzz.worker"]
+"""Arguments of Python for a worker."""
 START = 180.0
 """Seconds for imports, the sample and compilation."""
 
@@ -50,7 +52,8 @@ def fuzz(target: str, seconds: float, seed: int) -> Result:
             _collect(folder, result)
             if ended is not None:
                 data = (folder / "current").read_bytes() if (folder / "current").exists() else b""
-                result.faults.setdefault(ended, Fault(ended, ended, data))
+                place = ended.splitlines()[0]
+                result.faults.setdefault(place, Fault(ended, place, data))
             if (folder / "done").exists() or not ready:
                 break
         left -= time.monotonic() - began
@@ -60,23 +63,17 @@ def fuzz(target: str, seconds: float, seed: int) -> Result:
 
 def _run(target: str, folder: Path, seconds: float, seed: int) -> str | None:
     """Run a worker to its end; return what ended it, None where it came to its own end."""
-    command = [
-        sys.executable,
-        "-X",
-        "faulthandler",
-        "-m",
-        "tests.fuzz.worker",
-        target,
-        folder,
-        str(seconds),
-        str(seed),
-    ]
+    command = [sys.executable, *WORKER, target, str(folder), str(seconds), str(seed)]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True,
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
+        )
         started = time.monotonic()
         try:
             while process.poll() is None:
@@ -93,7 +90,7 @@ def _run(target: str, folder: Path, seconds: float, seed: int) -> str | None:
                 process.wait()
     if process.returncode == 0:
         return None
-    tail = log.read_text(errors="replace")[-1500:]
+    tail = log.read_text(errors="replace")[-600:]
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name}\n{tail}"
     return f"the worker failed with exit code {process.returncode}\n{tail}"

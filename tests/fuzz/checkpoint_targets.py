@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import random
@@ -22,9 +23,21 @@ from tests.fuzz.target import Target
 from tests.helpers import checkpoint_samples as samples
 
 CONFIG = SwitchConfig(
-    d_model=4, d_ff=6, d_kv=3, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, num_experts=2,
-    encoder_sparse_layers=(0,), decoder_sparse_layers=(), vocab_size=5, tied=False, relative_attention_buckets=4,
-)  # fmt: skip
+    d_model=4,
+    d_ff=6,
+    d_kv=3,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    num_experts=2,
+    encoder_sparse_layers=(0,),
+    decoder_sparse_layers=(),
+    vocab_size=5,
+    tied=False,
+    relative_attention_buckets=4,
+)
+# The embedding's rows are told by nothing else.
+TIED = dataclasses.replace(CONFIG, tied=True)
 MODEL = "model"
 _INTEGERS = [name for name, kind in SwitchConfig.__annotations__.items() if kind == "int"]
 
@@ -38,8 +51,9 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
             checkpoint.packed(name).validate()
     for field in _INTEGERS:
         value = getattr(checkpoint.config, field)
-        assert type(value) is int and 0 <= value < 2**31, f"{field}: {value!r}"
-    assert isinstance(checkpoint.config.layer_norm_epsilon, float)
+        assert type(value) is int and value >= 0, f"{field}: {value!r}"
+    epsilon = checkpoint.config.layer_norm_epsilon
+    assert isinstance(epsilon, float | int) and 0 <= epsilon < 1e308, f"layer_norm_epsilon: {epsilon!r}"
     assert all(isinstance(note, str) for note in checkpoint.notes)
 
 
@@ -53,7 +67,7 @@ def _layout(layout: str, file: str) -> Callable[[Path], Path]:
 
     def write(directory: Path) -> Path:
         path = directory / MODEL
-        config = samples.TINY if "scanned" in layout else CONFIG
+        config = {"t5x, scanned": samples.TINY, "orbax, a directory an array": TIED}.get(layout, CONFIG)
         samples.LAYOUTS[layout](path, config, samples.random_parameters(config))
         return _first(path, file)
 
@@ -93,7 +107,7 @@ def _zarr3(file: str) -> Callable[[Path], Path]:
 
 
 def _compressed_by(compressor: dict) -> Callable[[Path], Path]:
-    """Return the function that writes T5X's layout with the embedding compressed by something else than gzip."""
+    """Return the function that writes T5X's layout with an embedding compressed otherwise than by gzip."""
 
     def write(directory: Path) -> Path:
         parameters = samples.random_parameters(CONFIG, np.dtype(np.float32))
@@ -146,14 +160,33 @@ def change_zarr_description(data: bytes, rng: random.Random) -> bytes:
         return mutation.change_bytes(data, rng)
     if isinstance(description, dict) and rng.random() < 0.3:
         known = {
-            "compressor": [None, {"id": "blosc"}, {"id": "zstd"}, {"id": "gzip", "level": 99}, "gzip", {"id": []}, []],
+            "compressor": [
+                None,
+                {"id": "blosc"},
+                {"id": "zstd"},
+                {"id": "gzip", "level": 99},
+                "gzip",
+                {"id": []},
+                [],
+            ],
             "fill_value": [None, 0, "NaN", "x", [], 1e400],
-            "dtype": ["<f4", "|O", ">f8", "bfloat16", "|V4", "<U9999999", [["a", "<f4"]], "float8_e4m3b11fnuz"],
+            "dtype": [
+                "<f4",
+                "|O",
+                ">f8",
+                "bfloat16",
+                "|V4",
+                "<U9999999",
+                [["a", "<f4"]],
+                "float8_e4m3b11fnuz",
+            ],
             "shape": [[], [0, 0], [2**40, 4], [2**62, 2**62], [5, 4, 1], [-1, 4], [5.0, 4], "54"],
             "chunks": [[], [0, 0], [1, 1], [2**40, 4], [2**62, 2**62], [5], [-1, 4], "54", None],
-            "order": ["F", "C", "X", None], "dimension_separator": ["/", ".", "", "x", None, 0, "..", "/../"],
-            "filters": [[], [{"id": "delta"}], None, 0], "zarr_format": [2, 3, 1, None],
-        }  # fmt: skip
+            "order": ["F", "C", "X", None],
+            "dimension_separator": ["/", ".", "", "x", None, 0, "..", "/../"],
+            "filters": [[], [{"id": "delta"}], None, 0],
+            "zarr_format": [2, 3, 1, None],
+        }
         for key in rng.sample(sorted(known), rng.randrange(1, 4)):
             description[key] = rng.choice(known[key])
         return json.dumps(description).encode()
@@ -192,6 +225,12 @@ TARGETS = (
         "zarr-blosc-chunk", _compressed_by({"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1}), load
     ),
     Target("zarr-zstd-chunk", _compressed_by({"id": "zstd", "level": 1}), load),
+    Target(
+        "orbax-zarray",
+        _layout("orbax, a directory an array", "*token_embedder.embedding/.zarray"),
+        load,
+        _ZARR,
+    ),
     Target("zarr3-json", _zarr3("*.token_embedder.embedding/zarr.json"), load, _ZARR),
     Target("zarr3-chunk", _zarr3("*.token_embedder.embedding/c/0/0"), load),
     Target("orbax-metadata", _layout("orbax, ocdbt", "_METADATA"), load, _JSON),

@@ -63,10 +63,51 @@ def change_lines(data: bytes, rng: random.Random) -> bytes:
 
 
 _COMMANDS = ("inspect", "verify", "convert", "compare", "evaluate", "compress", "generate", "bench")
-_WORDS = (*_COMMANDS, "model", "missing", "arguments", "out", ".", "", "--", "-", "--json", "--help", "--version", "--to",
-          "huggingface", "t5x", "upstream", "-1", "0", "1e9", "nan", "--samples", "--seed", "--calibration", "--bits",
-          "--codebook", "--damping", "--batch", "--config", "--tokens", "--dtype", "--layers", "--placement", "disk",
-          "--memory", "1GB", "\\", "a b", "é", "\t", "file:///", "file://x/y", "ftp://x", "x" * 300)  # fmt: skip
+_WORDS = (
+    *_COMMANDS,
+    "model",
+    "missing",
+    "arguments",
+    "out",
+    ".",
+    "",
+    "--",
+    "-",
+    "--json",
+    "--help",
+    "--version",
+    "--to",
+    "huggingface",
+    "t5x",
+    "upstream",
+    "-1",
+    "0",
+    "1e9",
+    "nan",
+    "--samples",
+    "--seed",
+    "--calibration",
+    "--bits",
+    "--codebook",
+    "--damping",
+    "--batch",
+    "--config",
+    "--tokens",
+    "--dtype",
+    "--layers",
+    "--placement",
+    "disk",
+    "--memory",
+    "1GB",
+    "\\",
+    "a b",
+    "é",
+    "\t",
+    "file:///",
+    "file://x/y",
+    "ftp://x",
+    "x" * 300,
+)
 
 
 def change_arguments(data: bytes, rng: random.Random) -> bytes:
@@ -93,7 +134,7 @@ def _arguments(directory: Path) -> Path:
 
 
 def load_arguments(directory: Path) -> None:
-    """Run a command line; one that is refused must say so without a traceback, and without calling it a bug."""
+    """Run a command line; one that is refused says so without a traceback, and does not call it a bug."""
     words = (directory / "arguments").read_text(errors="replace").split("\n")
     words = [
         str(directory / word) if word in ("model", "missing", "out", "arguments") else word for word in words

@@ -21,10 +21,53 @@ import msgpack
 
 Mutator = Callable[[bytes, random.Random], bytes]
 
-INTEGERS = (0, 1, -1, 2, 7, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, -(2**31), 2**32, 2**40, 2**62,
-            2**63 - 1, 2**63, -(2**63), 2**64 - 1, 2**64, 10**30)  # fmt: skip
-TEXTS = ("", "x", "/", "..", "../x", "/etc/passwd", ".", "a/b", "\0", "a\0b", "\ud800", "é", "a" * 300, "F32", "<f4",
-         "|O", "bfloat16", "0", "-1", "gs://x", "{}")  # fmt: skip
+INTEGERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    2**64 - 1,
+    2**64,
+    10**30,
+)
+TEXTS = (
+    "",
+    "x",
+    "/",
+    "..",
+    "../x",
+    "/etc/passwd",
+    ".",
+    "a/b",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "é",
+    "a" * 300,
+    "F32",
+    "<f4",
+    "|O",
+    "bfloat16",
+    "0",
+    "-1",
+    "gs://x",
+    "{}",
+)
 DEEP = 100_000
 """Brackets inside one another: far beyond Python's limit of recursion."""
 
@@ -157,15 +200,54 @@ def change_msgpack(data: bytes, rng: random.Random) -> bytes:
 
 
 EVIL = (
-    b"ctests.fuzz.canary\nsing\n(tR", b"cos\nsystem\n(S'true'\ntR", b"cbuiltins\neval\n(S'1'\ntR",
-    b"\x8c\x11tests.fuzz.canary\x8c\x04sing\x93)R", b"(itests.fuzz.canary\nsing\n",
-    b"ccollections\nOrderedDict\n(tR", b"ctorch\nFloatStorage\n(K\x04tR", b"ctorch._utils\n_rebuild_tensor_v2\n(tR",
-    b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nK\x04tQ", b"}b", b"Nb", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
-    b"X\xff\xff\xff\xff", b"B\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f", b"r\xff\xff\xff\x7f", b"\x94", b"0", b"2", b"(",
-    b"t", b"]", b"}", b"s", b"u", b"K\xff", b"\x8a\x09" + b"\xff" * 8 + b"\x7f", b"I99999999999999999999\n", b".",
-    b"\x86", b"\x87", b"\x85", b"N", b"h\x00", b"\x82\x01", b"Pspam\n", b"\x81", b"\x92", b"a", b"e", b"(" * 2000,
-    b"]" + b"\x94h\x00a" * 3, b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"F1e999\n", b"\x8f(\x90", b"\x97", b"\x98",
-)  # fmt: skip
+    b"ctests.fuzz.canary\nsing\n(tR",
+    b"cos\nsystem\n(S'true'\ntR",
+    b"cbuiltins\neval\n(S'1'\ntR",
+    b"\x8c\x11tests.fuzz.canary\x8c\x04sing\x93)R",
+    b"(itests.fuzz.canary\nsing\n",
+    b"ccollections\nOrderedDict\n(tR",
+    b"ctorch\nFloatStorage\n(K\x04tR",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(tR",
+    b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nK\x04tQ",
+    b"}b",
+    b"Nb",
+    b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"X\xff\xff\xff\xff",
+    b"B\xff\xff\xff\x7f",
+    b"\x8b\xff\xff\xff\x7f",
+    b"r\xff\xff\xff\x7f",
+    b"\x94",
+    b"0",
+    b"2",
+    b"(",
+    b"t",
+    b"]",
+    b"}",
+    b"s",
+    b"u",
+    b"K\xff",
+    b"\x8a\x09" + b"\xff" * 8 + b"\x7f",
+    b"I99999999999999999999\n",
+    b".",
+    b"\x86",
+    b"\x87",
+    b"\x85",
+    b"N",
+    b"h\x00",
+    b"\x82\x01",
+    b"Pspam\n",
+    b"\x81",
+    b"\x92",
+    b"a",
+    b"e",
+    b"(" * 2000,
+    b"]" + b"\x94h\x00a" * 3,
+    b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"F1e999\n",
+    b"\x8f(\x90",
+    b"\x97",
+    b"\x98",
+)
 """Instructions: some look up what executes, some ask for memory that is not there, some fit nowhere."""
 
 
@@ -201,7 +283,7 @@ def _instructions(data: bytes) -> list[bytes]:
 
 
 def change_archive(data: bytes, rng: random.Random) -> bytes:
-    """Change a member of a zip archive (its pickle mostly), its name, its compression, or the archive's bytes."""
+    """Change a member of a zip archive (its pickle mostly), its name or compression, or the bytes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(info.filename, archive.read(info)) for info in archive.infolist()]

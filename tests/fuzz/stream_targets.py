@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as pk
-from qmoe_jax.coding import CorruptStream, EncodedRows, decode
+from qmoe_jax.coding import Codebook, CorruptStream, EncodedRows, decode
 from qmoe_jax.files.errors import CheckpointError
 from tests.fuzz.target import Target
 from tests.helpers import packed_samples as samples
@@ -39,7 +39,7 @@ def _write(book: str, table: bool) -> Callable[[Path], Path]:
 
 
 def _read(book: str, table: bool, data: bytes) -> pk.PackedMatrix:
-    """Return the matrices of a stream of any length: what is missing is zero, what is too much is left out."""
+    """Return the matrices of a stream of any length: missing bytes are zero, further ones are left out."""
     packed = _packed(book)
     arrays = {}
     for name in ("row_offsets", "codes", "levels"):
@@ -76,7 +76,7 @@ def _load(book: str, table: bool) -> Callable[[Path], None]:
     return load
 
 
-def _codebook(book: str):  # noqa: ANN202
+def _codebook(book: str) -> Codebook:
     return samples.CODEBOOKS[BOOKS[book]]()
 
 

@@ -24,7 +24,7 @@ POOL = 500
 
 def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[bytes]) -> None:
     """Try inputs until the time is over."""
-    rng, deadline = random.Random(seed), time.monotonic() + seconds
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as directory, (folder / "events").open("a") as events:
 
         def note(**fields: object) -> None:
@@ -39,6 +39,7 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[b
         _limit_memory()
         pool, places, tried = [sample.original, *corpus], {"loads"}, 0
         (folder / "ready").touch()
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             data = mutate(target, rng.choice(pool) if rng.random() < 0.6 else sample.original, rng)
             (folder / "current").write_bytes(data)
@@ -51,7 +52,7 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[b
                     deadline += time.monotonic() - began
                     note(fault=sample.judge(smaller).told, place=verdict.place, data=smaller.hex())
                 else:
-                    pool = (pool + [data])[-POOL:]
+                    pool = [*pool, data][-POOL:]
             if tried % 20 == 0:
                 note(tried=20)
         note(tried=tried % 20, places=len(places))
