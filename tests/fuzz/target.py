@@ -105,6 +105,10 @@ class Sample:
             f"{_short(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"
         )
         told = str(error)
+        if any(isinstance(cause, MemoryError) for cause in _chain(error)):
+            return Verdict(
+                True, f"asks for more memory than a file of its size needs: {told[:500]}", f"memory {place}"
+            )
         if not isinstance(error, self.target.refusals):
             return Verdict(True, f"{type(error).__name__}: {told[:500]}", place)
         if str(self.directory) not in told and str(self.file) not in told:
@@ -123,6 +127,12 @@ def mutate(target: Target, data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         data = rng.choice(target.mutators)(data, rng)
     return data
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _cause(error: BaseException) -> str:
