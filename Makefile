@@ -20,7 +20,7 @@ GOLDEN_CHOSEN := -k '(gptq or golden_digits or factorization or rate_zero or nea
 	flaxformer or upstream or digit) and not (beyond_capacity or beats or stay or contract or kind)'
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo check test test-isa test-wheel test-newest test-kernels gpu format hooks clean
+.PHONY: help demo check test fuzz test-isa test-wheel test-newest test-kernels gpu format hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -47,6 +47,9 @@ test-isa-%: $(VENV)/.installed-test
 	else set -x; XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=$*" OPENBLAS_CORETYPE=$(OPENBLAS_$*) \
 		NUMBA_CPU_NAME=$(NUMBA_$*) NUMBA_CPU_FEATURES= \
 		$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(GOLDEN_TESTS) $(GOLDEN_CHOSEN); fi
+
+fuzz: $(VENV)/.installed-test  ## damaged files for every reader (FUZZ_SECONDS=20 per target, FUZZ_SEED=0)
+	$(BIN)/python -m tests.fuzz
 
 test-wheel:  ## build the wheel, install it in a fresh environment, use it from another directory
 	$(PYTHON) -m venv .venv-wheel

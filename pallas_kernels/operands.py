@@ -169,7 +169,7 @@ class PackedMatrix:
         Raises:
             ValueError: names the row, with what was expected and found.
         """
-        offsets, codes = np.asarray(self.row_offsets[expert]), np.asarray(self.codes[expert])
+        offsets, codes = np.asarray(self.row_offsets[expert], np.int64), np.asarray(self.codes[expert])
         size = self.table.entries.shape[0]
         if offsets[0] != 0 or offsets[-1] > codes.size:
             found = f"{offsets[0]} to {offsets[-1]}"

@@ -15,6 +15,7 @@ import numpy as np
 from qmoe_jax.artifact.bits import pack_bits, smallest_dtype, unpack_bits
 from qmoe_jax.coding import Codebook
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.safetensors import lazy_tensors, read_header, render_header
 from qmoe_jax.files.tensor import read_all
 
@@ -46,7 +47,7 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
     arrays = {name: read_all(tensor) for name, tensor in lazy_tensors(path, header).items()}
     try:
         codebooks = {}
-        for index, fields in enumerate(json.loads(header.metadata["codebooks"])):
+        for index, fields in enumerate(parse_json(header.metadata["codebooks"])):
             digits = unpack_bits(arrays[f"{index}.digits"], DIGIT_BITS, fields["max_length"])
             symbol_digits = np.array(fields["symbol_digits"], np.int32)
             stored = {"lengths": arrays[f"{index}.lengths"], "digits": digits, "symbol_digits": symbol_digits}

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from qmoe_jax.artifact.kinds import PARTS, Kind, kind_from_json, kind_to_json
+from qmoe_jax.artifact.layout import check_layout
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import read_exactly
+from qmoe_jax.files.reading import parse_json, read_exactly
 from qmoe_jax.files.safetensors import ALIGNMENT, Header, TensorEntry, read_header, render_header
 
 FORMAT = "qmoe-experts-1"
@@ -185,7 +186,7 @@ class GroupFile:
         if (found := header.metadata.get("group")) != location:
             raise CheckpointError("holds other experts", path=path, expected=location, found=found)
         try:
-            packed = json.loads(header.metadata["matrices"])
+            packed = parse_json(header.metadata["matrices"])
             matrices = {
                 name: (
                     kind_from_json(fields["kind"], path),
@@ -197,6 +198,9 @@ class GroupFile:
             stored, offsets = _layout(header, key)
             if {part.matrix for part in stored} != matrices.keys():
                 raise ValueError(f"tensors of other matrices than {sorted(matrices)}")
+            for name, (kind, shape) in matrices.items():
+                of_matrix = (part for part in stored if part.matrix == name)
+                check_layout(kind, shape, {part.part: (part.dtype, part.shape) for part in of_matrix})
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError("has a damaged header", path=path, found=repr(error)) from error
         return cls(path, key, run, matrices, stored, header.data_begin, offsets)
@@ -258,4 +262,6 @@ def _stored_part(entry: TensorEntry) -> StoredPart:
     _, matrix, part = entry.name.split(".")
     if part not in PARTS:
         raise ValueError(f"{entry.name}: unknown part")
+    if part == "codes" and len(entry.shape) != 1:
+        raise ValueError(f"{entry.name}: expected one axis, found {list(entry.shape)}")
     return StoredPart(matrix, part, entry.dtype, () if part == "codes" else entry.shape)

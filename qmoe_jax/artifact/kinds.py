@@ -7,7 +7,7 @@ A kind is plain data in the manifest and in every group file. To add one, write 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard
 
 import ml_dtypes
@@ -130,9 +130,11 @@ class Ternary:
     def encoded(self, parts: Parts) -> EncodedRows:
         """Return the codewords with the offsets of rows among them, as `coding` reads them."""
         counts = parts["counts"]
-        offsets = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=offsets[1:])
-        return EncodedRows(parts["codes"], offsets)
+        offsets = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:], dtype=np.int64)
+        if offsets[-1] != len(parts["codes"]):
+            raise ValueError(f"expected {offsets[-1]} codewords, found {len(parts['codes'])}")
+        return EncodedRows(parts["codes"], offsets.astype(np.int32))
 
     def _codebook(self, codebooks: Codebooks) -> Codebook:
         if self.codebook not in codebooks:
@@ -199,6 +201,15 @@ RESERVED = {"input_scaled": False}
 """Options that every kind has in the files and that have one value: room for a scale per input column."""
 
 
+_OPTIONS: Mapping[str, Callable[[Any], bool]] = {
+    "codebook": lambda value: type(value) is str,
+    "bits": lambda value: type(value) is int and value in (2, 3, 4),
+    "group_size": lambda value: value is None or (type(value) is int and value >= 1),
+    "level_dtype": lambda value: type(value) is str and value in LEVEL_DTYPES,
+}
+"""The values that the options of kinds may have."""
+
+
 def runs_packed(kind: Kind | None) -> TypeGuard[Ternary]:
     """Return whether the kernels multiply by this kind as it is: ternary, with one pair of levels per row."""
     return isinstance(kind, Ternary) and kind.group_size is None
@@ -215,6 +226,8 @@ def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
     Raises:
         CheckpointError: the name or one of the options is unknown to this version.
     """
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"expected a kind of packing, found {type(fields).__name__}")
     name, options = str(fields.get("name")), {key: value for key, value in fields.items() if key != "name"}
     remedy = "read it with a newer version of qmoe_jax"
     if name not in KINDS:
@@ -227,12 +240,13 @@ def kind_from_json(fields: Mapping[str, Any], path: object) -> Kind:
         )
     known = {field.name for field in dataclasses.fields(KINDS[name])}
     reserved = {key: options.pop(key, None) for key in RESERVED}
-    if options.keys() != known or reserved != RESERVED or options["level_dtype"] not in LEVEL_DTYPES:
+    fits = options.keys() == known and all(_OPTIONS[key](value) for key, value in options.items())
+    if not fits or reserved != RESERVED:
         raise CheckpointError(
             "unknown options of packing",
             path=path,
             key=name,
-            expected=f"{sorted(known)}, level_dtype one of {sorted(LEVEL_DTYPES)}, {RESERVED}",
+            expected=f"{sorted(known)} in range, level_dtype one of {sorted(LEVEL_DTYPES)}, {RESERVED}",
             found=options | reserved,
             remedy=remedy,
         )

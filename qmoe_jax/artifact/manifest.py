@@ -16,6 +16,7 @@ from typing import Any
 
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
+from qmoe_jax.artifact.manifest_check import check_manifest, check_run
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
@@ -69,8 +70,10 @@ class Run:
         """Read the run that began an artifact. Raises `CheckpointError` where its file is damaged."""
         path = root / RUN
         try:
-            return cls.from_json(read_canonical(path))
-        except (KeyError, TypeError, AttributeError) as error:
+            run = cls.from_json(read_canonical(path))
+            check_run(run)
+            return run
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(path, "the fields of a run", repr(error)) from error
 
     @classmethod
@@ -185,8 +188,10 @@ class Manifest:
         if (found := digest(content)) != expected:
             raise _damaged(path, f"checksum {expected}", f"content with checksum {found}")
         try:
-            return cls._from_json(content, path)
-        except (KeyError, TypeError, ValueError) as error:
+            manifest = cls._from_json(content, path)
+            check_manifest(manifest)
+            return manifest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(path, "the fields of a manifest", repr(error)) from error
 
     @classmethod

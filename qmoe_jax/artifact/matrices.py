@@ -122,6 +122,8 @@ def dequantize(matrix: PackedExpertMatrix, codebooks: Codebooks) -> Float32[np.n
     kind, (first, second) = matrix.kind, matrix.kind.levels(matrix.parts)
     if first.shape[1] > 1:
         group_index = matrix.parts.get("column_group", _natural_groups(kind, matrix.shape[1]))
+        if group_index.max() >= first.shape[1]:
+            raise ValueError(f"expected {first.shape[1]} groups of columns, found {group_index.max()}")
         first, second = first[:, group_index], second[:, group_index]
     return np.asarray(kind.grid.value(unpack_digits(matrix, codebooks), (first, second)))
 

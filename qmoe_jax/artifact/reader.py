@@ -27,11 +27,19 @@ from qmoe_jax.parameters import ExpertKernel, expert_shapes
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExpertLayer:
-    """The compressed experts of one layer; a group's header is read with the first of its experts."""
+    """The compressed experts of one layer; a group's header is read with the first of its experts.
+
+    Attributes:
+        root: the artifact.
+        run: digest of the run that wrote it.
+        groups: of the layer, sorted.
+        matrices: kind and shape (out, in) of each matrix, by the manifest.
+    """
 
     root: Path
     run: str
     groups: tuple[GroupRecord, ...]
+    matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
     _opened: dict[str, GroupFile] = dataclasses.field(default_factory=dict)
 
     @property
@@ -83,6 +91,14 @@ class ExpertLayer:
                     path=file.path,
                     expected="{} bytes, run {}".format(*expected),
                     found="{} bytes, run {}".format(*found),
+                    remedy="copy the artifact again",
+                )
+            if file.matrices != self.matrices:
+                raise CheckpointError(
+                    "holds other matrices than the manifest lists",
+                    path=file.path,
+                    expected=self.matrices,
+                    found=file.matrices,
                     remedy="copy the artifact again",
                 )
             self._opened[group.path] = file
@@ -182,18 +198,22 @@ class ArtifactReader(Checkpoint):
     def packed(self, name: str, experts: slice | None = None) -> PackedMatrix:
         """Read a range of experts of a kernel into host memory, packed for the kernels of `pallas_kernels`.
 
-        The matrices are [out, in].
+        The matrices are [out, in]. Whether each row decodes to its width is not checked: `verify` does.
 
         Raises:
+            CheckpointError: the codewords are not of the codebook's type, or fewer or more than are counted.
             ValueError: the kernel is not ternary with one pair of levels per row.
         """
         kind = self.kind(name)
         if not runs_packed(kind):
             raise ValueError(f"{name}: expected ternary weights with levels per row, found {kind}")
         matrices = self.matrices(name, experts)
-        streams = [kind.encoded(matrix.parts) for matrix in matrices]
         levels = np.stack([matrix.parts["levels"] for matrix in matrices])
-        return pack(streams, levels, self.codebooks[kind.codebook], self.shape(name)[1])
+        try:
+            streams = [kind.encoded(matrix.parts) for matrix in matrices]
+            return pack(streams, levels, self.codebooks[kind.codebook], self.shape(name)[1])
+        except ValueError as error:
+            raise CheckpointError("is damaged", path=self.path, key=name, found=error) from error
 
     def expert_extent(self, stack: str, layer: int, expert: int) -> ExpertExtent:
         """Return the contiguous range of bytes that has all matrices of one expert; it reads and parses them.
@@ -209,8 +229,13 @@ def _layers(root: Path, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer
     groups: dict[tuple[str, int], list[GroupRecord]] = {}
     for group in manifest.groups:
         groups.setdefault((group.key.stack, group.key.layer), []).append(group)
-    run = manifest.run.digest
-    return {layer: ExpertLayer(root, run, tuple(records)) for layer, records in groups.items()}
+    run, shapes = manifest.run.digest, expert_shapes(manifest.run.config)
+    layers = {}
+    for (stack, number), records in groups.items():
+        kinds = {matrix: manifest.kinds[ExpertKernel(stack, number, matrix).path] for matrix in shapes}
+        matrices = {matrix: (kinds[matrix], shape) for matrix, shape in shapes.items()}
+        layers[stack, number] = ExpertLayer(root, run, tuple(records), matrices)
+    return layers
 
 
 def _shards(root: Path, manifest: Manifest) -> list[Shard]:

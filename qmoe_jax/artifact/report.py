@@ -16,10 +16,11 @@ from typing import Any, Self
 import numpy as np
 
 from qmoe_jax.artifact.manifest import REPORT
+from qmoe_jax.artifact.report_check import check_group, is_number
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import read_whole
+from qmoe_jax.files.reading import parse_json, read_whole
 
 UNDER_CALIBRATED = 0.1
 """Experts with less than this share of the mean number of calibration tokens are called under-calibrated."""
@@ -94,10 +95,12 @@ class GroupReport:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> GroupReport:
-        """Return the report that `to_json` wrote. Raises `TypeError` or `KeyError` where it did not."""
+        """Return the report that `to_json` wrote. Raises `TypeError`, `KeyError`, `ValueError`."""
         tokens = {name: tuple(fields[name]) for name in ("routed_tokens", "calibration_tokens")}
         matrices = {name: MatrixReport.from_json(matrix) for name, matrix in fields["matrices"].items()}
-        return cls(**{**fields, **tokens, "matrices": matrices})
+        group = cls(**{**fields, **tokens, "matrices": matrices})
+        check_group(group)
+        return group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +189,16 @@ class RunReport:
         if not path.exists():
             return cls()
         try:
-            content = json.loads(read_whole(path))
+            content = parse_json(read_whole(path))
+            seconds, device = content["seconds"], content["device"]
+            if not (seconds is None or is_number(seconds)) or not (device is None or isinstance(device, str)):
+                raise ValueError(f"seconds {seconds!r}, device {device!r}")
             producers = content["producers"]
             groups = tuple(
                 GroupReport.from_json({**group, "producer": producers[group["producer"]]})
                 for group in content["groups"]
             )
-            return cls(groups, content["seconds"], content["device"])
+            return cls(groups, seconds, device)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "is damaged, or was written by another version",

@@ -83,7 +83,13 @@ def decode(
 def pack(
     streams: Sequence[EncodedRows], levels: Float[np.ndarray, "expert row 2"], codebook: Codebook, width: int
 ) -> PackedMatrix:
-    """Return the matrices of several experts side by side, as the kernels take them, in host memory."""
+    """Return the matrices of several experts side by side, as the kernels take them, in host memory.
+
+    Raises:
+        CorruptStream: codes of another type than the codebook's.
+    """
+    if odd := [stream.codes.dtype for stream in streams if stream.codes.dtype != codebook.code_dtype]:
+        raise CorruptStream(f"expected codes of {codebook.code_dtype}, found {odd[0]}")
     capacity = max(len(stream.codes) for stream in streams)
     capacity += capacity % 2  # a GPU reads more than 2 GiB of byte codes in pairs
     codes = np.zeros((len(streams), capacity), codebook.code_dtype)

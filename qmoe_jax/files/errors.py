@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from typing import Any
 
 _SPACE = "free some space on that disk, then run the same command again"
 _PERMISSION = "choose a location where you have read and write permission"
@@ -33,6 +34,9 @@ REMEDIES = {
 }
 """Remedies for errors of the system, by their number."""
 
+LONGEST = 600
+"""Characters of each part of a message: more of a damaged file's content tells nothing more."""
+
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or written, as data and as a message.
@@ -55,9 +59,9 @@ class CheckpointError(Exception):
         found: object = None,
         remedy: str | None = None,
     ):
-        self.problem, self.path, self.key = problem, str(path), key
-        self.expected, self.found, self.remedy = expected, found, remedy
-        details = {"key": key, "expected": expected, "found": found, "remedy": remedy}
+        self.problem, self.path, self.key = problem, str(path), key if key is None else _shown(key)
+        self.expected, self.found, self.remedy = _shown(expected), _shown(found), remedy
+        details = {"key": self.key, "expected": self.expected, "found": self.found, "remedy": remedy}
         lines = [f"  {label}: {value}" for label, value in details.items() if value is not None]
         super().__init__(printable("\n".join([f"{path}: {problem}", *lines])))
 
@@ -99,6 +103,22 @@ def error_number(error: BaseException) -> int | None:
     return int(match[1]) if match else None
 
 
+def _shown(value: Any) -> Any:
+    """Return a value, or its text where that is too long or cannot be printed as it is."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nested lists
+        return f"something that has no text: {error}"
+    shown = printable(text)
+    if len(shown) > LONGEST:
+        shown = f"{shown[:LONGEST]} and {len(shown) - LONGEST:,} characters more"
+    return value if shown == text else shown
+
+
 def printable(text: object) -> str:
     r"""Return a text that every UTF-8 terminal prints: bytes of a path that are not UTF-8 as `\xe9`."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        encoded = str(text).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # surrogates that no path holds
+        encoded = str(text).encode("utf-8", "backslashreplace")
+    return encoded.decode("utf-8", "backslashreplace")

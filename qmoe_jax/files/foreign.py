@@ -100,5 +100,5 @@ def read_head(path: Path) -> bytes:
     try:
         with open(path, "rb") as stream:
             return stream.read(HEAD_BYTES)
-    except OSError:
+    except (OSError, ValueError):  # a path with a NUL is a ValueError
         return b""

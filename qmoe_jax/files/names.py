@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PARTIAL = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".tmp", ".download")
@@ -11,6 +12,25 @@ _STRAY = (
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "system volume information",
     "__macosx", "lost+found", "@eadir", "#recycle",
 )  # fmt: skip
+
+
+LONGEST = 255
+"""Bytes of a name that every common file system takes."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a text can be the name of a file in a directory: no path, no NUL, not too long."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    plain = Path(name).name == name and name not in (".", "..") and "\0" not in name
+    return bool(name) and plain and len(encoded) <= LONGEST
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a text can be the relative path of a file, with "/" between names, that stays inside."""
+    return all(map(is_file_name, path.split("/")))
 
 
 def similar(directory: Path, name: str) -> str | None:

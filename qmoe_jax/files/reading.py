@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises `CheckpointError` if there is none."""
     data = read_whole(path)
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise foreign_error(path, data) or CheckpointError(
             "is not valid JSON", path=path, found=error
@@ -98,6 +98,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError("does not hold a JSON object", path=path, found=type(value).__name__)
     return value
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return the value of a JSON text. Raises `ValueError` where it is none, or nested beyond reason."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("objects and lists are nested too deeply") from error
 
 
 def unreadable(path: Path, error: OSError, key: str | None = None) -> CheckpointError:

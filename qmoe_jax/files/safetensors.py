@@ -22,7 +22,7 @@ import numpy as np
 from qmoe_jax.files.durable import FileRecord, write_durably
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
-from qmoe_jax.files.reading import read_array, read_exactly, unreadable, wrong_size
+from qmoe_jax.files.reading import parse_json, read_array, read_exactly, unreadable, wrong_size
 from qmoe_jax.files.tensor import LazyTensor
 
 DTYPES = {
@@ -53,6 +53,10 @@ _WRITERS_ALIGNMENT = 8
 
 MAX_HEADER = 100_000_000
 """The longest header that the format allows, in bytes; a larger number means another file format."""
+
+_MOST_AXES = 32
+_MOST_VALUES = 2**40
+"""Sizes beyond any tensor's, which NumPy refuses in other ways."""
 
 
 class ShapeDtype(Protocol):
@@ -181,6 +185,10 @@ def read_header(path: Path) -> Header:
             a dtype is unknown.
     """
     length = int.from_bytes(read_exactly(path, 0, 8), "little")
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise unreadable(path, error) from error
     if length > MAX_HEADER:
         raise foreign_error(path) or CheckpointError(
             "is not a safetensors file",
@@ -188,8 +196,10 @@ def read_header(path: Path) -> Header:
             expected=f"a header of at most {MAX_HEADER:,} bytes",
             found=f"one of {length:,} bytes",
         )
+    if 8 + length > found:
+        raise wrong_size(path, expected=8 + length, found=found)
     try:
-        parsed = json.loads(bytes(read_exactly(path, 8, length)))
+        parsed = parse_json(bytes(read_exactly(path, 8, length)))
     except ValueError as error:
         raise CheckpointError("the header is not valid JSON", path=path, found=error) from error
     metadata = parsed.pop("__metadata__", {}) if isinstance(parsed, dict) else None
@@ -201,10 +211,6 @@ def read_header(path: Path) -> Header:
     tensors = tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end)))
     _require_no_gap(path, tensors)
     expected = 8 + length + (tensors[-1].end if tensors else 0)
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise unreadable(path, error) from error
     if found != expected:
         raise wrong_size(path, expected=expected, found=found)
     return Header(tensors, metadata, 8 + length)
@@ -212,8 +218,8 @@ def read_header(path: Path) -> Header:
 
 def _parse_entry(path: Path, name: str, fields: Any) -> TensorEntry:
     try:
-        begin, end = map(int, fields["data_offsets"])
-        dtype, shape = str(fields["dtype"]), tuple(map(int, fields["shape"]))
+        begin, end = map(_whole_number, fields["data_offsets"])
+        dtype, shape = str(fields["dtype"]), tuple(map(_whole_number, fields["shape"]))
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(
             "a damaged entry in the header",
@@ -227,7 +233,8 @@ def _parse_entry(path: Path, name: str, fields: Any) -> TensorEntry:
             "an unknown dtype", path=path, key=name, expected=", ".join(DTYPES), found=dtype
         )
     entry = TensorEntry(name, DTYPES[dtype], shape, begin)
-    if min((*shape, begin), default=0) < 0 or entry.end != end:
+    sizes = math.prod(max(1, size) for size in shape)  # NumPy refuses others, empty or not
+    if min((*shape, begin)) < 0 or entry.end != end or len(shape) > _MOST_AXES or sizes > _MOST_VALUES:
         raise CheckpointError(
             "the offsets do not fit the shape",
             path=path,
@@ -236,6 +243,12 @@ def _parse_entry(path: Path, name: str, fields: Any) -> TensorEntry:
             found=f"bytes {begin:,} to {end:,}",
         )
     return entry
+
+
+def _whole_number(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"expected a whole number, found {type(value).__name__}")
+    return value
 
 
 def _require_no_gap(path: Path, tensors: Sequence[TensorEntry]) -> None:

@@ -8,12 +8,12 @@ Memory: the pickle, and the span of a storage that is read.
 from __future__ import annotations
 
 import dataclasses
-import io
+import functools
 import math
-import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
+from qmoe_jax.files.inert_pickle import Global, load_inert
 from qmoe_jax.files.reading import read_array, unreadable
 
 STORAGES = {
@@ -36,6 +37,11 @@ STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_MOST_AXES = 32
+_MOST_VALUES = 2**40
+"""Sizes beyond any tensor's, which NumPy refuses in other ways."""
+_LONGEST_MARK = 16
+"""Bytes that the member `byteorder` may have: it holds a word."""
 # Before a member's data: a signature, 22 bytes, the lengths of name and extra field, then these two.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -112,7 +118,7 @@ def open_torch(file: Path) -> dict[str, Any]:
     """
     archive = _Archive(file)
     try:
-        saved = _Unpickler(archive).load()
+        saved = load_inert(archive.pickle, _Globals(archive), _References(archive))
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged pickle leads the unpickler to
@@ -149,8 +155,10 @@ class _Archive:
             with zipfile.ZipFile(file) as archive:
                 self.members = {info.filename: info for info in archive.infolist()}
                 pickles = [name for name in self.members if name.endswith("data.pkl")]
-                self.pickle = archive.read(pickles[0]) if pickles else None
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+                if any(self.members[name].compress_type != zipfile.ZIP_STORED for name in pickles[:1]):
+                    raise NotImplementedError(f"{pickles[0]} is compressed, torch.save compresses nothing")
+                self.pickle = archive.read(pickles[0]) if pickles else b""
+        except Exception as error:  # whatever damaged bytes lead zipfile to
             known = None if start == b"PK" else foreign_error(file)
             raise known or CheckpointError(
                 "is not an archive of torch.save, or is cut short",
@@ -158,7 +166,7 @@ class _Archive:
                 found=error,
                 remedy="copy the file again",
             ) from error
-        if self.pickle is None:
+        if not pickles:
             raise CheckpointError(
                 "is not an archive of torch.save",
                 path=file,
@@ -186,7 +194,7 @@ class _Archive:
 
     def _require_little_endian(self) -> None:
         if info := self.members.get(f"{self.prefix}byteorder"):
-            order = np.empty(info.file_size, np.uint8)
+            order = np.empty(min(info.file_size, _LONGEST_MARK), np.uint8)
             offset = _data_offset(self.file, info.filename, info.header_offset)
             read_array(self.file, offset, order, info.filename)
             if order.tobytes() != b"little":
@@ -195,53 +203,72 @@ class _Archive:
                 )
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows only what describes tensors."""
+class _Globals:
+    """The names that a pickle of tensors may mention."""
 
     def __init__(self, archive: _Archive):
-        super().__init__(io.BytesIO(archive.pickle or b""))
-        self.archive = archive
-        self.storages: dict[str, Storage] = {}
-        self.allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self.rebuild_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
-            **{("torch", storage): dtype for storage, dtype in STORAGES.items()},
+        self.file = archive.file
+        calls: dict[str, Callable[..., Any]] = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": functools.partial(_rebuild_tensor, archive.file),
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
         }
+        self.allowed = {name: Global(name, call) for name, call in calls.items()}
+        self.allowed |= {f"torch.{storage}": Global(storage) for storage in STORAGES}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
+    def __call__(self, module: str, name: str) -> Global:
+        """Return a global. Raises `CheckpointError` for any that does not describe a tensor."""
+        if (known := self.allowed.get(f"{module}.{name}")) is None:
             raise CheckpointError(
                 "the pickle asks for something that weights do not need",
-                path=self.archive.file,
+                path=self.file,
                 key=f"{module}.{name}",
                 expected="only tensors",
                 remedy="do not load this file with any program, unless you know who wrote it and why",
             )
-        return self.allowed[module, name]
+        return known
 
-    def persistent_load(self, identifier: Any) -> Storage:
-        kind, dtype, key, _location, size = identifier
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise ValueError(f"unknown reference {identifier!r}")
+
+class _References:
+    """The storages of an archive, as its pickle refers to them."""
+
+    def __init__(self, archive: _Archive):
+        self.archive = archive
+        self.storages: dict[str, Storage] = {}
+
+    def __call__(self, identifier: Any) -> Storage:
+        """Return a storage. Raises `ValueError` or `TypeError` for an identifier of another form."""
+        kind, storage, key, _location, size = identifier
+        if kind != "storage" or not isinstance(storage, Global) or storage.name not in STORAGES:
+            raise ValueError("a reference to something that is not a storage")
+        if type(key) is not str or type(size) is not int or size < 0:
+            raise ValueError("a reference without the name and the size of a storage")
         if key not in self.storages:
-            self.storages[key] = self.archive.storage(key, dtype, size)
+            self.storages[key] = self.archive.storage(key, STORAGES[storage.name], size)
         return self.storages[key]
 
-    def rebuild_tensor(
-        self, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-    ) -> TorchTensor:
-        tensor = TorchTensor("", storage, offset, tuple(shape), tuple(strides))
-        end = offset + (_span(shape, strides) if math.prod(shape) else 0)
-        if len(shape) != len(strides) or min((offset, *shape, *strides), default=0) < 0 or end > storage.size:
-            raise CheckpointError(
-                "a tensor reaches beyond its storage",
-                path=storage.file,
-                key=storage.member,
-                expected=f"at most {storage.size:,} values",
-                found=f"offset {offset}, shape {list(shape)}, strides {list(strides)}",
-            )
-        return tensor
+
+def _rebuild_tensor(
+    file: Path, storage: Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any
+) -> TorchTensor:
+    """Return the tensor that a call of torch's function of this name describes."""
+    if not isinstance(storage, Storage) or not all(
+        type(number) is int for number in (offset, *shape, *strides)
+    ):
+        raise TypeError("a tensor whose storage, offset, shape or strides are none")
+    refused = len(shape) != len(strides) or len(shape) > _MOST_AXES or min((offset, *shape, *strides)) < 0
+    # A view that repeats values would take more memory than the file has bytes.
+    refused = refused or math.prod(max(1, size) for size in shape) > _MOST_VALUES
+    refused = refused or math.prod(shape) > storage.size
+    if refused or offset + (_span(shape, strides) if math.prod(shape) else 0) > storage.size:
+        raise CheckpointError(
+            "a tensor reaches beyond its storage",
+            path=file,
+            key=storage.member,
+            expected=f"at most {storage.size:,} values",
+            found=f"offset {offset}, shape {list(shape)}, strides {list(strides)}",
+        )
+    return TorchTensor("", storage, offset, tuple(shape), tuple(strides))
 
 
 def _data_offset(file: Path, member: str, header: int) -> int:
@@ -255,6 +282,6 @@ def _data_offset(file: Path, member: str, header: int) -> int:
     return header + _LOCAL_HEADER.size + name_length + extra_length
 
 
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Return the number of values from the first to the last of a view that is not empty."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

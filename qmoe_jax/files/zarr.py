@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+import resource
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import tensorstore as ts
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location, first_line
+from qmoe_jax.files.names import is_inside
+from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.files.zarr_chunks import check_chunks
 
@@ -74,6 +78,15 @@ class ZarrTensor:
             yield self._read(self.store[rows.start : rows.stop, start:stop])
 
     def _read(self, part: ts.TensorStore) -> np.ndarray:
+        # tensorstore ends the process where memory is refused.
+        values = max(math.prod(part.shape), *_chunk_values(self.store))
+        if (needed := values * self.store.dtype.numpy_dtype.itemsize) > (most := _memory()):
+            raise CheckpointError(
+                "an array takes more memory than there is",
+                path=self.location.path,
+                expected=f"at most {most:,} bytes",
+                found=f"{needed:,} bytes: {list(part.shape)} of an array of {list(self.shape)}",
+            )
         try:
             array = part.read().result()
         except (ValueError, OSError) as error:
@@ -88,6 +101,20 @@ class ZarrTensor:
     def shards(self) -> Iterator[Shard]:
         """Return the chunk files, each with what is wrong with it; only where `has_chunk_files`."""
         return check_chunks(Path(self.location.path), self.metadata, self.store.dtype.numpy_dtype.itemsize)
+
+
+def _chunk_values(store: ts.TensorStore) -> tuple[int, int]:
+    """Return the numbers of values that are decoded and that are stored at once."""
+    layout = store.chunk_layout
+    decoded, stored = layout.read_chunk.shape or (), layout.write_chunk.shape or ()
+    return math.prod(size or 1 for size in decoded), math.prod(size or 1 for size in stored)
+
+
+def _memory() -> int:
+    """Return the bytes of memory that the machine has, or that this process may have."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return physical if soft == resource.RLIM_INFINITY else min(physical, soft)
 
 
 def open_arrays(
@@ -107,6 +134,7 @@ def open_arrays(
         CheckpointError: an array has no description, one that tensorstore refuses, or two that contradict
             each other.
     """
+    _require_inside(directory, declared)
     files = {name: directory.store.read(f"{name}/.zarray") for name in declared}
     metadata = {}
     for name, file in files.items():
@@ -124,8 +152,21 @@ def open_arrays(
 
 def open_zarr3(directory: Location, names: list[str]) -> dict[str, ZarrTensor]:
     """Open the zarr 3 arrays in the directories `names` of `directory`. Raises as `open_arrays` does."""
+    _require_inside(directory, names)
     stores = _open_all(directory, {name: {"driver": "zarr3"} for name in names})
     return {name: ZarrTensor(directory / name, store, {}) for name, store in stores.items()}
+
+
+def _require_inside(directory: Location, names: Iterable[str]) -> None:
+    """Raise `CheckpointError` for a name that leads out of a directory, or that no file system takes."""
+    for name in names:
+        if not is_inside(name):
+            raise CheckpointError(
+                "the index points outside its directory",
+                path=directory.path,
+                expected="names of arrays' directories beside the index",
+                found=name,
+            )
 
 
 def _zarr_spec(metadata: Metadata) -> Metadata:
@@ -168,18 +209,18 @@ def _metadata(location: Location, zarray: bytes, declared: Metadata | None) -> M
     if not zarray:
         return _declared_metadata(location, declared)
     try:
-        metadata = json.loads(zarray)
-        shape = list(metadata["shape"])
+        metadata = parse_json(zarray)
+        shape = _require_grid(metadata)
     except (ValueError, TypeError, KeyError) as error:
         raise foreign_error(f"{location.path}/.zarray", zarray) or CheckpointError(
             "is not JSON that describes an array",
             path=f"{location.path}/.zarray",
-            expected="an object with a shape",
+            expected="an object with a shape, chunks, and how they are compressed",
             found=repr(error),
             remedy="copy the checkpoint again",
         ) from error
-    stated = None if declared is None else declared["metadata"].get("shape")
-    if stated is not None and list(stated) != shape:
+    stated = None if declared is None else _members(location, declared).get("shape")
+    if stated is not None and stated not in (shape, tuple(shape)):
         raise CheckpointError(
             "the array has another shape than in the checkpoint's index",
             path=f"{location.path}/.zarray",
@@ -194,10 +235,15 @@ def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
 
     The dtype of a spec is a NumPy name or, in old specs, a zarr string in `metadata`.
     """
-    members = dict(spec["metadata"]) if spec else {}
+    members = _members(location, spec) if spec else {}
     name = spec.get("dtype", members.get("dtype")) if spec else None
     if name is None or not {"shape", "chunks"} <= members.keys():
         raise CheckpointError("the array has no description", path=location.path, expected="a file .zarray")
+    try:
+        stored = "bfloat16" if name == "bfloat16" else np.dtype(name).str
+        _require_grid(members)
+    except (ValueError, TypeError) as error:
+        raise _damaged_index(location, error) from error
     return {
         "compressor": None,
         "dimension_separator": ".",
@@ -205,6 +251,43 @@ def _declared_metadata(location: Location, spec: Metadata | None) -> Metadata:
         "filters": None,
         "order": "C",
         **members,
-        "dtype": "bfloat16" if name == "bfloat16" else np.dtype(name).str,
+        "dtype": stored,
         "zarr_format": 2,
     }
+
+
+def _members(location: Location, spec: Metadata) -> Metadata:
+    """Return the description in a spec. Raises `CheckpointError` where there is none."""
+    if not isinstance(spec["metadata"], dict):
+        raise _damaged_index(location, f"metadata of type {type(spec['metadata']).__name__}")
+    return spec["metadata"]
+
+
+def _damaged_index(location: Location, found: object) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint's index describes no array here",
+        path=location.path,
+        expected="the tensorstore spec of a zarr array",
+        found=found,
+        remedy="copy the checkpoint again",
+    )
+
+
+def _require_grid(metadata: Metadata) -> list[int]:
+    """Return the shape that a .zarray states, after a check of all that `check_chunks` takes from it.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not a .zarray.
+    """
+    shape, chunks = list(metadata["shape"]), list(metadata["chunks"])
+    sizes = [*((0, size) for size in shape), *((1, size) for size in chunks)]
+    if len(shape) != len(chunks) or any(type(size) is not int or size < least for least, size in sizes):
+        raise ValueError(f"shape {shape} in chunks of {chunks}")
+    if metadata.get("dimension_separator", ".") not in (".", "/"):
+        raise ValueError(f"dimension_separator {metadata['dimension_separator']!r}")
+    compressor = metadata.get("compressor")
+    if compressor is not None and not (
+        isinstance(compressor, dict) and isinstance(compressor.get("id"), str)
+    ):
+        raise ValueError(f"compressor {compressor!r}")
+    return shape

@@ -5,9 +5,7 @@ end where an unmapped page begins: a finite result that the backends agree on is
 absence of a crash.
 """
 
-import ctypes
 import dataclasses
-import mmap
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ from pallas_kernels.cpu.packed_product import packed_product
 from pallas_kernels.cpu.token_blocks import TokenBlocks
 from tests.helpers import packed_samples as samples
 from tests.helpers.kernel_contract import BACKENDS, IMPLEMENTATIONS
+from tests.helpers.pages import at_the_end_of_a_page
 
 
 def runs(book: str):
@@ -48,20 +47,6 @@ def test_corrupt_streams_unpack_to_levels(book):
             dense = np.asarray(pk.unpack(packed, backend=backend))
             levels = np.concatenate([np.zeros((3, 5, 1)), np.asarray(packed.levels, np.float32)], -1)
             assert (dense[..., None] == levels[:, :, None, :]).any(-1).all(), backend
-
-
-def at_the_end_of_a_page(array: np.ndarray) -> np.ndarray:
-    """A copy right before a page that must not be touched."""
-    pages = mmap.mmap(-1, -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE)
-    end = len(pages) - mmap.PAGESIZE
-    last_page = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + end
-    no_access = 0
-    assert (
-        ctypes.CDLL(None).mprotect(ctypes.c_void_p(last_page), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
-    )
-    view = np.frombuffer(pages, np.uint8)[end - array.nbytes : end].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
 
 
 def test_the_cpu_kernel_reads_nothing_behind_its_arrays():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.names import similar
+from qmoe_jax.files.names import is_file_name, similar
 from qmoe_jax.files.reading import read_json
 from qmoe_jax.files.safetensors import open_safetensors
 from qmoe_jax.files.tensor import Shard, Tensor
@@ -112,7 +112,7 @@ def _weight_map(file: Path) -> dict[str, str]:
         raise CheckpointError(
             "is not an index of weights", path=file, key="weight_map", expected="names to files"
         )
-    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+    if outside := [name for name in weight_map.values() if not is_file_name(name)]:
         raise CheckpointError(
             "the index points outside its directory",
             path=file,

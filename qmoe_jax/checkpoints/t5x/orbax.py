@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import Location
 from qmoe_jax.files.ocdbt import data_files
+from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.files.zarr import open_arrays, open_zarr3
 
@@ -43,7 +43,7 @@ def require_committed(directory: Location) -> None:
         if data is None:
             continue
         try:
-            times = json.loads(data)
+            times = parse_json(data)
             begun, committed = times.get("init_timestamp_nsecs"), times.get("commit_timestamp_nsecs")
         except (ValueError, AttributeError) as error:
             raise foreign_error(f"{place.path}/{_STEP_METADATA}", data) or CheckpointError(
@@ -117,7 +117,7 @@ def _is_database(directory: Location) -> bool:
 
 def _leaf_names(metadata: bytes, path: str) -> list[str]:
     try:
-        entries = json.loads(metadata)["tree_metadata"].values()
+        entries = parse_json(metadata)["tree_metadata"].values()
         return ["/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise foreign_error(path, metadata) or CheckpointError(

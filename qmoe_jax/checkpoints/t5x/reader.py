@@ -182,7 +182,10 @@ def _directory_of(name: str, spec: Mapping[str, Any]) -> str:
 
     Its path is a member of `kvstore`, or of the spec itself (before tensorstore 0.1.14).
     """
-    path = spec["kvstore"].get("path") or spec.get("path") or stored_name(name)
+    kvstore = spec["kvstore"]
+    path = (kvstore.get("path") if isinstance(kvstore, dict) else None) or spec.get("path")
+    if not isinstance(path, str):
+        return stored_name(name)
     return path.rstrip("/").rsplit("/", maxsplit=1)[-1]
 
 

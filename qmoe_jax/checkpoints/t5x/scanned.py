@@ -54,9 +54,9 @@ def _layers(tensor: Tensor, axis: int, path: str) -> list[LazyTensor]:
 
 
 def _layer_axis(tensors: Mapping[str, Tensor], matches: Mapping[str, re.Match[str]]) -> int:
-    d_model = tensors[EMBEDDING].shape[-1]
+    d_model = tensors[EMBEDDING].shape[-1:]
     scales = [tensors[name].shape for name in matches if name.endswith("_layer_norm/scale")]
-    return 0 if scales and scales[0][0] != d_model else 1
+    return 0 if scales and scales[0][:1] != d_model else 1
 
 
 def _require_equal(biases: Sequence[Tensor], path: str) -> None:
