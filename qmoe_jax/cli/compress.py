@@ -47,8 +47,9 @@ def compress(
         ),
     ],
     calibration: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
+            metavar="PATH",
             help=f"Calibration text: {TEXT}. Can be repeated.",
             show_default=False,
             rich_help_panel="Text",

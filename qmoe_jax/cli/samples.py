@@ -21,8 +21,9 @@ TEXT = ".txt, .jsonl or .parquet (.gz, .bz2, .xz or .zst too), a file, a folder,
 """The texts that are read, in the help of options."""
 
 HeldOutText = Annotated[
-    list[Path],
+    list[str],
     typer.Option(
+        metavar="PATH",
         help=f"Held-out text: {TEXT}. Can be repeated.",
         show_default=False,
         rich_help_panel=_panel,
@@ -101,7 +102,7 @@ class SampleOptions:
                 "--max-tokens skips long texts and --segment cuts them: give only one of them"
             )
 
-    def read(self, files: Sequence[Path], tokenizer: Tokenizer) -> list[Example]:
+    def read(self, files: Sequence[str], tokenizer: Tokenizer) -> list[Example]:
         """Return the samples of text files or folders.
 
         Raises:

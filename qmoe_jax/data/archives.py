@@ -22,6 +22,8 @@ from qmoe_jax.files.foreign import HEAD_BYTES, recognize
 ZSTD_WINDOW_LOG = 31
 """Largest window of a zstd frame as a power of two, in bytes: what `zstd --long=31` writes."""
 
+_CHUNK = 1 << 16  # bytes read together
+
 INSTALL = "pip install 'qmoe-jax[data]'"
 
 
@@ -98,14 +100,26 @@ def decompressed(stream: BinaryIO, path: object, suffix: str | None) -> Iterator
     if not head or found is None:
         yield whole
         return
-    zstd_error = (zstd_module(path).ZstdError,) if found == ".zst" else ()
+    archive = io.BufferedReader(OPENERS[found](whole, path))
+    with _damage_named(path, found):
+        try:
+            yield archive
+        except TextError:  # is the text odd, or the archive damaged?
+            while archive.read(_CHUNK):
+                pass
+            raise
+
+
+@contextmanager
+def _damage_named(path: object, suffix: str) -> Iterator[None]:
+    zstd_error = (zstd_module(path).ZstdError,) if suffix == ".zst" else ()
     try:
-        yield io.BufferedReader(OPENERS[found](whole, path))
+        yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, *zstd_error) as error:
-        raise _damage(path, found, error) from error
+        raise _damage(path, suffix, error) from error
     except OSError as error:
         if error.errno is None:  # bzip2's complaint
-            raise _damage(path, found, error) from error
+            raise _damage(path, suffix, error) from error
         raise
 
 
@@ -169,7 +183,7 @@ class _Members(io.RawIOBase):
                     return 0
                 self._member = self._new()
             else:
-                compressed = self._stream.read(io.DEFAULT_BUFFER_SIZE) if self._member.needs_input else b""
+                compressed = self._stream.read(_CHUNK) if self._member.needs_input else b""
                 if self._member.needs_input and not compressed:
                     raise EOFError("it ends before its end marker")
             data = self._member.decompress(compressed, len(buffer))
@@ -178,7 +192,7 @@ class _Members(io.RawIOBase):
 
     def _next_member(self) -> bytes:
         """Return the first bytes after the member that has ended, without padding; none at the end."""
-        compressed = self._member.unused_data or self._stream.read(io.DEFAULT_BUFFER_SIZE)
+        compressed = self._member.unused_data or self._stream.read(_CHUNK)
         while compressed and not compressed.lstrip(b"\0"):
-            compressed = self._stream.read(io.DEFAULT_BUFFER_SIZE)
+            compressed = self._stream.read(_CHUNK)
         return compressed.lstrip(b"\0")

@@ -9,7 +9,7 @@ class TextError(ValueError):
     Attributes:
         problem: the fault.
         path: the file or folder; None where the problem names it.
-        line: number of the line in it, from 1; None for the whole file.
+        line: number of the line or Parquet row in it, from 1; None for the whole file.
         expected, found: what should be there and what is; None where the problem says it all.
         remedy: what to do about it; None where nothing general helps.
     """

@@ -11,6 +11,7 @@ SHOWN = 60
 """Characters of a line or value that a message shows."""
 
 _CORRECT = "correct the line, or let the name of plain text end in .txt"
+_ONE_LINE = "write each object on one line (jq -c .); if the file was cut off here, copy or download it again"
 _ARRAY = "write an array as JSON lines: jq -c '.[]' array.json > lines.jsonl"
 
 
@@ -31,7 +32,7 @@ def parse_row(line: str, path: object, number: int) -> dict[str, Any]:
             line=number,
             expected='one JSON object per line, with "text"',
             found=f"{line[:SHOWN]!r} ({reason})",
-            remedy=_ARRAY if line.startswith("[") else _CORRECT,
+            remedy=_remedy(line),
         ) from error
     if not isinstance(row, dict):
         raise TextError(
@@ -49,6 +50,12 @@ def parse_row(line: str, path: object, number: int) -> dict[str, Any]:
                 "has more than one text", path=path, line=number, expected='one "text"', found=f"{texts}"
             )
     return row
+
+
+def _remedy(line: str) -> str:
+    if line.startswith("["):
+        return _ARRAY
+    return _ONE_LINE if line.startswith("{") and not line.endswith("}") else _CORRECT
 
 
 def text_of(row: dict[str, Any], path: object, number: int | None) -> str:

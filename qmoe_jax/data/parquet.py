@@ -61,7 +61,7 @@ def parquet_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                     "has a text that is not a string",
                     path=path,
                     expected="strings",
-                    found=f"column text of {kind}",
+                    found=f"a column of {kind}",
                 )
             columns = [name for name in ("text", "split") if name in schema.names]
             for batch in file.iter_batches(ROWS_PER_READ, columns=columns):

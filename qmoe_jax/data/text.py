@@ -64,7 +64,7 @@ def read_rows(file: TextFile) -> Iterator[tuple[dict[str, Any], int | None]]:
         TextError: the file is damaged, or a line of it is not a JSON object.
     """
     if file.kind == "parquet":
-        yield from ((row, None) for row in parquet_rows(file.path))
+        yield from ((row, number) for number, row in enumerate(parquet_rows(file.path), 1))
         return
     with file.open() as stream:
         lines, is_json = _lines(stream, file.path), file.kind == "json"

@@ -13,6 +13,8 @@ from typing import IO, BinaryIO
 
 from qmoe_jax.data.archives import OPENERS, decompressed, zstd_module
 from qmoe_jax.data.errors import TextError
+from qmoe_jax.data.parquet import pyarrow_parquet
+from qmoe_jax.files.location import local_path
 
 KINDS = {".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 """Kinds of files, by its last suffix in lower case, before that of a compression."""
@@ -66,8 +68,15 @@ class TextFile:
                 expected=READ,
                 remedy="rename the file, or pass it on standard input (-), where the text itself tells",
             )
-        if KINDS[suffix] == "parquet" and compression:
-            raise TextError("compressed parquet is not read", path=path, remedy="decompress the file")
+        if KINDS[suffix] == "parquet":
+            pyarrow_parquet(path)
+            if compression or _pipe(path):
+                raise TextError(
+                    "Parquet is read from an uncompressed file only",
+                    path=path,
+                    expected="a file whose name ends in .parquet",
+                    remedy="decompress it, or write it to a file",
+                )
         return cls(path, KINDS[suffix], compression)
 
     @contextmanager
@@ -85,17 +94,28 @@ class TextFile:
 def text_files(path: str | os.PathLike[str]) -> list[TextFile]:
     """Return the text files at `path`: the file itself, or those of a folder.
 
-    A folder is searched at any depth, through links too, each file once, in the order of its path's bytes.
-    Hidden files and folders (`.name`, `name~`, `__MACOSX`) and names that are not read are left out; a folder
-    or file that is named itself may be hidden.
+    A path may be a file URL, and `~` is the home. A folder is searched at any depth, through links too, each
+    file once, in the order of its path's bytes. Hidden files and folders (`.name`, `name~`, `__MACOSX`) and
+    names that are not read are left out; a folder or file that is named itself may be hidden.
 
     Raises:
-        TextError: `path` does not exist, is a folder without text, or holds a broken link or text in a
-            compression that is not read.
+        TextError: `path` does not exist, is a URL or a folder without text, or holds a broken link or text
+            in a compression that is not read.
+        CheckpointError: `path` is a file URL that `local_path` refuses.
     """
-    path = pathlib.Path(path)
+    if not os.fspath(path):
+        raise TextError("the path of a text is empty", expected="a file or a folder (. for the current one)")
     if str(path) in STDIN:
-        return [TextFile.of(path)]
+        return [TextFile.of(pathlib.Path(path))]
+    local = local_path(path)
+    if local is None:
+        raise TextError(
+            "is a URL, and text is read from local files only",
+            path=path,
+            expected="a file, a folder with text files, or - for standard input",
+            remedy="download it, or pipe it to standard input (curl -sL URL | ... -)",
+        )
+    path = local
     try:
         folder = stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:
@@ -172,6 +192,8 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         try:
             regular = stat.S_ISREG(file.stat().st_mode)
         except OSError as error:
+            if not _is_text(file):
+                continue
             raise TextError(
                 "is a broken link" if file.is_symlink() else "cannot be read",
                 path=file,
@@ -198,16 +220,22 @@ def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as stream:
             yield stream
     except OSError as error:
-        raise TextError("cannot be read", path=path, found=error.strerror or error) from error
+        raise TextError(
+            "cannot be read",
+            path=path,
+            found=error.strerror or error,
+            remedy="check its permissions, and the disk",
+        ) from error
 
 
 def _pipe(path: pathlib.Path) -> tuple[int, int] | None:
-    """Return device and inode of a pipe; None for a file that can be read again."""
+    """Return device and inode of a pipe or standard input; None for a file that can be read again."""
+    stdin = str(path) in STDIN
     try:
-        status = os.fstat(sys.stdin.fileno()) if str(path) in STDIN else path.stat()
+        status = os.fstat(sys.stdin.fileno()) if stdin else path.stat()
     except (OSError, ValueError, AttributeError):  # no such file; standard input closed or replaced
         return None
-    return None if stat.S_ISREG(status.st_mode) else (status.st_dev, status.st_ino)
+    return None if stat.S_ISREG(status.st_mode) and not stdin else (status.st_dev, status.st_ino)
 
 
 def _read_before(path: pathlib.Path) -> TextError:

@@ -80,6 +80,12 @@ def test_a_broken_link_is_named(tmp_path, target):
         text_files(tmp_path)
 
 
+def test_a_broken_link_that_is_not_text_is_left_out(tmp_path, write):
+    write("a.jsonl")
+    (tmp_path / "README.md").symlink_to("missing")
+    assert names(tmp_path) == ["a.jsonl"]
+
+
 def test_text_in_a_compression_that_is_not_read_is_named(tmp_path, write):
     write("a.jsonl")
     write("b.jsonl.lz4")
@@ -98,6 +104,24 @@ def test_a_folder_without_text_says_what_it_holds(tmp_path, write, present, foun
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(TextError, match=r"missing: no text found there(.|\n)*found: No such file"):
         text_files(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/a.jsonl", "https://host/a.jsonl"])
+def test_a_url_is_refused_as_such(path):
+    with pytest.raises(TextError, match=rf"{path}: is a URL(.|\n)*standard input"):
+        text_files(path)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(TextError, match="path of a text is empty"):
+        text_files("")
+
+
+def test_a_file_url_and_the_home_are_local_paths(tmp_path, write, monkeypatch):
+    path = write("a b.jsonl")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = [file.path for name in (path.as_uri(), "~/a b.jsonl") for file in text_files(name)]
+    assert found == [path, path]
 
 
 @pytest.fixture
