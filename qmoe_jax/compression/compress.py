@@ -30,6 +30,7 @@ from qmoe_jax.compression.source import checkpoint_digest, examples_digest, read
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, check_examples
+from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 
@@ -87,6 +88,7 @@ def compress(
         if writer.finished:
             progress(1, 1, "finished before")
             return CompressionReport.read(output)
+        require_room(writer.root, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         with _staged_in(writer.root / ".staging", reader) as staged_reader, blas_on_one_thread():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -16,6 +15,8 @@ from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
+from qmoe_jax.files.durable import make_folder
+from qmoe_jax.files.output import output_directory
 from qmoe_jax.progress import ProgressCallback, no_progress
 
 
@@ -81,15 +82,16 @@ def compare(
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: one cannot be read, or a tensor is in one only or has another shape: it names the
-            tensor.
+        CheckpointError: one cannot be read, `scratch` cannot be written, or a tensor is in one only or has
+            another shape: it names the tensor.
         ValueError: the examples do not fit the model.
     """
     if experts_per_read < 1:
         raise ValueError(f"experts_per_read: expected 1 or more, found {experts_per_read}")
+    folder = output_directory(tempfile.gettempdir() if scratch is None else scratch)
+    make_folder(folder)
     pair = Pair(_opened(original), _opened(compressed))
     check_examples(examples, pair.config.vocab_size, min_decoder=2)
-    folder = Path(scratch) if scratch is not None else Path(tempfile.gettempdir())
     layers, states = SideBySide(pair, examples, dtype, experts_per_read, folder).run(progress)
     predictions = compare_predictions(pair, states, [decoder for _, decoder in examples], dtype)
     return Comparison(
