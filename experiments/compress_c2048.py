@@ -37,11 +37,14 @@ from rich.console import Console
 from rich.table import Table
 
 import qmoe_jax as qj
+from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.failures import FAILED, describe, message
 from qmoe_jax.data import Example, samples
 from qmoe_jax.data.text_files import check_pipes, text_files
-from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
+from qmoe_jax.evaluation.report import COLUMNS, REPORT_FILES, calibration_notes, table_rows, write_report
 from qmoe_jax.evaluation.variants import Variant
+from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.output import output_directory, output_file
 
 MINI = Path(__file__).parent / "switch_mini"
 ORIGINAL = "original"
@@ -113,7 +116,7 @@ def parse_arguments() -> Settings:
     add("--tokenizer", type=Path, help="sentencepiece model; by default the one beside the checkpoint")
     add("--calibration", type=Path, help="text to calibrate on")
     add("--validation", type=Path, help="held-out text to evaluate on")
-    add("--output", type=Path, help="folder for artifacts and report")
+    add("--output", help="folder for artifacts and report")
     add("--samples", type=positive, help="number of calibration samples")
     add("--validation-samples", type=positive, help="number of held-out samples")
     add("--segment", type=int, help="cut texts into segments of this many tokens")
@@ -180,9 +183,25 @@ def show(variants: list[Variant], console: Console) -> None:
             console.print(f"{variant.name}: {note}")
 
 
-def main() -> None:
+def check_output(settings: Settings) -> Settings:
+    """Return the settings with the folder to write into, after checking that all of it can be written.
+
+    Raises:
+        CheckpointError: it cannot, or holds something else.
+    """
+    inputs = (settings.checkpoint,)
+    output = output_directory(settings.output, inputs=inputs)
+    for name in settings.variants:
+        if name != ORIGINAL:
+            artifact_directory(output / name, inputs=inputs)
+    for name in REPORT_FILES:
+        output_file(output / "report" / name)
+    return dataclasses.replace(settings, output=output)
+
+
+def run(settings: Settings) -> None:
     """Compress, evaluate, report."""
-    settings, began = parse_arguments(), time.monotonic()
+    settings, began = check_output(settings), time.monotonic()
     console = Console() if Console().is_terminal else Console(width=116)
     checkpoint = qj.open_checkpoint(settings.checkpoint)
     tokenizer = qj.load_tokenizer(checkpoint, settings.tokenizer)
@@ -217,9 +236,10 @@ def main() -> None:
     )
 
 
+def main() -> None:
+    """Run the program with the options of the command line."""
+    run(parse_arguments())
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (qj.CheckpointError, ValueError, OSError) as error:
-        print(message(describe(error)), file=sys.stderr)
-        sys.exit(FAILED)
+    main()

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.files.errors import system_error
 from qmoe_jax.files.reading import read_array
+from qmoe_jax.files.space import allocate
 from qmoe_jax.files.tensor import ChunkedTensor, LazyTensor
 from qmoe_jax.parameters import is_expert
 
@@ -78,10 +80,17 @@ class _Blocks:
         start = block * self.chunked.rows_per_chunk
         stop = min(start + self.chunked.rows_per_chunk, self.chunked.shape[0])
         row_bytes, column = math.prod(self.chunked.shape[1:]) * self.chunked.dtype.itemsize, 0
-        with open(self.file, "wb") as stream:
-            for piece in self.chunked.read_columns(slice(start, stop)):
-                for row, values in enumerate(piece):
-                    stream.seek(row * row_bytes + column)
-                    stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-                column += values.nbytes
+        try:
+            with open(self.file, "wb") as stream:
+                allocate(stream.fileno(), (stop - start) * row_bytes)
+                for piece in self.chunked.read_columns(slice(start, stop)):
+                    for row, values in enumerate(piece):
+                        stream.seek(row * row_bytes + column)
+                        stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+                    column += values.nbytes
+        except OSError as error:
+            raise system_error(
+                "experts cannot be staged here", self.file.parent, error,
+                expected=f"{(stop - start) * row_bytes:,} bytes free",
+            ) from error  # fmt: skip
         self.block = block

@@ -6,7 +6,6 @@ import collections
 import math
 import re
 import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -29,6 +28,7 @@ from qmoe_jax.cli.samples import (
     load_tokenizer,
 )
 from qmoe_jax.data import find_tokenizer
+from qmoe_jax.files.output import output_directory
 
 
 def compare(
@@ -71,7 +71,7 @@ def compare(
         int, typer.Option(min=1, help="Experts of a layer in memory together, of each model.")
     ] = 16,
     scratch: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FOLDER",
             help="Folder for data that does not fit in memory.",
@@ -93,6 +93,8 @@ def compare(
         $ qmoe compare switch-base-128 base-ternary --text c4-validation.json.gz
         $ qmoe compare t5x-original copy --text books/ --json | jq .weight_errors
     """
+    if scratch is not None:
+        output_directory(scratch)  # raises before anything is read
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed, at_most=128)
     with working(f"reading {original}, {compressed} and the text"):
         checkpoints = open_model(original), open_model(compressed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -17,6 +16,8 @@ from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
+from qmoe_jax.files.durable import make_folder
+from qmoe_jax.files.output import output_directory
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
 
@@ -85,15 +86,16 @@ def compare(
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: one cannot be read, a tensor is in one only or has another shape (the error names
-            it), or their token ids differ.
+        CheckpointError: one cannot be read, `scratch` cannot be written, a tensor is in one only or has
+            another shape (the error names it), or their token ids differ.
         ValueError: the examples do not fit the model.
     """
     if experts_per_read < 1:
         raise ValueError(f"experts_per_read: expected 1 or more, found {experts_per_read}")
+    folder = output_directory(tempfile.gettempdir() if scratch is None else scratch)
+    make_folder(folder)
     pair = Pair(_opened(original), _opened(compressed))
     examples = checked_examples(examples, pair.config, min_decoder=2)
-    folder = Path(scratch) if scratch is not None else Path(tempfile.gettempdir())
     layers, states = SideBySide(pair, examples, dtype, experts_per_read, folder).run(progress)
     predictions = compare_predictions(pair, states, [decoder for _, decoder in examples], dtype)
     return Comparison(

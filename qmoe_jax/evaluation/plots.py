@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
     return figure, axes
 
 
-def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
+def plot_loss_against_bits(variants: Sequence[Variant], file: BinaryIO) -> None:
     """Plot the loss of each artifact against its bits per expert parameter; the original as a line."""
     figure, (ax,) = _figure(6.4, 4.0)
     shown = 0
@@ -55,10 +55,10 @@ def plot_loss_against_bits(variants: Sequence[Variant], path: Path) -> None:
     ax.set_xlabel("bits per expert parameter on disk, including headers and codebooks")
     ax.set_ylabel("held-out loss (nats per token)")
     ax.margins(x=0.25, y=0.15)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
 
 
-def plot_layers(variants: Sequence[Variant], path: Path) -> None:
+def plot_layers(variants: Sequence[Variant], file: BinaryIO) -> None:
     """Plot sparsity, bits and relative output error of each layer, one line per variant."""
     figure, axes = _figure(12.0, 3.6, columns=3)
     fields = (
@@ -75,10 +75,10 @@ def plot_layers(variants: Sequence[Variant], path: Path) -> None:
         ax.set_title(title, fontsize=10, color=INK)
         ax.set_ylim(bottom=0)
     axes[-1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150, format="png")
 
 
-def plot_tokens(variants: Sequence[Variant], path: Path) -> None:
+def plot_tokens(variants: Sequence[Variant], file: BinaryIO) -> None:
     """Plot the calibration tokens of the first variant's experts and their mean, one panel per layer."""
     report = variants[0].report
     layers = report.layers if report else ()
@@ -90,4 +90,4 @@ def plot_tokens(variants: Sequence[Variant], path: Path) -> None:
         ax.set_title(layer.name, fontsize=10, color=INK)
         ax.set_xlabel("experts, most tokens first", fontsize=8)
     axes[0].set_ylabel("calibration tokens")
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150, format="png")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qmoe_jax.artifact.report import UNDER_CALIBRATED, CompressionReport, fallback_reason, to_json
 from qmoe_jax.evaluation.plots import plot_layers, plot_loss_against_bits, plot_tokens
 from qmoe_jax.evaluation.variants import Variant
+from qmoe_jax.files.durable import durable_file, make_folder, write_durably
+from qmoe_jax.files.errors import printable
 
 COLUMNS = (
     "",
@@ -22,6 +24,9 @@ COLUMNS = (
     "entropy",
     "seconds",
 )
+REPORT_FILES = ("report.json", "report.md", "loss.png", "layers.png", "tokens.png")
+"""Names of the files of a report; the plots are those that the variants have figures for."""
+
 LEGEND = (
     "bits: measured on disk, including headers, codebooks and padding; ratio: bfloat16 experts to these; "
     "entropy: lower bound in bits per digit of a code that treats digits as independent"
@@ -83,11 +88,11 @@ def calibration_notes(report: CompressionReport) -> list[str]:
 def write_report(folder: str | Path, variants: Sequence[Variant], facts: Mapping[str, Any]) -> None:
     """Write the folder; `facts` (model, data, command) head the report, in their order."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = to_json({"facts": dict(facts), "variants": [variant.to_json() for variant in variants]})
-    (folder / "report.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_durably(folder / "report.json", [(json.dumps(content, indent=1, allow_nan=False) + "\n").encode()])
     compressed = [variant for variant in variants if variant.report and variant.report.groups]
-    plots: dict[str, tuple[str, Callable[[Sequence[Variant], Path], None], Sequence[Variant]]] = {
+    plots: dict[str, tuple[str, Callable[[Sequence[Variant], BinaryIO], None], Sequence[Variant]]] = {
         "loss.png": ("Loss against bits per expert parameter", plot_loss_against_bits, variants),
         "layers.png": ("Sparsity, bits and output error per layer", plot_layers, compressed),
         "tokens.png": ("Calibration tokens per expert", plot_tokens, compressed[-1:]),
@@ -99,6 +104,7 @@ def write_report(folder: str | Path, variants: Sequence[Variant], facts: Mapping
             lines += [f"**{variant.name}**", "", *(f"- {note}" for note in notes), ""]
     for file, (title, plot, shown) in plots.items():
         if shown:
-            plot(shown, folder / file)
+            with durable_file(folder / file) as stream:
+                plot(shown, stream)
             lines += [f"## {title}", "", f"![{title}]({file})", ""]
-    (folder / "report.md").write_text("\n".join(lines))
+    write_durably(folder / "report.md", [printable("\n".join(lines)).encode()])

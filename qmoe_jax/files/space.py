@@ -20,6 +20,9 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, err
 _PIECE = 1 << 30
 """Bytes of a file that only tries for room: below the largest file of any file system (4 GiB on FAT)."""
 
+_TRIED = 1 << 34
+"""Bytes that are allocated at most to try for room (16 GiB): slow where zeros have to be written."""
+
 _ZEROS = bytes(1 << 20)
 
 
@@ -44,25 +47,31 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def require_room(directory: Path, size: int, *, wanted: object) -> None:
-    """Check that `size` bytes can be written below a directory, by allocating and freeing them.
+    """Check that `size` bytes can be written below a directory.
 
-    Quotas and limits count, which the free space of a file system does not show.
+    The file system is asked, and the first `_TRIED` bytes are allocated and freed: quotas and limits count
+    too, which the free space of a file system does not show.
 
     Args:
-        directory: an existing directory.
+        directory: the directory; it may be missing.
         size: in bytes.
         wanted: the path or name of what will be written, for the error.
 
     Raises:
         CheckpointError: the disk or the quota is full.
     """
+    nearest = next(place for place in (directory, *directory.absolute().parents) if place.is_dir())
+    free = _free(nearest)
     try:
-        with _files(directory) as files:
-            for piece in _pieces(size):
+        if free is not None and free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _files(nearest) as files:
+            for piece in _pieces(min(size, _TRIED)):
                 allocate(next(files), piece)
     except OSError as error:
-        expected = f"{size:,} bytes free ({_free(directory):,} are)"
-        raise system_error("there is no room for it", wanted, error, expected=expected) from error
+        known = "" if free is None else f" ({free:,} are)"
+        expected = f"{size:,} bytes free{known}"
+        raise system_error("cannot be written: not enough room", wanted, error, expected=expected) from error
 
 
 def _pieces(size: int) -> Iterator[int]:
@@ -80,6 +89,7 @@ def _files(directory: Path) -> Iterator[Iterator[int]]:
         yield (stack.enter_context(tempfile.TemporaryFile(dir=directory)).fileno() for _ in iter(int, 1))
 
 
-def _free(directory: Path) -> int:
+def _free(directory: Path) -> int | None:
+    """Return the free bytes of a file system; None where it does not tell."""
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    return found.f_bavail * found.f_frsize if found.f_blocks else None

@@ -40,7 +40,8 @@ def test_there_is_room(tmp_path: Path) -> None:
 def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path, monkeypatch, number: int) -> None:
     fails(monkeypatch, number)
     with pytest.raises(
-        CheckpointError, match=r"out/dense: there is no room(.|\n)*12,345 bytes(.|\n)*remedy: free"
+        CheckpointError,
+        match=r"out/dense: cannot be written: not enough room(.|\n)*12,345 bytes(.|\n)*remedy: free",
     ):
         require_room(tmp_path, 12345, wanted="out/dense")
 
@@ -51,3 +52,8 @@ def test_a_limit_of_file_sizes_is_not_the_size_of_the_disk(tmp_path: Path, monke
     monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, start, size: sizes.append(size))
     require_room(tmp_path, 2500, wanted="file")
     assert sizes == [1000, 1000, 500]
+
+
+def test_more_than_the_disk_has_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not enough room(.|\n)*bytes free \([\d,]+ are\)"):
+        require_room(tmp_path / "missing", 1 << 60, wanted="file")

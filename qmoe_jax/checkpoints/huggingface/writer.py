@@ -18,6 +18,7 @@ from qmoe_jax.files.durable import make_folder, write_json
 from qmoe_jax.files.finite import cast
 from qmoe_jax.files.output import new_output_directory
 from qmoe_jax.files.safetensors import nbytes, write_safetensors
+from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import EMBEDDING, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
 
@@ -62,6 +63,7 @@ def write_huggingface(
     make_folder(directory)
     stated = config_json(checkpoint.config, np.dtype(dtype or checkpoint.dtype(EMBEDDING)))
     entries = _entries(checkpoint, dtype)
+    require_room(directory, sum(map(nbytes, entries)), wanted=directory)
     shards = _shards(entries, shard_bytes)
     files = {_file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
     counter = itertools.count()

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,7 +126,8 @@ def _write_tensors(
     specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
     try:
         _write_arrays(_create(temporary, specs), tensors, final, progress)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
         if error_number(error) is None:
             raise
         raise system_error("cannot be written", final, error) from error
