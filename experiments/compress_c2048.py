@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qmoe_jax as qj
+from qmoe_jax.cli.streams import run_program
 from qmoe_jax.data import Example, samples
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
 from qmoe_jax.evaluation.variants import Variant
@@ -94,7 +95,7 @@ PRESETS = {
 def parse_arguments() -> Settings:
     """Return the preset's settings, changed by the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="switch-mini", help="settings to start from")
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
