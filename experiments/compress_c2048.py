@@ -38,12 +38,11 @@ from rich.table import Table
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.store import artifact_directory
-from qmoe_jax.cli.failures import FAILED, describe, message
+from qmoe_jax.cli.streams import run_program
 from qmoe_jax.data import Example, samples
 from qmoe_jax.data.text_files import check_pipes, text_files
 from qmoe_jax.evaluation.report import COLUMNS, REPORT_FILES, calibration_notes, table_rows, write_report
 from qmoe_jax.evaluation.variants import Variant
-from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.output import output_directory, output_file
 
 MINI = Path(__file__).parent / "switch_mini"
@@ -108,7 +107,7 @@ def positive(text: str) -> int:
 def parse_arguments() -> Settings:
     """Return the preset's settings, changed by the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="switch-mini", help="settings to start from")
@@ -242,4 +241,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

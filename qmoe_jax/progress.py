@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import IO, Any, Self, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -50,11 +50,37 @@ class Tally:
         self._progress(self._done, self._total, self._label)
 
 
+class _Quiet:
+    """A text stream that goes silent when it can no longer be written, as a terminal that was closed."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream, self._gone = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or do nothing once that has failed."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or do nothing once writing has failed."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if not self._gone:
+            try:
+                action()
+            except (OSError, ValueError):  # the latter where the stream itself was closed
+                self._gone = True
+
+
 class ProgressBar:
     """A progress callback that draws a bar with the step, units done, rate and time left.
 
     Used as a context manager, which also removes the bar after an error; without one, the bar ends when all
-    is done. Draws nothing where output is not a terminal.
+    is done. Draws nothing where output is not a terminal, and stops drawing where that is closed.
 
         with ProgressBar("compressing", "experts") as progress:
             qj.compress(path, output, examples, progress=progress)
@@ -69,6 +95,7 @@ class ProgressBar:
             console: where to draw; standard error by default.
         """
         console = console or Console(stderr=True)
+        console.file = cast(IO[str], _Quiet(console.file))
         self._title, self._unit = title, unit
         amount = [MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}")]
         self._bar = Progress(

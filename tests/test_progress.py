@@ -35,3 +35,25 @@ def test_an_error_ends_the_bar():
         progress(0, 8, "")
         raise RuntimeError
     assert bar._bar.live.is_started is False
+
+
+class Closed(io.StringIO):
+    """A terminal that is closed after its first lines."""
+
+    left = 2
+
+    def write(self, text: str) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+@pytest.mark.parametrize("close", [lambda file: setattr(file, "left", 0), io.StringIO.close])
+def test_a_terminal_that_is_closed_ends_the_drawing_only(close):
+    screen = Console(file=Closed(), force_terminal=True, width=120)
+    file = screen.file
+    with ProgressBar("compressing", console=screen) as progress:
+        progress(0, 8, "encoder layer 0")
+        close(file)
+        progress(8, 8, "encoder layer 0")
