@@ -178,9 +178,24 @@ def get_implementation(op: Op, backend: str | Implementation | None = None) -> I
         return backend
     chosen = choose_backend(op, backend)
     implementation = op.load[_entry(chosen)]()
-    return (
-        functools.partial(implementation, interpret=True) if chosen == "pallas_interpret" else implementation
-    )
+    if chosen == "pallas_interpret":
+        implementation = functools.partial(implementation, interpret=True)
+    return in_32_bits(implementation) if _entry(chosen) in ("pallas", "jax_triton") else implementation
+
+
+def in_32_bits(implementation: Implementation) -> Implementation:
+    """Return the implementation, traced as if 64 bits were not enabled.
+
+    Pallas counts the tiles of a loop in the widest integers that are enabled, which 32-bit bounds refuse; and
+    a GPU computes in 64 bits slowly.
+    """
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.enable_x64(False):
+            return implementation(*args, **kwargs)
+
+    return run
 
 
 def _warn_once(refusals: dict[str, str], chosen: str) -> None:

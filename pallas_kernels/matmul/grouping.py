@@ -59,16 +59,17 @@ def group_tokens(expert_index: Int32[Array, "t"], num_experts: int, lanes: int) 
     """Return as many blocks of `lanes` tokens as the worst routing needs. `expert_index` must be in range."""
     tokens = expert_index.shape[0]
     blocks = tokens // lanes + min(num_experts, tokens)
-    counts = jnp.bincount(expert_index, length=num_experts)
-    blocks_end = jnp.cumsum((counts + lanes - 1) // lanes)
-    bounds = jnp.concatenate([jnp.zeros(1, blocks_end.dtype), blocks_end]).astype(jnp.int32)
-    first_token = jnp.cumsum(counts) - counts
+    expert_index = expert_index.astype(jnp.int32)
+    counts = jnp.bincount(expert_index, length=num_experts).astype(jnp.int32)
+    blocks_end = jnp.cumsum((counts + lanes - 1) // lanes, dtype=jnp.int32)
+    bounds = jnp.concatenate([jnp.zeros(1, jnp.int32), blocks_end])
+    first_token = jnp.cumsum(counts, dtype=jnp.int32) - counts
     order = jnp.argsort(expert_index, stable=True)
     sorted_index = expert_index[order]
-    rank = jnp.arange(tokens) - first_token[sorted_index]
+    rank = jnp.arange(tokens, dtype=jnp.int32) - first_token[sorted_index]
     place = bounds[sorted_index] * lanes + rank
-    lane = jnp.zeros(tokens, jnp.int32).at[order].set(place.astype(jnp.int32))
-    expert = jnp.searchsorted(blocks_end, jnp.arange(blocks), side="right").astype(jnp.int32)
+    lane = jnp.zeros(tokens, jnp.int32).at[order].set(place)
+    expert = jnp.searchsorted(blocks_end, jnp.arange(blocks, dtype=jnp.int32), side="right").astype(jnp.int32)
     return TokenBlocks(jnp.where(expert < num_experts, expert, -1), lane, bounds, lanes)
 
 

@@ -71,7 +71,7 @@ def packed_matmul(
     """
     check_operands("packed_matmul", packed, x, expert_index)
     run = get_implementation(OP, backend)
-    return undifferentiable("packed_matmul", run, packed, x, expert_index)
+    return undifferentiable("packed_matmul", run, packed, x, expert_index.astype(jnp.int32))
 
 
 def check_operands(

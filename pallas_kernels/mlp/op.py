@@ -92,4 +92,5 @@ def packed_mlp(
     if scale.shape != x.shape[:1]:
         raise ValueError(f"packed_mlp: expected scale of shape {x.shape[:1]}, found {scale.shape}")
     run = functools.partial(get_implementation(OP, backend), activation=activation)
-    return undifferentiable("packed_mlp", run, pair, wo, x, expert_index, scale.astype(jnp.float32))
+    operands = pair, wo, x, expert_index.astype(jnp.int32), scale.astype(jnp.float32)
+    return undifferentiable("packed_mlp", run, *operands)

@@ -19,8 +19,10 @@ from qmoe_jax.checkpoints.upstream import TernaryMatrix, write_upstream
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.parameters import is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
+@own_settings()
 def convert(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | os.PathLike[str],

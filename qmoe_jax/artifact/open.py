@@ -11,6 +11,7 @@ from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.open import Format, open_format
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.location import Location, local_path
+from qmoe_jax.settings import own_settings
 
 
 def artifact_root(path: str | os.PathLike[str]) -> Path | None:
@@ -41,6 +42,7 @@ FORMATS = (
 """Every format, in the order in which they are looked for."""
 
 
+@own_settings()
 def open_checkpoint(path: str | os.PathLike[str] | Checkpoint, *, check: bool = True) -> Checkpoint:
     """Open what lies at a path: an artifact (an `ArtifactReader`), or a checkpoint of any known format.
 

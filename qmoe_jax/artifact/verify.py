@@ -18,6 +18,7 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.durable import FileRecord, record_of
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Verification:
     bytes: int = 0
 
 
+@own_settings()
 def verify(
     checkpoint: str | os.PathLike[str] | Checkpoint, *, progress: ProgressCallback = no_progress
 ) -> Verification:

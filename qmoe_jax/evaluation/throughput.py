@@ -16,6 +16,7 @@ from qmoe_jax.inference.generate import decode_tokens, encode_prompt
 from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.settings import own_settings
 
 RANDOM_TOKENS = Sampling(1.0)
 """Sampling at temperature 1: greedy tokens soon repeat, and with them the experts."""
@@ -79,6 +80,7 @@ class Throughput:
 class Generator:
     """Generation for one shape of prompts, compiled ahead of time so that expert caches are not changed."""
 
+    @own_settings()
     def __init__(
         self,
         model: SwitchTransformer,
@@ -105,6 +107,7 @@ class Generator:
             model, params, encoded, mask, self._key, new_tokens, sampling
         ).compile()
 
+    @own_settings()
     def measure(self, prompts: Int[np.ndarray, "b n"]) -> Throughput:
         """Generate and measure. Raises `CheckpointError` where experts on disk cannot be read."""
         tokens, mask = jnp.asarray(prompts, jnp.int32), jnp.ones(prompts.shape, bool)

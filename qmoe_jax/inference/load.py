@@ -32,8 +32,10 @@ from qmoe_jax.inference.placement import (
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
 from qmoe_jax.parameters import ExpertKernel, is_expert
+from qmoe_jax.settings import own_settings
 
 
+@own_settings()
 def load_model(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     dtype: DTypeLike = "float32",
@@ -57,6 +59,7 @@ def load_model(
     return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
 
 
+@own_settings()
 def load_compressed(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     dtype: DTypeLike = "float32",

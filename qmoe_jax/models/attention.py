@@ -136,10 +136,14 @@ class Attention(nn.Module):
 
 
 def padding_bias(mask: Bool[Array, "b n"]) -> Float[Array, "b 1 1 n"]:
-    """Return a bias that masks the keys where `mask` is False."""
-    return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+    """Return a bias, float32, that masks the keys where `mask` is False."""
+    return _masked(mask)[:, None, None, :]
 
 
 def causal_bias(queries: Int[Array, "query"], keys: Int[Array, "key"]) -> Float[Array, "1 1 query key"]:
-    """Return a bias that masks keys after the query."""
-    return jnp.where(keys[None, :] <= queries[:, None], 0.0, MASKED)[None, None]
+    """Return a bias, float32, that masks keys after the query."""
+    return _masked(keys[None, :] <= queries[:, None])[None, None]
+
+
+def _masked(mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(mask, jnp.float32(0), jnp.float32(MASKED))

@@ -151,8 +151,8 @@ class Encoder(nn.Module):
 
     def bias(self, mask: Bool[Array, "b n"]) -> Float[Array, "b heads n n"]:
         """Return position bias plus padding mask, the same for every layer."""
-        positions = jnp.arange(mask.shape[1])
-        return self.relpos_bias(positions, positions) + padding_bias(mask)
+        positions = jnp.arange(mask.shape[1], dtype=jnp.int32)
+        return self.relpos_bias(positions, positions) + padding_bias(mask).astype(self.dtype)
 
     def __call__(self, x: Float[Array, "b n embed"], mask: Bool[Array, "b n"]) -> Float[Array, "b n embed"]:
         """Return the output of all blocks and the final norm."""
@@ -182,8 +182,9 @@ class Decoder(nn.Module):
 
     def bias(self, length: int) -> Float[Array, "1 heads m m"]:
         """Return position bias plus causal mask, the same for every layer."""
-        positions = jnp.arange(length)
-        return self.relpos_bias(positions, positions) + causal_bias(positions, positions)
+        positions = jnp.arange(length, dtype=jnp.int32)
+        causal = causal_bias(positions, positions).astype(self.dtype)
+        return self.relpos_bias(positions, positions) + causal
 
     def head(self, x: Float[Array, "b m embed"]) -> Float[Array, "b m embed"] | Float[Array, "b m vocab"]:
         """Apply the final norm and, in untied models, the output projection."""
@@ -208,8 +209,8 @@ class Decoder(nn.Module):
         length: int,
     ) -> Float[Array, "b 1 _"]:
         """Return the output of all blocks and the head for the token at `position`."""
-        keys = jnp.arange(length)
-        bias = self.relpos_bias(position[None], keys) + causal_bias(position[None], keys)
+        query, keys = position[None], jnp.arange(length, dtype=position.dtype)
+        bias = self.relpos_bias(query, keys) + causal_bias(query, keys).astype(self.dtype)
         cross_bias = padding_bias(mask)
         for block in self.layers:
             x = block.step(x, encoded, position, length, bias, cross_bias)

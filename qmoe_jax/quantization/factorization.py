@@ -69,9 +69,9 @@ def factorize(
         The factors. An expert whose Hessian is zero or has no factor gets the identity and is flagged in
         `fallback`.
     """
-    width = hessian.shape[-1]
+    identity = jnp.eye(hessian.shape[-1], dtype=jnp.float32)[None]
     damped = jnp.asarray(hessian, jnp.float32)
-    damped += damping_term(hessian, damping)[:, None, None] * jnp.eye(width)[None]
+    damped += damping_term(hessian, damping)[:, None, None] * identity
     order = None
     if activation_order:
         order = jnp.argsort(_diagonal(hessian), axis=-1, descending=True).astype(jnp.int32)
@@ -80,7 +80,7 @@ def factorize(
     lower = cholesky[:, ::-1, ::-1].swapaxes(1, 2)
     # A failed factorization is all NaN.
     fallback = (_diagonal(hessian) == 0).all(axis=-1) | ~jnp.isfinite(lower).all(axis=(1, 2))
-    lower = jnp.where(fallback[:, None, None], jnp.eye(width)[None], lower)
+    lower = jnp.where(fallback[:, None, None], identity, lower)
     scale = _diagonal(lower)
     return Factor(lower / scale[:, :, None], scale**2, order, fallback)
 

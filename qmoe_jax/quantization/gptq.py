@@ -22,6 +22,7 @@ order, and results are put back into the order of the weights at the end. Only `
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -81,8 +82,8 @@ def gptq(
             f"gptq: weights [expert, out, in] = {w.shape} need a hessian of shape {(experts, width, width)}, "
             f"found {hessian.shape}."
         )
-    if not damping >= 0:
-        raise ValueError(f"gptq: damping must be >= 0, found {damping}.")
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"gptq: damping must be finite and >= 0, found {damping}.")
     factor = factorize(hessian, damping, activation_order=activation_order)
     return gptq_with_factor(
         w,
@@ -164,12 +165,15 @@ def _quantize_columns(
     """Return digits, levels and error, with the columns quantized in the order in which they stand."""
     out, width = w.shape
     size, padding = schedule.block_size, schedule.padded_width - schedule.width
-    lower = jnp.eye(schedule.padded_width).at[:width, :width].set(lower)
+    lower = jnp.eye(schedule.padded_width, dtype=jnp.float32).at[:width, :width].set(lower)
     curvature = jnp.pad(curvature, (0, padding))
-    group_index = jnp.arange(schedule.padded_width) // schedule.group_size
+    group_index = jnp.arange(schedule.padded_width, dtype=jnp.int32) // schedule.group_size
     # The deviations of the columns that are done, and the weights of the others.
     state = jnp.pad(w.T, [(0, padding), (0, 0)])
-    levels = grid.find_levels(w)[None] if schedule.whole_row else jnp.zeros((schedule.padded_groups, out, 2))
+    if schedule.whole_row:
+        levels = grid.find_levels(w)[None]
+    else:
+        levels = jnp.zeros((schedule.padded_groups, out, 2), jnp.float32)
 
     def step(
         carry: tuple[Float[Array, "in out"], Levels], block: Index
@@ -190,7 +194,9 @@ def _quantize_columns(
         state = lax.dynamic_update_slice_in_dim(state, deviation, block * size, axis=0)
         return (state, levels), (digits, error.sum())
 
-    (_, levels), (digits, errors) = lax.scan(step, (state, levels), jnp.arange(schedule.num_blocks))
+    (_, levels), (digits, errors) = lax.scan(
+        step, (state, levels), jnp.arange(schedule.num_blocks, dtype=jnp.int32)
+    )
     # Shape: digits [block, column, out], levels [group, out, 2]
     digits = digits.reshape(-1, out)[:width].T
     return digits, levels[: schedule.num_groups].swapaxes(0, 1), 0.5 * errors.sum()
@@ -205,7 +211,7 @@ def _error_feedback(
         factor = lax.dynamic_slice(lower, (block * block_size, earlier * block_size), (length, block_size))
         return feedback + _dot(factor, lax.dynamic_slice_in_dim(state, earlier * block_size, block_size))
 
-    return lax.fori_loop(0, block, add, jnp.zeros((length, state.shape[1])))
+    return lax.fori_loop(0, block, add, jnp.zeros((length, state.shape[1]), jnp.float32))
 
 
 def _find_levels(

@@ -58,13 +58,13 @@ def add_tokens(
     expert = jnp.where(known, expert_index, num_experts)
     by_expert = jnp.argsort(expert)
     counts = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
-    first_token = jnp.cumsum(counts) - counts
+    first_token = jnp.cumsum(counts, dtype=jnp.int32) - counts
     tiles = -(-counts // tile)
-    end_tile = jnp.cumsum(tiles)
+    end_tile = jnp.cumsum(tiles, dtype=jnp.int32)
 
     def add_tile(i: Int[Array, ""], sums: Float[Array, "expert in in"]) -> Float[Array, "expert in in"]:
         e = jnp.searchsorted(end_tile, i, side="right")
-        offset = (i - end_tile[e] + tiles[e]) * tile + jnp.arange(tile)
+        offset = (i - end_tile[e] + tiles[e]) * tile + jnp.arange(tile, dtype=jnp.int32)
         tokens = x[by_expert[first_token[e] + offset]].astype(jnp.float32)
         tokens = jnp.where((offset < counts[e])[:, None], tokens, 0.0)
         product = jnp.dot(tokens.T, tokens, precision=lax.Precision.HIGHEST)

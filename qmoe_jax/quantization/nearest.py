@@ -44,5 +44,5 @@ def round_to_nearest(
         levels=levels,
         error=0.5 * jnp.sum((w - values) ** 2, axis=(1, 2)),
         fallback=jnp.zeros(num_experts, bool),
-        group_index=jnp.broadcast_to(jnp.arange(width) // size, (num_experts, width)),
+        group_index=jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32) // size, (num_experts, width)),
     )

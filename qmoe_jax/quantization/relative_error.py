@@ -44,7 +44,7 @@ def _energy(w: Float[Array, "expert out in"], factor: Factor) -> Float[Array, "e
     """Return tr(W H Wᵀ) of each expert."""
     if factor.order is not None:
         w = jnp.take_along_axis(w, factor.order[:, None, :], axis=2)
-    energy = jnp.zeros(w.shape[0])
+    energy = jnp.zeros(w.shape[0], jnp.float32)
     width = w.shape[2]
     panel = -(-width // PANELS)
     for start in range(0, width, panel):
