@@ -21,6 +21,7 @@ from flax import traverse_util
 from qmoe_jax.artifact.manifest import ArrayRecord
 from qmoe_jax.files.durable import sync_folder
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.finite import require_finite
 from qmoe_jax.files.tensor import LazyTensor, read_all
 
 DENSE = "dense"
@@ -88,9 +89,11 @@ def stored_record(root: Path, name: str, record: ArrayRecord) -> ArrayRecord:
     """Return shape, dtype and checksum of an array as it lies on disk.
 
     Raises:
-        CheckpointError: it cannot be read, or has another shape or dtype than `record`.
+        CheckpointError: it cannot be read, has another shape or dtype than `record`, or holds a number that
+            is not finite.
     """
-    return _record_of(read_all(dense_tensor(root, name, record)))
+    array = read_all(dense_tensor(root, name, record))
+    return _record_of(require_finite(array, path=root / DENSE, key=name))
 
 
 def _unreadable(root: Path, name: str, expected: str | None, found: str) -> CheckpointError:

@@ -9,7 +9,11 @@ from jaxtyping import Float, Float32, Int, UInt8
 
 from qmoe_jax.artifact.bits import smallest_dtype
 from qmoe_jax.artifact.kinds import PARTS, Codebooks, Kind, Parts, num_groups
+from qmoe_jax.files.finite import first_not_finite
 from qmoe_jax.quantization.quantized import Quantized
+
+LEVELS = frozenset({"levels", "scales"})
+"""The parts of floating-point numbers; a matrix has one of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,18 +67,41 @@ def pack_matrix(
         group_index: the group of each column; stored where it is not `column // group_size`.
 
     Raises:
-        ValueError: the levels do not fit the kind and shape.
+        ValueError: the levels do not fit the kind and shape, or are not finite in the kind's dtype.
     """
     out, width = digits.shape
     groups = num_groups(kind, width)
     if levels.shape != (out, groups, 2):
         raise ValueError(f"expected levels {(out, groups, 2)}, found {levels.shape}")
-    parts = kind.pack(digits, levels, codebooks)
+    _require_finite(levels)
+    with np.errstate(over="ignore"):
+        parts = kind.pack(digits, levels, codebooks)
+    for name in LEVELS & parts.keys():
+        _require_finite(parts[name], levels)
     if kind.group_size is None:
         parts |= {name: parts[name][:, 0] for name in ("levels", "scales", "zeros") if name in parts}
     if group_index is not None and not np.array_equal(group_index, _natural_groups(kind, width)):
         parts["column_group"] = group_index.astype(smallest_dtype(group_index))
     return PackedExpertMatrix(kind, (out, width), {name: parts[name] for name in PARTS if name in parts})
+
+
+def check_levels(matrix: PackedExpertMatrix) -> None:
+    """Check that the levels of a stored matrix are finite.
+
+    Raises:
+        ValueError: one is not; names the row.
+    """
+    for name in LEVELS & matrix.parts.keys():
+        _require_finite(matrix.parts[name])
+
+
+def _require_finite(levels: np.ndarray, exact: Float[np.ndarray, "out group 2"] | None = None) -> None:
+    """Check stored levels, which `exact`, where given, were rounded to."""
+    if (place := first_not_finite(levels)) is not None:
+        found = levels[place] if exact is None else exact[place[:2]]
+        raise ValueError(
+            f"row {place[0]}: expected levels that are finite in {levels.dtype}, found {found.tolist()}"
+        )
 
 
 def unpack_digits(matrix: PackedExpertMatrix, codebooks: Codebooks) -> UInt8[np.ndarray, "out in"]:

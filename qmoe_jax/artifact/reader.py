@@ -16,7 +16,7 @@ from qmoe_jax.artifact.dense import dense_tensor
 from qmoe_jax.artifact.groups import ExpertExtent, GroupFile
 from qmoe_jax.artifact.kinds import Codebooks, Kind, runs_packed
 from qmoe_jax.artifact.manifest import GroupRecord, Manifest
-from qmoe_jax.artifact.matrices import PackedExpertMatrix, dequantize
+from qmoe_jax.artifact.matrices import PackedExpertMatrix, check_levels, dequantize
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import pack
 from qmoe_jax.files.errors import CheckpointError
@@ -47,12 +47,26 @@ class ExpertLayer:
         return self._open(self.groups[index]).extent(expert)
 
     def read(self, experts: slice) -> Iterator[dict[str, PackedExpertMatrix]]:
-        """Yield a range of experts, with one read per group."""
+        """Yield a range of experts, with one read per group.
+
+        Raises:
+            CheckpointError: a file is missing, cut short or another one, or a level is not finite.
+        """
         start, stop, _ = experts.indices(self.num_experts)
         for group in self.groups:
             begin, end = max(start, group.key.start), min(stop, group.key.stop)
             if begin < end:
-                yield from self._open(group).read(begin, end)
+                for number, expert in enumerate(self._open(group).read(begin, end), begin):
+                    yield self._checked(number, expert)
+
+    def _checked(self, number: int, expert: dict[str, PackedExpertMatrix]) -> dict[str, PackedExpertMatrix]:
+        for name, matrix in expert.items():
+            try:
+                check_levels(matrix)
+            except ValueError as error:
+                path, key = self.extent(number).path, f"expert {number}, {name}"
+                raise CheckpointError("is damaged", path=path, key=key, found=str(error)) from error
+        return expert
 
     def files(self) -> Iterator[GroupFile]:
         """Yield the file of every group."""

@@ -63,7 +63,7 @@ def read_params(
     narrow: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Read parameters as nested dicts of device arrays. Memory: the result and one tensor more.
+    """Read parameters as nested dicts of device arrays. Memory: the result, and a tensor twice at a time.
 
     Args:
         checkpoint: what to read.
@@ -71,6 +71,9 @@ def read_params(
         dtype: what the model computes in; parameters are cast by `parameter_dtype`.
         narrow: cast by `narrow_dtype` instead.
         progress: counts parameters; its label is the name of the next one.
+
+    Raises:
+        CheckpointError: a parameter cannot be read, or holds a number that is not finite.
     """
     chosen, arrays = list(checkpoint.names() if names is None else names), {}
     for done, name in enumerate(chosen):
@@ -78,6 +81,6 @@ def read_params(
         kept = parameter_dtype(name, dtype)
         if narrow:
             kept = narrow_dtype(name, dtype, checkpoint.dtype(name), tied=checkpoint.config.tied)
-        arrays[name] = to_device(checkpoint.read(name), kept)
+        arrays[name] = to_device(checkpoint.read_finite(name, dtype=kept), kept)
     progress(len(chosen), len(chosen), "")
     return nest(arrays)

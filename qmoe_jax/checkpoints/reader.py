@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.finite import read_as
 from qmoe_jax.files.tensor import Shard, Tensor, read_all
 from qmoe_jax.parameters import is_expert
 
@@ -65,6 +67,20 @@ class Checkpoint:
         if step != 1:
             raise ValueError(f"{name}: expected a range of experts, found a step of {step}")
         return tensor.read(slice(start, max(start, stop)))
+
+    def read_finite(
+        self, name: str, experts: slice | None = None, *, dtype: npt.DTypeLike | None = None
+    ) -> np.ndarray:
+        """Return what `read` does, cast to `dtype` (by default as stored), once every number is finite.
+
+        Raises:
+            CheckpointError: as `read`; or a number is NaN or infinite, as stored or after the cast: it names
+                the expert and the position.
+            ValueError: as `read`.
+        """
+        array = self.read(name, experts)
+        first = (experts or slice(None)).indices(self.shape(name)[0])[0] if is_expert(name) else None
+        return read_as(array, dtype or array.dtype, path=self.path, key=name, first=first)
 
     def shards(self) -> Sequence[Shard]:
         """Return the files, each with its size and what is wrong with it (missing, cut short)."""

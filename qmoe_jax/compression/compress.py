@@ -32,8 +32,10 @@ from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
+@own_settings(matmul_precision=True)
 def compress(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     output: str | Path,
@@ -61,7 +63,9 @@ def compress(
         progress: called with the number of experts done; a dense layer counts as one.
 
     Raises:
-        CheckpointError: the checkpoint or the output cannot be used; nothing has been written then.
+        CheckpointError: the checkpoint or the output cannot be used; nothing has been written then. Or an
+            expert holds a number that is not finite, or the model overflows in a layer: both are named when
+            they are reached, and the groups before them stay.
         ValueError: the examples or the options do not fit the model.
     """
     began = time.monotonic()
@@ -87,11 +91,13 @@ def compress(
             return CompressionReport.read(output)
         for name, content in attachments.items():
             writer.attach(name, content)
+        compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
+        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
+        for name in skipped:
+            reader.read_finite(name)  # raises before any work, for they are copied at the end
         with _staged_in(writer.root / ".staging", reader) as staged_reader, blas_on_one_thread():
             groups = GroupStore(staged_reader, writer, config, kinds, codebooks)
             Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
-        compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
-        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
         writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
         groups.exact.remove()

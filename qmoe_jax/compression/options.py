@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from qmoe_jax.config import SwitchConfig
@@ -67,8 +68,8 @@ class CompressionConfig:
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, found {value!r}")
         for name, least in {"damping": 0, "group_size": 1, "token_cap": 0, "experts_per_group": 1}.items():
-            if (value := getattr(self, name)) is not None and not value >= least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+            if (value := getattr(self, name)) is not None and not least <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least {least}, found {value}")
 
     @property
     def grid(self) -> Grid:

@@ -54,7 +54,8 @@ def _rounded_sparsity(reader: Checkpoint, config: CompressionConfig, matrix: str
     zeros = total = 0
     for stack in config.compressed_stacks:
         for layer in reader.config.sparse_layers(stack)[:1]:
-            kernel = reader.read(ExpertKernel(stack, layer, matrix).path, slice(0, 1)).astype(np.float32)
+            name = ExpertKernel(stack, layer, matrix).path
+            kernel = reader.read_finite(name, slice(0, 1), dtype=np.float32)
             digits = round_to_nearest(kernel.swapaxes(1, 2), config.grid, group_size=config.group_size).digits
             zeros, total = zeros + int((np.asarray(digits) == 0).sum()), total + digits.size
     return zeros / max(total, 1)

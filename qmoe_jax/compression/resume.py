@@ -54,7 +54,7 @@ class GroupStore:
         """Read the original matrices of a group, float32 `[expert, in, out]`."""
         part = slice(experts.start, experts.stop)
         return {
-            matrix: self.reader.read(ExpertKernel(stack, layer, matrix).path, part).astype(np.float32)
+            matrix: self.reader.read_finite(ExpertKernel(stack, layer, matrix).path, part, dtype=np.float32)
             for matrix in expert_matrices(self.reader.config)
         }
 
@@ -76,6 +76,8 @@ class GroupStore:
             self.config,
             self.kinds,
             self.codebooks,
+            self.reader.path,
+            key,
         )
         self.exact.write(key, group.levels)
         self.writer.write_group(stack, layer, experts.start, group.experts)

@@ -14,7 +14,7 @@ from qmoe_jax.parameters import is_expert
 
 def read_dense(reader: Checkpoint) -> dict[str, np.ndarray]:
     """Read every parameter outside the experts, in its stored dtype."""
-    return {name: reader.read(name) for name in reader.names() if not is_expert(name)}
+    return {name: reader.read_finite(name) for name in reader.names() if not is_expert(name)}
 
 
 def checkpoint_digest(reader: Checkpoint, dense: Mapping[str, np.ndarray]) -> str:

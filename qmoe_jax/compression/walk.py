@@ -58,7 +58,7 @@ class Walk:
         states = self._embed(0)
         encoder = EncoderLayers(
             self.model, self._params("encoder/relpos_bias/", "encoder/encoder_norm/"), states,
-            plan_batches(states.lengths),
+            plan_batches(states.lengths), path=self.groups.reader.path,
         )  # fmt: skip
         self._run_stack("encoder", encoder, tally)
         if "decoder" in self.stacks:
@@ -66,7 +66,7 @@ class Walk:
             states = self._embed(1)
             decoder = DecoderLayers(
                 self.model, self._params("decoder/relpos_bias/"), states,
-                plan_batches(states.lengths), encoder.states,
+                plan_batches(states.lengths), encoder.states, path=self.groups.reader.path,
             )  # fmt: skip
             self._run_stack("decoder", decoder, tally)
 
@@ -118,5 +118,5 @@ class Walk:
                 weights = self.groups.original(stack, layer, experts)
             if len(where):
                 outputs = run_experts(tokens.x, tokens.expert, weights, self.model)
-                layers.add_experts(where, routed.probability[where], outputs)
+                layers.add_experts(layer, where, routed.probability[where], outputs)
             tally.advance(len(experts))

@@ -11,12 +11,14 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from qmoe_jax.artifact.open import open_checkpoint
+from qmoe_jax.artifact.report import to_json
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data import Examples, check_examples
 from qmoe_jax.evaluation.predictions import compare_predictions
 from qmoe_jax.evaluation.side_by_side import LayerComparison, SideBySide
 from qmoe_jax.evaluation.tensors import Pair
 from qmoe_jax.progress import ProgressCallback, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Comparison:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return dataclasses.asdict(self)
+        """Return the fields as JSON values: null for an infinite error."""
+        return to_json(dataclasses.asdict(self))
 
 
+@own_settings()
 def compare(
     original: str | os.PathLike[str] | Checkpoint,
     compressed: str | os.PathLike[str] | Checkpoint,

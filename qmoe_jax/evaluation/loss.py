@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.data import Examples, batches, check_examples
+from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
+from qmoe_jax.settings import own_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,13 @@ def score(
     """
     logits = model.apply({"params": params}, encoder, decoder)[:, :-1]
     targets = decoder[:, 1:]
-    real = jnp.arange(targets.shape[1]) < lengths[:, None] - 1
+    real = jnp.arange(targets.shape[1], dtype=jnp.int32)[None] < lengths[:, None] - 1
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     correct = (jnp.argmax(logits, axis=-1) == targets) & real
     return jnp.sum(jnp.where(real, losses, 0.0), axis=1), jnp.sum(correct, axis=1)
 
 
+@own_settings()
 def evaluate(
     model: SwitchTransformer,
     params: dict[str, Any],
@@ -75,7 +78,8 @@ def evaluate(
         progress: called with the number of examples done.
 
     Raises:
-        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary.
+        ValueError: examples are missing, one has no token to predict, or an id is outside the vocabulary; or
+            a loss is not finite: it names the part of the model in which numbers first are not.
         CheckpointError: experts on disk that were needed cannot be read.
     """
     check_examples(examples, model.config.vocab_size, min_decoder=2)
@@ -85,6 +89,8 @@ def evaluate(
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
         with raise_store_errors(params):
             losses, hits = map(np.asarray, score(model, params, batch.encoder, batch.decoder, batch.lengths))
+            if not np.isfinite(losses).all():
+                raise ValueError(describe_overflow(model, params, batch.encoder, batch.decoder))
         sums[part], correct[part] = losses[: part.stop - part.start], hits[: part.stop - part.start]
         tally.advance(part.stop - part.start)
     tokens = np.array([len(decoder) - 1 for _, decoder in examples])

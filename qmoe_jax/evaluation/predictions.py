@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qmoe_jax.evaluation.tensors import Pair
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.blockwise.states import HiddenStates
 from qmoe_jax.models.layers import Dense, Embedding
 from qmoe_jax.parameters import EMBEDDING, LOGITS
@@ -48,6 +49,9 @@ def compare_predictions(
         states: each decoder's states after its final norm.
         tokens: each example's decoder ids, at least 2.
         dtype: dtype of the computation.
+
+    Raises:
+        CheckpointError: a model's logits are not finite.
     """
     heads = _heads(pair, dtype)
     ends = np.cumsum([len(ids) for ids in tokens])
@@ -60,6 +64,16 @@ def compare_predictions(
         x = [np.pad(mine.values[part], ((0, pad), (0, 0))).astype(np.dtype(dtype)) for mine in states]
         scores = _score(heads, x, np.pad(targets[start : start + TOKENS], (0, pad)), pair.config.tied)
         sums += [np.sum(np.asarray(score)[: len(part)], dtype=np.float64) for score in scores]
+        for path, loss in zip(pair.paths, sums[:2], strict=True):
+            if not np.isfinite(loss):
+                raise CheckpointError(
+                    f"the model's logits are not finite in {np.dtype(dtype)}",
+                    path=path,
+                    key=EMBEDDING if pair.config.tied else LOGITS,
+                    expected="finite losses",
+                    found=loss,
+                    remedy="the weights of the head are too large: take another copy of the checkpoint",
+                )
     original, compressed, agreement, divergence = (sums / len(where)).tolist()
     return Predictions(len(where), (original, compressed), agreement, divergence)
 

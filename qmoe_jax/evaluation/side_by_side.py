@@ -63,13 +63,15 @@ class SideBySide:
         tally = Tally(progress, sum(sum(experts_per_layer(self.pair.config, stack)) for stack in STACKS))
         states = self._embed()
         encoders = [
-            EncoderLayers(config, params, mine, plan_batches(mine.lengths), self.dtype)
-            for config, params, mine in self._sides("encoder", states["encoder"])
+            EncoderLayers(config, params, mine, plan_batches(mine.lengths), self.dtype, path=path)
+            for path, config, params, mine in self._sides("encoder", states["encoder"])
         ]
         layers = [*self._stack("encoder", encoders, tally)]
         decoders = [
-            DecoderLayers(config, params, mine, plan_batches(mine.lengths), encoder.states, self.dtype)
-            for (config, params, mine), encoder in zip(
+            DecoderLayers(
+                config, params, mine, plan_batches(mine.lengths), encoder.states, self.dtype, path=path
+            )
+            for (path, config, params, mine), encoder in zip(
                 self._sides("decoder", states["decoder"]), encoders, strict=True
             )
         ]
@@ -97,11 +99,11 @@ class SideBySide:
 
     def _sides(
         self, stack: str, states: Sequence[HiddenStates]
-    ) -> Iterator[tuple[SwitchConfig, Params, HiddenStates]]:
-        """Return each model's architecture, parameters of the stack outside its layers, and states."""
+    ) -> Iterator[tuple[Path | str, SwitchConfig, Params, HiddenStates]]:
+        """Return each model's path, architecture, parameters of the stack outside its layers, and states."""
         names = [*self.pair.names(f"{stack}/relpos_bias/"), *self.pair.names(f"{stack}/{stack}_norm/")]
         params = [mine[stack] for mine in self.pair.params(names, self.dtype)]
-        return zip(self.pair.configs, params, states, strict=True)
+        return zip(self.pair.paths, self.pair.configs, params, states, strict=True)
 
     def _stack(self, stack: str, sides: Sequence[EncoderLayers], tally: Tally) -> Iterator[LayerComparison]:
         """Run every layer of a stack and its final norm."""
@@ -154,7 +156,8 @@ class SideBySide:
             where = np.flatnonzero((expert >= experts.start) & (expert < experts.stop))
             if len(where):
                 x, chosen = side.expert_inputs(layer, where), expert[where] - experts.start
-                side.add_experts(where, probability[where], run_experts(x, chosen, mine, side.config))
+                outputs = run_experts(x, chosen, mine, side.config)
+                side.add_experts(layer, where, probability[where], outputs)
 
 
 def cosines(

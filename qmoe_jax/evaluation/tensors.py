@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -87,6 +88,11 @@ class Pair:
         """Both architectures, which may differ in settings that change no tensor's shape."""
         return self.original.config, self.compressed.config
 
+    @property
+    def paths(self) -> tuple[Path | str, Path | str]:
+        """Both checkpoints' paths."""
+        return self.original.path, self.compressed.path
+
     def names(self, prefix: str) -> list[str]:
         """Return the parameters whose paths begin with `prefix`."""
         return [name for name in self.original.names() if name.startswith(prefix)]
@@ -94,7 +100,7 @@ class Pair:
     def read(self, name: str, dtype: DTypeLike) -> tuple[Array, Array]:
         """Read a parameter of each, cast to `dtype`, onto the default device."""
         original, compressed = (
-            jax.device_put(reader.read(name).astype(np.dtype(dtype)))
+            jax.device_put(reader.read_finite(name, dtype=dtype))
             for reader in (self.original, self.compressed)
         )
         return original, compressed
@@ -130,8 +136,8 @@ class Pair:
         for name in filter(is_expert, self.names(f"{layer}/")):
             matrix = ExpertKernel.parse(name).matrix
             for reader, mine in zip((self.original, self.compressed), weights, strict=True):
-                array = reader.read(name, slice(experts.start, experts.stop))
-                mine[matrix] = jax.device_put(array.astype(np.float32, copy=False))
+                part = slice(experts.start, experts.stop)
+                mine[matrix] = jax.device_put(reader.read_finite(name, part, dtype=np.float32))
             self._measure(name, weights[0][matrix], weights[1][matrix])
         return weights
 

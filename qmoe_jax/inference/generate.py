@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
 from qmoe_jax.models import SwitchTransformer
+from qmoe_jax.settings import own_settings
+
+NOT_FINITE = -1
+"""The token that stands where logits are not finite."""
 
 
 class _State(NamedTuple):
@@ -44,7 +49,7 @@ def decode_tokens(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Int[Array, "b new"]:
-    """Return the decoder's tokens, int32, given the encoder output."""
+    """Return the decoder's tokens, int32, given the encoder output; `NOT_FINITE` where logits are not."""
     config, rows = model.config, encoded.shape[0]
 
     def advance(state: _State) -> _State:
@@ -53,9 +58,11 @@ def decode_tokens(
             method="decode_step", mutable=["cache"],
         )  # fmt: skip
         key, use = jax.random.split(state.key)
-        chosen = jnp.where(state.ended, config.pad_id, sampling.choose(logits[:, 0], use))
+        finite = jnp.isfinite(logits[:, 0]).all(axis=-1)
+        chosen = jnp.where(finite, sampling.choose(logits[:, 0], use), NOT_FINITE)
+        chosen = jnp.where(state.ended, config.pad_id, chosen)
         written = lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.step, 1)
-        ended = state.ended | (chosen == config.eos_id)
+        ended = state.ended | (chosen == config.eos_id) | (chosen == NOT_FINITE)
         return _State(state.step + 1, written, chosen[:, None], ended, changed, key)
 
     # The first step creates the caches, so it runs before the loop.
@@ -71,6 +78,7 @@ def decode_tokens(
     return lax.while_loop(unfinished, advance, advance(start)).tokens
 
 
+@own_settings()
 def generate(
     model: SwitchTransformer,
     params: dict[str, Any],
@@ -98,7 +106,8 @@ def generate(
 
     Raises:
         CheckpointError: an expert on disk cannot be read.
-        ValueError: `max_new_tokens` is below 1.
+        ValueError: `max_new_tokens` is below 1, or logits are not finite: it names the part of the model in
+            which they first become so.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
@@ -107,4 +116,9 @@ def generate(
     with raise_store_errors(params):
         encoded = encode_prompt(model, params, tokens, mask)
         key = jax.random.key(seed)
-        return decode_tokens(model, params, encoded, mask, key, max_new_tokens, sampling).block_until_ready()
+        written = decode_tokens(model, params, encoded, mask, key, max_new_tokens, sampling)
+        if bool((written == NOT_FINITE).any()):
+            start = jnp.full((len(tokens), 1), model.config.decoder_start_id, jnp.int32)
+            told = jnp.concatenate([start, jnp.maximum(written, 0)], axis=1)
+            raise ValueError(describe_overflow(model, params, tokens, told, mask))
+        return written

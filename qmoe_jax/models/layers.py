@@ -62,12 +62,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        """Divide by the root mean square and multiply by `scale`."""
+        """Divide by the root mean square and multiply by `scale`; NaN, not zeros, where squares overflow."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],))
         x = x.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(self.dtype) * scale.astype(self.dtype)
+        factor = lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        x = x * jnp.where(factor > 0, factor, jnp.float32(jnp.nan))
+        return x.astype(self.dtype) * jnp.broadcast_to(scale.astype(self.dtype), x.shape)
 
 
 class Embedding(nn.Module):

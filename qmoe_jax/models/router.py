@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,6 +27,13 @@ class SequenceCapacity:
     tokens: int
     dropped: Literal["zero", "input"] = "zero"
 
+    def __post_init__(self) -> None:
+        """Check the values. Raises `ValueError` for one that is out of range."""
+        if not self.tokens >= 0:
+            raise ValueError(f"tokens: expected at least 0, found {self.tokens}")
+        if self.dropped not in ("zero", "input"):
+            raise ValueError(f"dropped: expected 'zero' or 'input', found {self.dropped!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupCapacity:
@@ -45,6 +53,14 @@ class GroupCapacity:
     minimum: int = 4
     max_group_size: int = 8192
     replicas: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises `ValueError` for one that is out of range."""
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor: expected a finite number above 0, found {self.factor}")
+        for name, least in {"minimum": 0, "max_group_size": 1, "replicas": 1}.items():
+            if not (value := getattr(self, name)) >= least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
 
     def group_size(self, tokens: int, num_experts: int) -> int:
         """Return the tokens per group.
@@ -122,7 +138,7 @@ class Router(nn.Module):
         logits = self.router_weights(x)
         self.sow("intermediates", "router_logits", logits)
         probabilities = jax.nn.softmax(logits, axis=-1)
-        expert = jnp.argmax(probabilities, axis=-1)
+        expert = jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
         return Routing(
             expert, jnp.max(probabilities, axis=-1), within_capacity(expert, self.num_experts, self.capacity)
         )
@@ -135,7 +151,7 @@ def load_balancing_loss(logits: Float[Array, "group token expert"]) -> Float[Arr
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     num_experts = logits.shape[-1]
-    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts)
+    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_experts, dtype=logits.dtype)
     return num_experts * jnp.mean(jnp.sum(chosen.mean(1) * probabilities.mean(1), axis=-1))
 
 

@@ -7,7 +7,16 @@ import pytest
 
 from qmoe_jax import convert
 from qmoe_jax.checkpoints import Checkpoint, open_dense
-from tests.helpers.checkpoint_samples import BFLOAT16, DATA, EXPERTS, LAYOUTS, TINY, random_parameters
+from qmoe_jax.files.errors import CheckpointError
+from tests.helpers.checkpoint_samples import (
+    BFLOAT16,
+    DATA,
+    EXPERTS,
+    LAYOUTS,
+    TINY,
+    memory_checkpoint,
+    random_parameters,
+)
 
 ORIGINALS = ("hf_tiny_a", "t5x/switch_c_tiny_f32")
 
@@ -37,6 +46,25 @@ def test_converting_rounds_on_request(format: str, tmp_path: Path) -> None:
     source = open_dense(LAYOUTS["safetensors"](tmp_path / "source", TINY, parameters))
     checkpoint = open_dense(convert(source, tmp_path / "out", format, dtype=BFLOAT16))  # type: ignore[arg-type]
     assert checkpoint.read(EXPERTS).tobytes() == parameters[EXPERTS].astype(BFLOAT16).tobytes()
+
+
+@pytest.mark.parametrize("format", ["t5x", "huggingface"])
+def test_a_conversion_that_would_overflow_is_refused_by_name(format: str, tmp_path: Path) -> None:
+    parameters = random_parameters(dtype=np.dtype(np.float32))
+    parameters[EXPERTS][3, 2, 1] = 3.4e38
+    source = memory_checkpoint(TINY, parameters)
+    with pytest.raises(CheckpointError, match="beyond the range of bfloat16") as raised:
+        convert(source, tmp_path / "out", format, dtype=BFLOAT16)  # type: ignore[arg-type]
+    assert raised.value.key == f"{EXPERTS}, expert 3, element [2, 1]"
+
+
+@pytest.mark.parametrize("format", ["t5x", "huggingface"])
+def test_a_conversion_copies_what_is_not_finite(format: str, tmp_path: Path) -> None:
+    parameters = random_parameters()
+    parameters[EXPERTS][3, 2, :2] = np.nan, np.inf
+    source = memory_checkpoint(TINY, parameters)
+    copy = open_dense(convert(source, tmp_path / "out", format))  # type: ignore[arg-type]
+    assert copy.read(EXPERTS).tobytes() == parameters[EXPERTS].tobytes()
 
 
 def test_converting_to_an_unknown_format_is_refused(tmp_path: Path) -> None:

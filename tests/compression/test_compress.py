@@ -1,7 +1,6 @@
 """Compression against upstream's own runs, and its own promises: resumption, reporting, refusal."""
 
 import collections
-import dataclasses
 import hashlib
 import json
 
@@ -13,7 +12,6 @@ import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression import resume
 from qmoe_jax.compression.exact import FOLDER
-from qmoe_jax.files.tensor import in_memory
 from qmoe_jax.parameters import is_expert
 from tests.helpers.golden_digits import Problem
 
@@ -179,6 +177,10 @@ def test_bad_input_is_refused_before_anything_is_written(data, tmp_path, example
         ("bits", 5),
         ("method", "magic"),
         ("damping", -0.1),
+        ("damping", float("nan")),
+        ("damping", float("inf")),
+        ("token_cap", float("nan")),
+        ("token_cap", float("inf")),
         ("group_size", 0),
         ("codebook", "huffman"),
         ("skip", "both"),
@@ -238,45 +240,5 @@ def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
     config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip="decoder")
     qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:2], config)
     assert {count for name, count in reads.items() if not is_expert(name)} == {1}
-    assert {count for name, count in reads.items() if is_expert(name) and name.startswith("decoder")} == {1}
-
-
-def damaged_model(data, path, values):
-    """Write a copy of the tiny model, in Hugging Face's format, with `values` at places of its tensors."""
-    reader, tensors = qj.open_checkpoint(data / "hf_tiny_a"), {}
-    for name, (place, value) in values.items():
-        array = reader.read(name)
-        array[place] = value
-        tensors[name] = in_memory(array)
-    return qj.convert(dataclasses.replace(reader, tensors={**reader.tensors, **tensors}), path, "huggingface")
-
-
-@pytest.mark.parametrize(
-    ("values", "starved"),
-    [
-        ({"encoder/layers_1/mlp/expert/wi/kernel": ((2, 5, 7), np.nan)}, "weight"),
-        ({"encoder/layers_1/pre_mlp_layer_norm/scale": ((3,), np.inf)}, "hessian"),
-        ({"encoder/layers_1/pre_mlp_layer_norm/scale": ((3,), np.nan)}, "hessian"),
-    ],
-    ids=["NaN weight", "infinite inputs", "NaN inputs"],
-)
-def test_figures_that_are_not_finite_do_not_stop_a_compression(
-    data, samples, tmp_path, monkeypatch, values, starved
-):
-    model = damaged_model(data, tmp_path / "damaged", values)
-    config = qj.CompressionConfig(sentinel_start=SENTINELS, experts_per_group=4)
-    calls = stop_at_group(monkeypatch, 8)
-    with pytest.raises(KeyboardInterrupt):
-        qj.compress(model, tmp_path / "out", samples[:4], config)
-    report = qj.compress(model, tmp_path / "out", samples[:4], config)
-    assert len(calls) == 9
-    assert qj.verify(tmp_path / "out").ok
-    layer = [group for group in report.groups if (group.stack, group.layer) == ("encoder", 1)]
-    errors = [error for group in layer for error in group.matrices["wi"].output_error]
-    if starved == "weight":
-        assert [i for i, error in enumerate(errors) if np.isnan(error)] == [2]
-        assert b"null" in (tmp_path / "out" / "report.json").read_bytes()
-    else:
-        assert all(all(group.matrices["wi"].fallback) for group in layer)
-        assert np.isfinite(errors).all()  # those of rounding to nearest
-        assert len(report.fallbacks) > 16
+    # Those of a skipped stack are checked before any work, and copied at the end.
+    assert {count for name, count in reads.items() if is_expert(name) and name.startswith("decoder")} == {2}

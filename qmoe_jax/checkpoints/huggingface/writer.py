@@ -15,6 +15,7 @@ from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.files.durable import make_empty_folder, write_json
+from qmoe_jax.files.finite import cast
 from qmoe_jax.files.safetensors import nbytes, write_safetensors
 from qmoe_jax.parameters import EMBEDDING, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -53,8 +54,8 @@ def write_huggingface(
         progress: counts the tensors of the files; its label is the parameter.
 
     Raises:
-        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
-            layers.
+        CheckpointError: the directory is not empty, config.json cannot express the pattern of sparse layers,
+            or a value overflows in `dtype`.
     """
     directory = make_empty_folder(Path(directory))
     stated = config_json(checkpoint.config, np.dtype(dtype or checkpoint.dtype(EMBEDDING)))
@@ -117,7 +118,9 @@ def _arrays(
             for i, entry in enumerate(part):
                 report(name)
                 array = values if first is None else values[i]
-                yield (array if name == EMBEDDING else array.T).astype(entry.dtype)
+                key = name if entry.expert is None else f"{name}, expert {entry.expert}"
+                array = cast(array, entry.dtype, path=checkpoint.path, key=key)
+                yield array if name == EMBEDDING else array.T
 
 
 def _shards(entries: Sequence[_Entry], shard_bytes: int) -> list[list[_Entry]]:

@@ -19,6 +19,7 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.t5x.reader import stored_name
 from qmoe_jax.files.durable import sync_folder, write_durably
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.finite import cast
 from qmoe_jax.files.msgpack import encode_tree
 from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.parameters import is_expert
@@ -57,7 +58,7 @@ def write_t5x(
         progress: counts the ranges that are read; its label is the parameter.
 
     Raises:
-        CheckpointError: there is a checkpoint of this step already.
+        CheckpointError: there is a checkpoint of this step already, or a value overflows in `dtype`.
     """
     tensors = {name: checkpoint.tensors[name] for name in checkpoint.names()}
     return _write_tensors(tensors, Path(directory), step, dtype, progress)
@@ -102,7 +103,7 @@ def _write_tensors(
     temporary = final.with_name(f"{final.name}.tmp-{int(time.time())}")
     temporary.mkdir(parents=True)
     specs = {name: _spec(name, tensor, dtype) for name, tensor in tensors.items()}
-    _write_arrays(_create(temporary, specs), tensors, progress)
+    _write_arrays(_create(temporary, specs), tensors, final, progress)
     leaves = {name: {**spec, "kvstore": _kvstore("", name)} for name, spec in specs.items()}
     optimizer = {
         # No empty dict anywhere: T5X's `load_t5x_checkpoint` takes one for an array.
@@ -142,9 +143,15 @@ def _create(directory: Path, specs: Mapping[str, dict[str, Any]]) -> dict[str, t
 
 
 def _write_arrays(
-    stores: Mapping[str, ts.TensorStore], tensors: Mapping[str, Tensor], progress: ProgressCallback
+    stores: Mapping[str, ts.TensorStore],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    progress: ProgressCallback,
 ) -> None:
-    """Write all values, with at most `_RANGE_BYTES` (or a single larger range) under way."""
+    """Write all values, with at most `_RANGE_BYTES` (or a single larger range) under way.
+
+    Raises `CheckpointError`, which names `path`, where a value overflows in the dtype that is written.
+    """
     parts = [
         (name, slice(start, start + rows))
         for name, tensor in tensors.items()
@@ -155,7 +162,8 @@ def _write_arrays(
     for done, (name, rows) in enumerate(parts):
         progress(done, len(parts), name)
         store = stores[name]
-        values = tensors[name].read(rows).astype(store.dtype.numpy_dtype)
+        first = rows.start if is_expert(name) else None
+        values = cast(tensors[name].read(rows), store.dtype.numpy_dtype, path=path, key=name, first=first)
         while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
             under_way.popleft()[1].result()
         under_way.append((values.nbytes, (store[rows] if store.rank else store).write(values)))

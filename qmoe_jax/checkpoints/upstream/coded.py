@@ -12,6 +12,7 @@ from jaxtyping import BFloat16
 from pallas_kernels import PackedMatrix
 from qmoe_jax.coding import EncodedRows, decode, pack, upstream_codebook
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.finite import require_finite
 from qmoe_jax.files.tensor import read_all
 from qmoe_jax.files.torch_pickle import TorchTensor
 from qmoe_jax.quantization import ternary_grid
@@ -37,9 +38,11 @@ class CodedMatrix:
         return self.offsets.shape[0] - 1
 
     def read(self) -> tuple[EncodedRows, BFloat16[np.ndarray, "out 2"]]:
-        """Return the codewords, and the minimum and maximum of each row."""
+        """Return the codewords, and the minimum and maximum of each row, finite (else `CheckpointError`)."""
         encoded = EncodedRows(read_all(self.codes).view(np.uint16), read_all(self.offsets))
-        return encoded, read_all(self.levels).reshape(-1, 2)
+        levels = read_all(self.levels).reshape(-1, 2)
+        require_finite(levels, path=self.levels.storage.file, key=self.levels.key)
+        return encoded, levels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import BFloat16, Float, UInt8
 
 from qmoe_jax.checkpoints.huggingface import names
 from qmoe_jax.checkpoints.huggingface.config import config_json
@@ -18,6 +18,7 @@ from qmoe_jax.checkpoints.upstream.reader import CODES, DENSE_FILE, LEVELS, OFFS
 from qmoe_jax.coding import encode, upstream_codebook
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import make_empty_folder, write_json
+from qmoe_jax.files.finite import cast
 from qmoe_jax.files.torch_writer import save_torch
 from qmoe_jax.parameters import EMBEDDING, STACKS, expert_kernels, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -48,8 +49,8 @@ def write_upstream(
         progress: counts expert matrices; its label is the kernel.
 
     Raises:
-        CheckpointError: the directory is not empty, or config.json cannot express the pattern of sparse
-            layers.
+        CheckpointError: the directory is not empty, config.json cannot express the pattern of sparse layers,
+            or a value overflows in bfloat16.
     """
     directory = make_empty_folder(Path(directory))
     config = _config(checkpoint.config)
@@ -62,7 +63,9 @@ def write_upstream(
             for name in kernels:
                 progress(next(done), total, name)
                 prefix = names.to_huggingface(name, expert).removesuffix(".weight")
-                matrix = _matrix_entries(*ternary(name, expert))
+                digits, levels = ternary(name, expert)
+                levels = cast(levels, _BFLOAT16, path=checkpoint.path, key=f"{name}, expert {expert}, levels")
+                matrix = _matrix_entries(digits, levels)
                 sizes[prefix] = matrix[CODES].size
                 entries |= {f"{prefix}.{key}": array for key, array in matrix.items()}
         save_torch(directory / f"exp{number:02}.pt", entries)
@@ -80,13 +83,13 @@ def _sparse_layers(config: SwitchConfig) -> list[list[str]]:
 
 
 def _matrix_entries(
-    digits: UInt8[np.ndarray, "out in"], levels: Float[np.ndarray, "out 2"]
+    digits: UInt8[np.ndarray, "out in"], levels: BFloat16[np.ndarray, "out 2"]
 ) -> dict[str, np.ndarray]:
     encoded = encode(digits, upstream_codebook())
     return {
         CODES: np.asarray(encoded.codes).view(np.int16),
         OFFSETS: np.asarray(encoded.row_offsets),
-        LEVELS: np.asarray(levels).astype(_BFLOAT16).reshape(-1),
+        LEVELS: levels.reshape(-1),
         PLACEHOLDER: np.empty(0, _BFLOAT16),
     }
 
@@ -101,9 +104,11 @@ def _dense_entries(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         else:
             # Linear layers are T5X's kernels; a position bias is a matrix too, but an embedding to upstream.
             dtype = _BFLOAT16 if name.endswith("/kernel") else array.dtype
-            entries[names.to_huggingface(name)] = np.ascontiguousarray(array.T).astype(dtype)
+            array = cast(array, dtype, path=checkpoint.path, key=name)
+            entries[names.to_huggingface(name)] = np.ascontiguousarray(array.T)
     if checkpoint.config.tied:
-        entries[names.HEAD] = entries[names.EMBEDDING].astype(_BFLOAT16)
+        table = entries[names.EMBEDDING]
+        entries[names.HEAD] = cast(table, _BFLOAT16, path=checkpoint.path, key=EMBEDDING)
     return entries
 
 

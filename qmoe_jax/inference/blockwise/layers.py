@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data.batching import round_up
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE, HiddenStates, PaddedExamples, mask_of
 from qmoe_jax.models.attention import padding_bias
 from qmoe_jax.models.layers import RMSNorm
@@ -58,16 +59,33 @@ def _decoder_bias(decoder: Decoder, relpos: Params, length: int) -> Array:
     return decoder.apply({"params": {"relpos_bias": relpos}}, length, method="bias")
 
 
+def _sound(states: np.ndarray) -> np.ndarray:
+    """Return which tokens of `[*token, feature]` have a finite sum of squares, as the norms compute it.
+
+    A norm would make zeros of finite states whose squares overflow, and nobody would know.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = states.astype(np.float32, copy=False)
+        return np.isfinite(np.einsum("...e,...e->...", rows, rows))
+
+
 class EncoderLayers:
     """Steps of the encoder's layers over stored hidden states.
 
+    A step raises `CheckpointError` where it makes a hidden state or router probability that is not finite; it
+    names the checkpoint, the layer, its part and the token.
+
     Attributes:
+        stack: name of the stack.
         config: the architecture.
         params: parameters of the stack; a step reads only those of its layer, and no experts.
         states: hidden states of all tokens, updated in place.
         batches: batches that cover all examples.
         dtype: dtype of the computation.
+        path: the checkpoint, for errors.
     """
+
+    stack = "encoder"
 
     def __init__(
         self,
@@ -76,9 +94,11 @@ class EncoderLayers:
         states: HiddenStates,
         batches: list[PaddedExamples],
         dtype: DTypeLike = jnp.float32,
+        *,
+        path: object,
     ):
         self.config, self.params, self.states, self.batches = config, stack_params, states, batches
-        self.dtype = np.dtype(dtype)
+        self.dtype, self.path = np.dtype(dtype), path
 
     def block(self, layer: int) -> Block:
         """Return the module of a layer."""
@@ -100,7 +120,7 @@ class EncoderLayers:
         block, params = self.block(layer), self.params[f"layers_{layer}"]
         for batch in self.batches:
             x = _attend(block, params, self.gather(batch), *self.context(batch))
-            self.states.scatter(batch, np.asarray(x))
+            self._store(batch, x, f"layer {layer}, attention")
 
     def route(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the expert (int32) and router probability (float32) of every token."""
@@ -111,13 +131,15 @@ class EncoderLayers:
             chosen, chance = _route(block, params, self.gather(batch))
             real, where = mask_of(batch, self.states.lengths), self.states.flat(batch)
             expert[where], probability[where] = np.asarray(chosen)[real], np.asarray(chance)[real]
+            self._require_finite(np.isfinite(probability[where]), where, f"layer {layer}, router")
         return expert, probability
 
     def feed_forward(self, layer: int, params: Params | None = None) -> None:
         """Add a layer's feed-forward part to all states; `params` override the layer's."""
         block, params = self.block(layer), params or self.params[f"layers_{layer}"]
         for batch in self.batches:
-            self.states.scatter(batch, np.asarray(_feed_forward(block, params, self.gather(batch))))
+            x = _feed_forward(block, params, self.gather(batch))
+            self._store(batch, x, f"layer {layer}, feed-forward part")
 
     def expert_inputs(self, layer: int, tokens: np.ndarray) -> np.ndarray:
         """Return the normalized states of `tokens`, the input of their experts, `[token, d_model]`."""
@@ -127,22 +149,52 @@ class EncoderLayers:
         rows[: len(tokens)] = self.states.values[tokens]
         return np.asarray(_normed(scale, rows, self.config.layer_norm_epsilon, self.dtype))[: len(tokens)]
 
-    def add_experts(self, tokens: np.ndarray, probability: np.ndarray, outputs: np.ndarray) -> None:
-        """Add expert outputs, scaled by the router probability, to the states of `tokens`."""
-        added = probability[:, None].astype(self.dtype) * outputs
-        self.states.values[tokens] = self.states.values[tokens].astype(self.dtype, copy=False) + added
+    def add_experts(
+        self, layer: int, tokens: np.ndarray, probability: np.ndarray, outputs: np.ndarray
+    ) -> None:
+        """Add a layer's expert outputs, scaled by the router probability, to the states of `tokens`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            added = probability[:, None].astype(self.dtype) * outputs
+            states = self.states.values[tokens].astype(self.dtype, copy=False) + added
+        self._require_finite(_sound(states), tokens, f"layer {layer}, experts")
+        self.states.values[tokens] = states
 
     def final_norm(self, name: str = "encoder_norm") -> None:
         """Apply the stack's last norm to all states."""
         scale, epsilon = self.params[name]["scale"], self.config.layer_norm_epsilon
         for batch in self.batches:
-            self.states.scatter(
-                batch, np.asarray(_normed(scale, self.states.gather(batch), epsilon, self.dtype))
-            )
+            x = _normed(scale, self.states.gather(batch), epsilon, self.dtype)
+            self._store(batch, x, "final norm")
+
+    def _store(self, batch: PaddedExamples, states: Array, part: str) -> None:
+        """Write the states of a batch back, once those of its tokens are finite."""
+        padded = np.asarray(states)
+        sound = _sound(padded)
+        if not sound.all():  # those of padding do not matter
+            real = mask_of(batch, self.states.lengths)
+            self._require_finite(sound[real], self.states.flat(batch), part)
+        self.states.scatter(batch, padded)
+
+    def _require_finite(self, sound: np.ndarray, tokens: np.ndarray, part: str) -> None:
+        if sound.all():
+            return
+        token = int(tokens[sound.argmin()])
+        example = int(np.searchsorted(self.states.offsets, token, side="right")) - 1
+        raise CheckpointError(
+            f"the model overflows in {self.dtype}",
+            path=self.path,
+            key=f"{self.stack} {part}",
+            expected="numbers whose squares are finite in float32",
+            found=f"others, first for token {token - self.states.offsets[example]} of example {example}",
+            remedy="the weights of this layer, or of one before it, are too large: the checkpoint is damaged "
+            "or its training diverged; take another copy",
+        )
 
 
 class DecoderLayers(EncoderLayers):
     """Steps of the decoder's layers, which also attend to the encoder's final states `encoded`."""
+
+    stack = "decoder"
 
     def __init__(
         self,
@@ -152,8 +204,10 @@ class DecoderLayers(EncoderLayers):
         batches: list[PaddedExamples],
         encoded: HiddenStates,
         dtype: DTypeLike = jnp.float32,
+        *,
+        path: object,
     ):
-        super().__init__(config, stack_params, states, batches, dtype)
+        super().__init__(config, stack_params, states, batches, dtype, path=path)
         self.encoded = encoded
 
     def block(self, layer: int) -> Block:

@@ -11,6 +11,7 @@ from pallas_kernels import DecodeTable, PackedMatrix
 from qmoe_jax.artifact.groups import ExpertExtent, GroupFile, StoredPart
 from qmoe_jax.artifact.scatter import ScatterRead, scatter_read
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.finite import require_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,8 @@ class SlotPool:
 
         read = scatter_read(extent, destination)
         offsets = {name: array[slot] for name, array in self._offsets.items()}
-        return SlotRead(extent, read, counts, offsets)
+        levels = {name: array[slot] for name, array in self._levels.items()}
+        return SlotRead(extent, read, counts, offsets, levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +150,14 @@ class SlotRead:
         extent: file and byte range of the expert.
         read: reads levels and codewords into the slot, and `counts` (codewords per row) beside it.
         offsets: row offsets of the slot, which `finish` computes.
+        levels: levels of the slot.
     """
 
     extent: ExpertExtent
     read: ScatterRead
     counts: Mapping[str, np.ndarray]
     offsets: Mapping[str, np.ndarray]
+    levels: Mapping[str, np.ndarray]
 
     def complete(self) -> None:
         """Run the read and finish it."""
@@ -161,13 +165,15 @@ class SlotRead:
         self.finish()
 
     def finish(self) -> None:
-        """Compute row offsets from the counts.
+        """Compute row offsets from the counts, and check the levels.
 
         Raises:
-            CheckpointError: the counts do not add up to the stored codewords.
+            CheckpointError: the counts do not add up to the stored codewords, or a level is not finite.
         """
-        group = self.extent.group
-        begins = group.offsets[self.extent.expert - group.key.start]
+        group, expert = self.extent.group, self.extent.expert
+        for name, levels in self.levels.items():
+            require_finite(levels, path=self.extent.path, key=f"expert {expert}, {name}, levels")
+        begins = group.offsets[expert - group.key.start]
         for tensor, begin, end in zip(group.parts, begins[:-2], begins[1:-1], strict=True):
             if tensor.part == "codes":
                 offsets, stored = self.offsets[tensor.matrix], int(end - begin) // tensor.dtype.itemsize
@@ -176,7 +182,7 @@ class SlotRead:
                     raise CheckpointError(
                         "is damaged",
                         path=self.extent.path,
-                        key=f"expert {self.extent.expert}, {tensor.matrix}",
+                        key=f"expert {expert}, {tensor.matrix}",
                         expected=f"counts that add up to {stored} codewords",
                         found=int(offsets[-1]),
                         remedy="copy the file again",
