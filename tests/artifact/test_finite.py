@@ -1,4 +1,4 @@
-"""Levels and dense parameters that are not finite are named by whatever reads them."""
+"""Levels and dense parameters that are not finite are refused in writing an artifact, found in reading."""
 
 import dataclasses
 import pathlib
