@@ -213,9 +213,10 @@ def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
         _read_pipes.add(pipe)
     try:
         if str(path) in STDIN:
-            if sys.stdin is None:
-                raise TextError("is closed", path="standard input", remedy="pass a file")
-            yield sys.stdin.buffer
+            stdin = getattr(sys.stdin, "buffer", None)
+            if stdin is None:
+                raise TextError("is closed, or replaced", path="standard input", remedy="pass a file")
+            yield stdin
             return
         with open(path, "rb") as stream:
             yield stream

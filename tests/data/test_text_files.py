@@ -131,7 +131,7 @@ def pipe(tmp_path):
 
     def pipe(name: str, content: bytes):
         os.mkfifo(tmp_path / name)
-        threads.append(threading.Thread(target=(tmp_path / name).write_bytes, args=(content,)))
+        threads.append(threading.Thread(target=(tmp_path / name).write_bytes, args=(content,), daemon=True))
         threads[-1].start()
         return tmp_path / name
 
