@@ -82,6 +82,7 @@ def _replay(name: str, files: list[Path]) -> int:
     faults = 0
     with tempfile.TemporaryDirectory() as directory:
         sample = Sample(TARGETS[name], Path(directory))
+        sample.warm()
         for file in files:
             verdict = sample.judge(file.read_bytes())
             faults += verdict.fault
