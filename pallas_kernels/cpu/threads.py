@@ -43,8 +43,8 @@ def parallel_for(body: Callable[..., None], *args: Any) -> None:
         args: the operands, the same for each thread.
 
     Raises:
-        Exception: whatever `body` raised in one of the threads, or a signal's handler in this one (Ctrl-C). By
-            then no thread works on `args` any more, so that the caller may free them.
+        Exception: whatever `body` raised in one of the threads, or a signal's handler in this one (Ctrl-C).
+            By then no thread works on `args` any more, so that the caller may free them.
     """
     counter = np.zeros(1, np.int64)
     helpers = [_pool().submit(body, counter, *args) for _ in range(num_threads() - 1)]

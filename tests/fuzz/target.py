@@ -84,7 +84,7 @@ class Sample:
         self.original = self.file.read_bytes()
 
     def warm(self) -> None:
-        """Load the sample without an alarm, so that imports and compilation do not count as an input's time."""
+        """Load the sample without an alarm: imports and compilation do not count as an input's time."""
         with suppress(*self.target.refusals):
             self.target.load(self.directory)
 
