@@ -48,7 +48,7 @@ test-isa-%: $(VENV)/.installed-test
 		NUMBA_CPU_NAME=$(NUMBA_$*) NUMBA_CPU_FEATURES= \
 		$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(GOLDEN_TESTS) $(GOLDEN_CHOSEN); fi
 
-fuzz: $(VENV)/.installed-test  ## damaged files for every reader (FUZZ_SECONDS=20 per target, FUZZ_SEED=0)
+fuzz: $(VENV)/.installed-test  ## damaged files for every reader (FUZZ_SECONDS=15 per target, FUZZ_SEED=0)
 	$(BIN)/python -m tests.fuzz
 
 test-wheel:  ## build the wheel, install it in a fresh environment, use it from another directory

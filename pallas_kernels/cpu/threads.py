@@ -20,6 +20,9 @@ from numba.core import types
 
 from pallas_kernels.cpu.simd import intrinsic
 
+_NO_CHUNK = 2**62
+"""A counter beyond any loop's chunks: its threads stop."""
+
 NUM_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
 """Threads per loop: the environment's NUMBA_NUM_THREADS, by default the cores of the machine."""
 
@@ -40,14 +43,35 @@ def parallel_for(body: Callable[..., None], *args: Any) -> None:
         args: the operands, the same for each thread.
 
     Raises:
-        Exception: whatever `body` raised in one of the threads.
+        Exception: whatever `body` raised in one of the threads, or a signal's handler in this one (Ctrl-C).
+            By then no thread works on `args` any more, so that the caller may free them.
     """
     counter = np.zeros(1, np.int64)
     helpers = [_pool().submit(body, counter, *args) for _ in range(num_threads() - 1)]
-    body(counter, *args)
+    try:
+        body(counter, *args)
+    except BaseException:
+        counter[0] = _NO_CHUNK
+        _wait(helpers, counter)
+        raise
+    _wait(helpers, counter)
     for helper in helpers:
-        if not helper.cancel():  # one that has not begun would find no chunk left
+        if not helper.cancelled():
             helper.result()
+
+
+def _wait(helpers: list[concurrent.futures.Future[None]], counter: np.ndarray) -> None:
+    """Wait until no helper runs, whatever interrupts this thread, and then raise the interruption."""
+    interruption: BaseException | None = None
+    for helper in helpers:
+        # One that has not begun would find no chunk left.
+        while not (helper.done() or helper.cancel()):
+            try:
+                concurrent.futures.wait([helper])
+            except BaseException as error:  # raised below
+                counter[0], interruption = _NO_CHUNK, error
+    if interruption is not None:
+        raise interruption
 
 
 @functools.cache

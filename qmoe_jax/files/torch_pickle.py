@@ -12,7 +12,6 @@ import functools
 import math
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,8 +154,13 @@ class _Archive:
             with zipfile.ZipFile(file) as archive:
                 self.members = {info.filename: info for info in archive.infolist()}
                 pickles = [name for name in self.members if name.endswith("data.pkl")]
-                if any(self.members[name].compress_type != zipfile.ZIP_STORED for name in pickles[:1]):
-                    raise NotImplementedError(f"{pickles[0]} is compressed, torch.save compresses nothing")
+                for info in (self.members[name] for name in pickles[:1]):
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        raise zipfile.BadZipFile(
+                            f"{info.filename} is compressed, torch.save compresses nothing"
+                        )
+                    if (size := file.stat().st_size) < max(info.file_size, info.compress_size):
+                        raise zipfile.BadZipFile(f"{info.filename} is longer than the file of {size:,} bytes")
                 self.pickle = archive.read(pickles[0]) if pickles else b""
         except Exception as error:  # whatever damaged bytes lead zipfile to
             known = None if start == b"PK" else foreign_error(file)
@@ -209,7 +213,7 @@ class _Globals:
     def __init__(self, archive: _Archive):
         self.file = archive.file
         calls: dict[str, Callable[..., Any]] = {
-            "collections.OrderedDict": OrderedDict,
+            "collections.OrderedDict": lambda: {},
             "torch._utils._rebuild_tensor_v2": functools.partial(_rebuild_tensor, archive.file),
             "torch._utils._rebuild_parameter": lambda data, *_: data,
         }

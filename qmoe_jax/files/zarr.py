@@ -199,7 +199,7 @@ def _refusing(location: Location) -> Iterator[None]:
     """Turn tensorstore's errors into `CheckpointError`."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError) as error:  # the last two: text that is not Unicode
         raise CheckpointError(
             "tensorstore cannot open the array", path=location.path, found=first_line(error)
         ) from error

@@ -22,7 +22,7 @@ Faults are saved, made small, below --output. Try one again with --replay; once 
 under tests/fuzz/corpus/TARGET with a line in tests/fuzz/corpus/expected.json: `make test` replays it."""
 EXAMPLES = """\
 examples:
-  python -m tests.fuzz                                    every target, 20 seconds each
+  python -m tests.fuzz                                    every target, 15 seconds each
   python -m tests.fuzz torch-archive --seconds 600 --seed 7
   python -m tests.fuzz torch-archive --replay runs/fuzz/torch-archive/1f2e3d4c
 """
@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=float(os.environ.get("FUZZ_SECONDS", "20")),
-        help="per target (FUZZ_SECONDS; default 20)",
+        default=float(os.environ.get("FUZZ_SECONDS", "15")),
+        help="per target (FUZZ_SECONDS; default 15)",
     )
     parser.add_argument(
         "--seed",
@@ -82,6 +82,7 @@ def _replay(name: str, files: list[Path]) -> int:
     faults = 0
     with tempfile.TemporaryDirectory() as directory:
         sample = Sample(TARGETS[name], Path(directory))
+        sample.warm()
         for file in files:
             verdict = sample.judge(file.read_bytes())
             faults += verdict.fault

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError
@@ -82,6 +82,11 @@ class Sample:
         self.target, self.directory = target, directory
         self.file = target.write(directory)
         self.original = self.file.read_bytes()
+
+    def warm(self) -> None:
+        """Load the sample without an alarm: imports and compilation do not count as an input's time."""
+        with suppress(*self.target.refusals):
+            self.target.load(self.directory)
 
     def judge(self, data: bytes) -> Verdict:
         """Load one input and return the verdict."""

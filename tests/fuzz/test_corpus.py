@@ -22,6 +22,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Samp
     class Samples(dict[str, Sample]):
         def __missing__(self, name: str) -> Sample:
             self[name] = Sample(TARGETS[name], tmp_path_factory.mktemp(name))
+            self[name].warm()
             return self[name]
 
     yield Samples()

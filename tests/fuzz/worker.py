@@ -32,7 +32,7 @@ def fuzz(target: Target, folder: Path, seconds: float, seed: int, corpus: list[b
             events.flush()
 
         sample = Sample(target, Path(directory))
-        sample.judge(sample.original)  # compiles, imports
+        sample.warm()
         if (verdict := sample.judge(sample.original)).fault:
             note(fault=f"the sample itself: {verdict.told}", place="sample", data=sample.original.hex())
             return

@@ -1,10 +1,12 @@
 """A loop shared between threads runs every chunk once, whoever is busy, and raises what a thread raised."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from pallas_kernels.cpu import threads
 from pallas_kernels.cpu.compiled import compiled
 from pallas_kernels.cpu.threads import next_chunk, parallel_for
 
@@ -47,3 +49,34 @@ def test_parallel_for_does_not_wait_for_helpers_that_are_busy_elsewhere():
     release.set()
     holder.join()
     assert threading.get_ident() in done
+
+
+@pytest.mark.parametrize("interrupted", ["while it works", "while it waits"])
+def test_no_thread_works_on_after_an_interruption(interrupted, monkeypatch):
+    """Ctrl-C once left helpers writing into results that their caller had freed."""
+    monkeypatch.setattr(threads, "NUM_THREADS", 2)
+    caller, working, ended = threading.get_ident(), threading.Event(), []
+
+    def body(counter):
+        if threading.get_ident() == caller:
+            working.wait(10)
+            if interrupted == "while it works":
+                raise KeyboardInterrupt
+        else:
+            working.set()
+            while counter[0] < 2**61:
+                time.sleep(0.001)
+            ended.append(True)
+
+    real_wait, calls = threads.concurrent.futures.wait, []
+
+    def wait(helpers):
+        calls.append(helpers)
+        if len(calls) == 1 and interrupted == "while it waits":
+            raise KeyboardInterrupt
+        return real_wait(helpers)
+
+    monkeypatch.setattr(threads.concurrent.futures, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        parallel_for(body)
+    assert ended == [True]
