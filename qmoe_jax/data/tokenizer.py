@@ -131,7 +131,7 @@ class Tokenizer:
                 raise TextError(
                     f"{self.path}: {key}: expected {theirs}, the model's, found {own}, the tokenizer's own "
                     f"{name}; pass the tokenizer that the model was trained with, or correct {key} in the "
-                    "model's config.json"
+                    "model's config.json (a T5X checkpoint has none: convert it to huggingface first)"
                 )
             if own < 0 and self._is_text(theirs):
                 raise TextError(

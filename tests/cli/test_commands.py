@@ -139,6 +139,13 @@ def test_convert_to_upstream_keeps_every_expert_weight(artifact, tmp_path):
         np.testing.assert_array_equal(upstream.read(name), ours.read(name))
 
 
+def test_convert_copies_the_files_that_name_the_tokenizers_sentinels(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"extra_ids": 40}')
+    answer("convert", tmp_path / "model", tmp_path / "out", "--to", "huggingface")
+    assert Tokenizer(tmp_path / "out").sentinels.count == 40
+
+
 def test_convert_to_upstream_refuses_dense_checkpoints(model, tmp_path):
     result = qmoe("convert", model, tmp_path / "out", "--to", "upstream")
     assert result.exit_code == 1

@@ -11,6 +11,7 @@ from qmoe_jax.data import Tokenizer
 from qmoe_jax.data.batching import pad_rows, round_up
 from qmoe_jax.data.infill import Infill, read_spans
 from qmoe_jax.inference.fill import LENGTH_MULTIPLE
+from qmoe_jax.inference.generate import written_lengths
 from tests.helpers.cli_runs import answer, qmoe
 
 TEXT = "bado ___ lita, <extra_id_3> mo."
@@ -26,7 +27,7 @@ def scripted(monkeypatch, tokenizer):
     """A model that fills blank 0 with a word of a text's own beginning, so that rows can be told apart."""
     shapes = []
 
-    def write(model, params, rows, *, max_new_tokens, sampling, seed):
+    def write(model, params, rows, *, max_new_tokens, sampling, seed, encoder_mask):
         shapes.append((rows.shape, seed, sampling))
         out = np.zeros((len(rows), max_new_tokens), np.int32)
         sentinel = tokenizer.sentinels.id
@@ -43,11 +44,11 @@ def test_blanks_are_filled_with_the_spans_that_the_model_generates(model, tokeni
     ids = infill.encode(tokenizer)
     tokens = pad_rows([ids], 1, round_up(len(ids), LENGTH_MULTIPLE), 0)
     written = np.asarray(qj.generate(*qj.load_model(model), tokens, max_new_tokens=12))[0]
-    spans = read_spans(written, tokenizer.sentinels)
+    spans = read_spans(written, tokenizer)
     found = answer("generate", model, TEXT, "--max-new-tokens", 12)
     assert found["texts"][0]["filled"] == infill.fill(spans, tokenizer)
     assert found["texts"][0]["spans"].keys() == {str(number) for number in spans}
-    assert found["stats"]["tokens"] == np.count_nonzero(written)
+    assert found["stats"]["tokens"] == written_lengths(written[None], eos_id=1)[0]
 
 
 def test_lines_of_a_file_are_filled_in_batches_of_one_shape(artifact, scripted, tokenizer, tmp_path):
