@@ -37,7 +37,6 @@ from rich.console import Console
 from rich.table import Table
 
 import qmoe_jax as qj
-from qmoe_jax.cli.failures import FAILED, describe, message
 from qmoe_jax.data import Example, samples
 from qmoe_jax.data.text_files import check_pipes, text_files
 from qmoe_jax.evaluation.report import COLUMNS, calibration_notes, table_rows, write_report
@@ -213,8 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (qj.CheckpointError, ValueError, OSError) as error:
-        print(message(describe(error)), file=sys.stderr)
-        sys.exit(FAILED)
+    main()
