@@ -64,12 +64,12 @@ def samples(
     if segment:
         texts = spread(segments(documents, tokenizer, segment), wanted)
         rule = f"of at least {-(-segment // 2)} tokens, half a segment"
-        advice = "cut shorter segments"
+        advice = "or cut shorter segments"
     else:
         limit = max_tokens or UPSTREAM_MAX_TOKENS
         texts = short_texts(documents, tokenizer, limit, wanted)
         rule = f"of fewer than {limit} tokens"
-        advice = "cut longer texts into segments (option segment)"
+        advice = "or cut longer texts into segments (option segment)"
     if len(texts) < (count or 1):
         of_split = f' with "split": "{split}"' if split else ""
         raise TextError(
@@ -77,9 +77,7 @@ def samples(
             path=", ".join(map(str, paths)),
             expected=f"{count or 'at least 1'} {rule}",
             found=f"{len(texts)} in {documents.read} documents",
-            remedy=f"add text, {advice}, or ask for at most {len(texts)} samples"
-            if texts
-            else f"add text, or {advice}",
+            remedy=f"add text, {advice}" + (f", or ask for at most {len(texts)} samples" if texts else ""),
         )
     return span_corruption(texts, tokenizer.sentinels, tokenizer.token_ids, seed)
 
