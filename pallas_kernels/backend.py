@@ -182,14 +182,14 @@ def get_implementation(op: Op, backend: str | Implementation | None = None) -> I
     implementation = op.load[_entry(chosen)]()
     if chosen == "pallas_interpret":
         implementation = functools.partial(implementation, interpret=True)
-    return in_32_bits(implementation) if _entry(chosen) in ("pallas", "jax_triton") else implementation
+    return in_32_bits(implementation)
 
 
 def in_32_bits(implementation: Implementation) -> Implementation:
     """Return the implementation, traced as if 64 bits were not enabled.
 
-    Pallas counts the tiles of a loop in the widest integers that are enabled, which 32-bit bounds refuse; and
-    a GPU computes in 64 bits slowly.
+    Operands have their dtypes, and what jax counts by itself (Pallas the tiles of a loop, `jnp.arange`) has
+    32 bits in every process.
     """
 
     @functools.wraps(implementation)

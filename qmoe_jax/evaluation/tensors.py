@@ -146,6 +146,9 @@ class Pair:
     def _measure(self, name: str, w: Float32[Array, "*shape"], q: Float32[Array, "*shape"]) -> None:
         """Add a tensor, or a range of its experts, to the sums of squares of its error."""
         sums = np.array([np.sum(part, dtype=np.float64) for part in map(np.asarray, _squares(w, q))])
+        if not np.isfinite(sums).all():  # squares beyond float32's range: from 1.8e19 on
+            wide, other = np.asarray(w, np.float64), np.asarray(q, np.float64)
+            sums = np.array([np.sum(np.square(other - wide)), np.sum(np.square(wide))])
         self._squares[name] = self._squares.get(name, 0.0) + sums
 
     def errors(self) -> dict[str, float]:

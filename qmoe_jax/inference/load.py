@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -93,10 +94,13 @@ def load_compressed(
     Raises:
         CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed
             so.
-        ValueError: the cache is too small for one expert, or given for experts that are not on disk.
+        ValueError: the cache is too small for one expert, no number of bytes, or given for experts that are
+            not on disk.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
+    if expert_cache is not None and not 0 <= expert_cache < math.inf:
+        raise ValueError(f"expert_cache: expected a number of bytes, found {expert_cache}")
     if expert_cache is not None and experts in ("device", "host"):
         raise ValueError(f"expert_cache: expected None unless experts are on disk, found experts={experts!r}")
     reader = open_checkpoint(checkpoint)
