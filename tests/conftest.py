@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,14 @@ import pytest
 # Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
 # `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# Workers and the programs that tests start share what they compile, for as long as the run lasts. Whoever sets
+# JAX_COMPILATION_CACHE_DIR keeps it between runs, which are then three times as fast.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="qmoe-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 TESTS = pathlib.Path(__file__).parent
 DATA = TESTS / "golden"
