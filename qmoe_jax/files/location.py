@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from qmoe_jax.files.errors import CheckpointError, system_error
+from qmoe_jax.files.errors import CheckpointError, printable
 
 # Six tries over about 20 seconds; tensorstore's default goes on for a quarter of an hour when a host is down.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
@@ -79,6 +79,8 @@ class Location:
 
     def __truediv__(self, name: str) -> Location:
         """Return a directory below this one."""
+        if isinstance(self.path, Path) and printable(name) != name:
+            return dataclasses.replace(Location.of(self.path / name), context=self.context)
         path = self.path / name if isinstance(self.path, Path) else f"{self.path}/{name}"
         return Location(path, self.store / f"{name}/", self.context)
 
@@ -156,20 +158,19 @@ def local_path(path: str | os.PathLike[str]) -> Path | None:
 def tensorstore_path(directory: str | os.PathLike[str]) -> str:
     """Return the absolute path by which tensorstore, whose paths are UTF-8, opens a directory.
 
-    A path that is not UTF-8 is opened through a file descriptor, which stays open.
-
-    Raises:
-        CheckpointError: the path is not UTF-8, and nothing lies there.
+    A path that is not UTF-8 is opened through a file descriptor of the nearest directory that exists, which
+    stays open. Below that nothing can be read, so names that are not UTF-8 are replaced.
     """
     path = os.path.abspath(directory)
     try:
         path.encode()
     except UnicodeEncodeError:
-        try:
-            found = os.stat(path)
-            return f"/proc/self/fd/{_descriptor(path, found.st_dev, found.st_ino)}"
-        except OSError as error:
-            raise system_error("cannot be opened", path, error) from error
+        nearest = path
+        while not os.path.isdir(nearest):
+            nearest = os.path.dirname(nearest)
+        found = os.stat(nearest)
+        below = printable(path[len(nearest) :])
+        return f"/proc/self/fd/{_descriptor(nearest, found.st_dev, found.st_ino)}{below}"
     return path
 
 

@@ -1,6 +1,8 @@
 """Writing of an artifact: the same bytes however often it is interrupted, and never over something else."""
 
+import errno
 import hashlib
+import os
 import pathlib
 import random
 import resource
@@ -15,6 +17,7 @@ import pytest
 
 from qmoe_jax.artifact import ArtifactReader, CheckpointError, GroupKey, Kind, dequantize, verify
 from tests.helpers import artifact_samples as samples
+from tests.helpers.checkpoint_samples import add_strays
 
 every_kind = pytest.mark.parametrize("kind", samples.KINDS.values(), ids=samples.KINDS)
 
@@ -228,6 +231,36 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: pathlib.Path) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not artifact.has_group("encoder", 1, 0, 2)
+
+
+def test_a_disk_without_room_for_dense_parameters_is_told_before_orbax_writes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with samples.writer(tmp_path) as artifact:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            CheckpointError, match=r"dense: cannot be written(.|\n)*No space(.|\n)*remedy: free"
+        ):
+            artifact.write_dense({"a": np.zeros(1000, np.float32)})
+        assert not list(tmp_path.glob("dense*"))
+
+
+def test_strays_do_not_keep_an_artifact_from_being_begun_resumed_and_finished(tmp_path: pathlib.Path) -> None:
+    add_strays(tmp_path)
+    samples.writer(tmp_path).close()
+    (tmp_path / "experts").mkdir()
+    add_strays(tmp_path)
+    samples.write_artifact(tmp_path)
+    assert verify(tmp_path).problems == ()
+
+
+def test_an_artifact_in_a_directory_whose_name_is_not_utf8(tmp_path: pathlib.Path) -> None:
+    root = tmp_path / "a b#\nmod\udce9le"
+    samples.write_artifact(root)
+    assert verify(root).problems == ()
 
 
 def test_a_layer_can_be_linked_to_the_files_of_another(tmp_path: pathlib.Path) -> None:

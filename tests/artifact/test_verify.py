@@ -8,6 +8,7 @@ import pytest
 
 from qmoe_jax.artifact import ArtifactReader, CheckpointError, Manifest, verify
 from qmoe_jax.artifact.manifest import canonical, digest
+from tests.helpers.checkpoint_samples import add_strays
 
 GROUP = "experts/encoder.layers_01/experts-00002-00003.safetensors"
 
@@ -26,7 +27,7 @@ def test_an_intact_artifact_has_no_problems(whole: pathlib.Path) -> None:
 
 def test_verify_finds_a_flipped_bit_in_any_file(artifact: pathlib.Path) -> None:
     rng = random.Random(0)
-    for path in sorted(path for path in artifact.rglob("*") if path.is_file()):
+    for path in sorted(path for path in artifact.rglob("[!.]*") if path.is_file()):
         original = path.read_bytes()
         for position in {0, len(original) - 1, rng.randrange(len(original))}:
             broken = bytearray(original)
@@ -107,3 +108,8 @@ def test_verifying_a_directory_that_is_not_an_artifact_finds_a_problem(tmp_path:
     found = verify(tmp_path)
     assert not found.ok
     assert "manifest.json" in found.problems[0]
+
+
+def test_strays_at_any_depth_are_no_problem(artifact: pathlib.Path) -> None:
+    add_strays(artifact)
+    assert verify(artifact).problems == ()

@@ -22,6 +22,7 @@ from tests.helpers.checkpoint_samples import (
     TINY,
     TINY_GATED,
     TINY_TIED,
+    add_strays,
     random_parameters,
 )
 
@@ -54,6 +55,20 @@ def test_a_checkpoint_keeps_float32(layout: str, tmp_path: Path) -> None:
     parameters = random_parameters(dtype=FLOAT32)
     checkpoint = open_dense(LAYOUTS[layout](tmp_path / "model", TINY, parameters))
     assert {checkpoint.dtype(name) for name in checkpoint.names()} == {FLOAT32}
+    assert checkpoint.read(EXPERTS).tobytes() == parameters[EXPERTS].tobytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_path_may_have_any_name_and_strays_at_any_depth(layout: str, tmp_path: Path) -> None:
+    parameters = random_parameters()
+    # tensorstore's and Orbax's writers want UTF-8, so the checkpoint is moved.
+    folder, moved = tmp_path / "written", tmp_path / "50% #1? a:b\nmod\udce9le"
+    folder.mkdir()
+    written = LAYOUTS[layout](folder / "model", TINY, parameters)
+    folder.rename(moved)
+    add_strays(moved)
+    checkpoint = open_dense(moved / written.relative_to(folder))
+    assert checkpoint.names() == sorted(parameters)
     assert checkpoint.read(EXPERTS).tobytes() == parameters[EXPERTS].tobytes()
 
 

@@ -68,3 +68,22 @@ def test_the_parent_of_a_relative_path_is_its_directory(path: str, parent: str) 
 def test_the_scheme_of_a_url_may_be_in_capitals() -> None:
     assert Location.of("GS://bucket/Run/").path == "gs://bucket/Run"
     assert Location.of("gs://bucket/Run").parent.path == "gs://bucket"
+
+
+def test_a_path_that_is_not_utf8_is_opened_by_tensorstore(tmp_path: Path) -> None:
+    folder = tmp_path / "mod\udce9le"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"bytes")
+    assert Location.of(folder).read("file") == b"bytes"
+    assert (Location.of(tmp_path) / folder.name).read("file") == b"bytes"
+    assert Location.of(folder / "mod\udce9le").read("file") is None
+
+
+def test_a_directory_that_has_been_replaced_is_opened_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "mod\udce9le"
+    folder.mkdir()
+    assert Location.of(folder).read("file") is None
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    (folder / "file").write_bytes(b"bytes")
+    assert Location.of(folder).read("file") == b"bytes"

@@ -192,3 +192,24 @@ LAYOUTS: dict[str, Callable[[Path, SwitchConfig, Parameters], Path]] = {
     "torch, shards": _torch_shards,
 }
 """Functions that write a checkpoint of a model at a path, and return what to open."""
+
+STRAYS = (
+    ".DS_Store",
+    "._model.safetensors",
+    ".nfs000000000001",
+    "Thumbs.db",
+    ".checkpoint.swp",
+    "#notes#",
+    "a~",
+)
+"""Files that systems and editors leave in any directory."""
+
+
+def add_strays(root: Path) -> None:
+    """Leave stray files and directories at every depth of a directory."""
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        for name in STRAYS:
+            (folder / name).write_bytes(b"stray")
+        for name in (".ipynb_checkpoints", "lost+found"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / "model-checkpoint.safetensors").write_bytes(b"stray")

@@ -60,10 +60,10 @@ def write_huggingface(
             or a value overflows in `dtype`.
     """
     directory = new_output_directory(directory, inputs=(checkpoint.path,))
-    make_folder(directory)
     stated = config_json(checkpoint.config, np.dtype(dtype or checkpoint.dtype(EMBEDDING)))
     entries = _entries(checkpoint, dtype)
     require_room(directory, sum(map(nbytes, entries)), wanted=directory)
+    make_folder(directory)
     shards = _shards(entries, shard_bytes)
     files = {_file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
     counter = itertools.count()

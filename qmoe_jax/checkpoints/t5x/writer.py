@@ -186,16 +186,20 @@ def _write_arrays(
         for start in range(0, tensor.shape[0] if tensor.shape else 1, rows)
     ]
     under_way: collections.deque[tuple[int, ts.WriteFutures]] = collections.deque()
-    for done, (name, rows) in enumerate(parts):
-        progress(done, len(parts), name)
-        store = stores[name]
-        first = rows.start if is_expert(name) else None
-        values = cast(tensors[name].read(rows), store.dtype.numpy_dtype, path=path, key=name, first=first)
-        while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
-            under_way.popleft()[1].result()
-        under_way.append((values.nbytes, (store[rows] if store.rank else store).write(values)))
-    for _, write in under_way:
-        write.result()
+    try:
+        for done, (name, rows) in enumerate(parts):
+            progress(done, len(parts), name)
+            store = stores[name]
+            first = rows.start if is_expert(name) else None
+            values = cast(tensors[name].read(rows), store.dtype.numpy_dtype, path=path, key=name, first=first)
+            while under_way and sum(nbytes for nbytes, _ in under_way) + values.nbytes > _RANGE_BYTES:
+                under_way.popleft()[1].result()
+            under_way.append((values.nbytes, (store[rows] if store.rank else store).write(values)))
+        for _, write in under_way:
+            write.result()
+    finally:
+        for _, write in under_way:
+            write.commit.exception()  # waits: what goes on being written cannot be removed
     progress(len(parts), len(parts), "")
 
 
