@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from qmoe_jax.artifact.manifest import REPORT
+from qmoe_jax.artifact.manifest import REPORT, digest
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
 from qmoe_jax.files.errors import CheckpointError
@@ -156,7 +156,8 @@ class RunReport:
         producers = list(self.producers)
         groups = [{**group.to_json(), "producer": producers.index(group.producer)} for group in self.groups]
         content = {**vars(self), "groups": groups, "producers": producers}
-        return json.dumps(content, sort_keys=True, allow_nan=False).encode() + b"\n"
+        whole = {"checksum": digest(content), **content}
+        return json.dumps(whole, sort_keys=True, allow_nan=False).encode() + b"\n"
 
     @property
     def producers(self) -> tuple[Mapping[str, str], ...]:
@@ -175,6 +176,8 @@ class RunReport:
             return cls()
         try:
             content = json.loads(read_whole(path))
+            if content.pop("checksum") != digest(content):
+                raise ValueError("another checksum than its own")
             producers = content["producers"]
             groups = tuple(
                 GroupReport.from_json({**group, "producer": producers[group["producer"]]})

@@ -113,7 +113,7 @@ def test_opening_a_finished_artifact_to_write_leaves_it_finished(tmp_path: pathl
         artifact.attach("tokenizer.model", b"pieces")
     assert verify(tmp_path).ok
     with samples.writer(tmp_path) as artifact:
-        with pytest.warns(UserWarning, match=r"tokenizer\.model: is damaged or of another run"):
+        with pytest.warns(UserWarning, match=r"tokenizer\.model: is missing or not this run's"):
             artifact.attach("tokenizer.model", b"other pieces")
         assert not artifact.finished
 
