@@ -1,6 +1,7 @@
 """Writing of an artifact: the same bytes however often it is interrupted, and never over something else."""
 
 import hashlib
+import os
 import pathlib
 import random
 import resource
@@ -165,9 +166,18 @@ def test_a_damaged_group_is_refused_when_a_run_resumes(tmp_path: pathlib.Path) -
 
 
 def test_a_second_writer_of_the_same_directory_is_refused(tmp_path: pathlib.Path) -> None:
-    with samples.writer(tmp_path), pytest.raises(CheckpointError, match="another process"):
+    with samples.writer(tmp_path), pytest.raises(CheckpointError, match="another process") as caught:
         samples.writer(tmp_path)
+    assert f"process {os.getpid()} on" in str(caught.value)
     samples.writer(tmp_path).close()
+
+
+def test_the_lock_is_one_file_for_all_writers(tmp_path: pathlib.Path) -> None:
+    """Were it removed on closing, one that opened it before and one that comes later would hold two locks."""
+    samples.writer(tmp_path).close()
+    before = (tmp_path / ".lock-0").stat().st_ino
+    samples.writer(tmp_path).close()
+    assert (tmp_path / ".lock-0").stat().st_ino == before
 
 
 def test_an_artifact_with_missing_experts_cannot_be_finished(tmp_path: pathlib.Path) -> None:
