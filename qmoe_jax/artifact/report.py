@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from qmoe_jax.artifact.manifest import REPORT
+from qmoe_jax.artifact.manifest import REPORT, digest
 from qmoe_jax.artifact.report_check import check_group, is_number
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
@@ -171,7 +171,8 @@ class RunReport:
         producers = list(self.producers)
         groups = [{**group.to_json(), "producer": producers.index(group.producer)} for group in self.groups]
         content = {**vars(self), "groups": groups, "producers": producers}
-        return json.dumps(content, sort_keys=True, allow_nan=False).encode() + b"\n"
+        whole = {"checksum": digest(content), **content}
+        return json.dumps(whole, sort_keys=True, allow_nan=False).encode() + b"\n"
 
     @property
     def producers(self) -> tuple[Mapping[str, str], ...]:
@@ -190,6 +191,8 @@ class RunReport:
             return cls()
         try:
             content = parse_json(read_whole(path))
+            if content.pop("checksum") != digest(content):
+                raise ValueError("another checksum than its own")
             seconds, device = content["seconds"], content["device"]
             if not (seconds is None or is_number(seconds)) or not (device is None or isinstance(device, str)):
                 raise ValueError(f"seconds {seconds!r}, device {device!r}")

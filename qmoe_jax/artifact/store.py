@@ -171,10 +171,11 @@ class ArtifactWriter:
         matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
         check_matrices(self.root / key.path, self.run, matrices)
         pieces = render_group(key, experts, self._digest)
-        self._groups[key] = record = record_of_pieces(pieces)
+        record = record_of_pieces(pieces)
         if not _holds(self.root / key.path, record):
             self._reopen()
             write_durably(self.root / key.path, pieces, host=self.host)
+        self._groups[key] = record
         return record
 
     def record(self, key: GroupKey) -> FileRecord:
@@ -213,8 +214,8 @@ class ArtifactWriter:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
         path, record = self.root / name, record_of_pieces([content])
         if self.host == 0 and not _holds(path, record):
-            if path.exists():
-                warnings.warn(f"{path}: is damaged or of another run; is written again", stacklevel=2)
+            if path.exists() or self.finished:
+                warnings.warn(f"{path}: is missing or not this run's; is written again", stacklevel=2)
             self._reopen()
             write_durably(path, [content])
         self._files[name] = record
@@ -301,43 +302,49 @@ class ArtifactWriter:
         found = {entry.name for entry in entries if not is_stray(entry.name)}
         if not found:
             return
-        differences = self.run.differences(self._begun(found))
-        if differences:
-            ours, theirs = zip(*differences.values(), strict=True)
-            raise CheckpointError(
-                "holds an artifact of another run",
-                path=self.root,
-                expected=_settings(differences, ours),
-                found=_settings(differences, theirs),
-                remedy="choose another output directory, or the settings of the run that began this one",
-            )
+        problem = self._problem(found)
+        if problem is not None and not self._recognized(found):
+            raise problem
 
-    def _begun(self, found: set[str]) -> Run:
-        """Return the run that began the directory, from its own file, or where that is damaged from others.
-
-        Raises:
-            CheckpointError: no file says that it is an artifact.
-        """
-        try:
-            if RUN in found:
-                return Run.read(self.root)
-            problem = CheckpointError(
+    def _problem(self, found: set[str]) -> CheckpointError | None:
+        """Return what `run.json` has against this run writing here; `found`: the names in the directory."""
+        if RUN not in found:
+            return CheckpointError(
                 "holds something else",
                 path=self.root,
                 expected="an empty directory, or an artifact of the same run",
                 found=", ".join(sorted(found)[:5]),
+                remedy="choose another output directory",
             )
+        try:
+            differences = self.run.differences(Run.read(self.root))
         except CheckpointError as error:
-            problem = error
+            return error.with_remedy("choose another output directory")
+        if not differences:
+            return None
+        ours, theirs = zip(*differences.values(), strict=True)
+        return CheckpointError(
+            "holds an artifact of another run",
+            path=self.root,
+            expected=_settings(differences, ours),
+            found=_settings(differences, theirs),
+            remedy="choose another output directory, or the inputs and settings that began this one",
+        )
+
+    def _recognized(self, found: set[str]) -> bool:
+        """Return whether the manifest, or every group that can be read, says that this run began here.
+
+        Then `run.json` is missing or damaged, and is written again.
+        """
+        digests = set()
         if MANIFEST in found:
             with contextlib.suppress(CheckpointError):
-                return Manifest.read(self.root).run
-        for file in sorted(self.root.glob(f"{EXPERTS}/*/*")):
+                digests.add(Manifest.read(self.root).run.digest)
+        for file in self.root.glob(f"{EXPERTS}/*/*"):
             key = GroupKey.from_path(file.relative_to(self.root).as_posix())
             with contextlib.suppress(CheckpointError):
-                if key and GroupFile.open(self.root, key).run == self._digest:
-                    return self.run
-        raise problem.with_remedy("choose another output directory") from None
+                digests.add(GroupFile.open(self.root, key).run if key else "a file that is no group")
+        return digests == {self._digest}
 
     def _clean(self) -> None:
         """Remove what a killed run of this host left half-written."""

@@ -66,7 +66,7 @@ def verify(
     except CheckpointError as error:
         return Verification(False, (str(error),))
     found = listed_files(root)
-    problems = [*_misplaced(manifest, sums, found)]
+    problems = [*_missing(manifest, sums, found), *_extra(manifest, sums, found)]
     files, more = _check_files(root, manifest, sums, [name for name in found if name in sums], progress)
     problems += [*more, *_check_dense(root, manifest), *_check_experts(root)]
     return Verification(not problems, tuple(problems), len(files), sum(record.bytes for record in files))
@@ -83,20 +83,29 @@ def damaged_files(root: Path) -> tuple[str, ...]:
     except CheckpointError as error:
         return (str(error),)
     found = listed_files(root)
-    missing = [f"{root / name}: is missing" for name in sorted(sums.keys() - set(found))]
+    missing = _missing(manifest, sums, found)
     _, problems = _check_files(root, manifest, sums, [name for name in found if name in sums], no_progress)
     return (*missing, *problems)
 
 
-def _misplaced(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterator[str]:
-    """Yield a problem for each file that is missing or should not be there."""
-    listed = {group.path for group in manifest.groups} | manifest.files.keys() | {MANIFEST, REPORT}
+def _listed(manifest: Manifest) -> set[str]:
+    return {group.path for group in manifest.groups} | manifest.files.keys() | {MANIFEST, REPORT}
+
+
+def _missing(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterator[str]:
+    """Yield a problem for each file that is missing, on disk or in the list of checksums."""
+    listed = _listed(manifest)
     expected = listed | {name for name in sums if name.startswith(f"{DENSE}/")}
     yield from (f"{name}: expected a file, found none" for name in sorted(expected - set(found)))
-    yield from (f"{name}: expected no such file, found one" for name in sorted(set(found) - expected))
     yield from (
         f"{name}: expected in the list of checksums, not found" for name in sorted(listed - sums.keys())
     )
+
+
+def _extra(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterator[str]:
+    """Yield a problem for each file that should not be there."""
+    expected = _listed(manifest) | {name for name in sums if name.startswith(f"{DENSE}/")}
+    yield from (f"{name}: expected no such file, found one" for name in sorted(set(found) - expected))
 
 
 def _check_files(

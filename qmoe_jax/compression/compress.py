@@ -105,7 +105,9 @@ def compress(
             reader.read_finite(name)  # raises before any work, for they are copied at the end
         with staged_beside(writer.root, reader) as staged_reader, blas_on_one_thread():
             groups = GroupStore(staged_reader, writer, config, kinds, codebooks, this_producer())
-            if not groups.complete():
+            if groups.complete():
+                progress(1, 1, "all groups were finished before")
+            else:
                 if not allow_mixed:
                     groups.require_same_producer()
                 Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)

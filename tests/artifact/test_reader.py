@@ -154,7 +154,9 @@ def test_damaged_codes_are_an_error_that_names_the_expert(tmp_path: pathlib.Path
 def test_sizes_count_every_byte_of_an_artifact(whole: pathlib.Path) -> None:
     sizes = measure(whole)
     files = {
-        file.relative_to(whole).as_posix(): file.stat().st_size for file in whole.rglob("*") if file.is_file()
+        file.relative_to(whole).as_posix(): file.stat().st_size
+        for file in whole.rglob("[!.]*")
+        if file.is_file()
     }
     assert sizes.total_bytes == sum(files.values()) - files["report.json"]
     experts = sum(size for name, size in files.items() if name.startswith("experts/"))

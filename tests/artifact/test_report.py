@@ -41,6 +41,12 @@ def test_an_artifact_without_a_report_has_an_empty_one(tmp_path: pathlib.Path) -
     assert RunReport.read(tmp_path) == RunReport()
 
 
+def test_a_flipped_figure_is_found(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "report.json").write_bytes(RunReport((group(0, (7, 8)),)).render().replace(b"0.25", b"0.35"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        RunReport.read(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"groups": [{}], "seconds": 1, "device": "cpu"}'])
 def test_a_damaged_report_is_refused_by_path(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)

@@ -116,7 +116,7 @@ def test_opening_a_finished_artifact_to_write_leaves_it_finished(tmp_path: pathl
         artifact.attach("tokenizer.model", b"pieces")
     assert verify(tmp_path).ok
     with samples.writer(tmp_path) as artifact:
-        with pytest.warns(UserWarning, match=r"tokenizer\.model: is damaged or of another run"):
+        with pytest.warns(UserWarning, match=r"tokenizer\.model: is missing or not this run's"):
             artifact.attach("tokenizer.model", b"other pieces")
         assert not artifact.finished
 
@@ -168,9 +168,18 @@ def test_a_damaged_group_is_refused_when_a_run_resumes(tmp_path: pathlib.Path) -
 
 
 def test_a_second_writer_of_the_same_directory_is_refused(tmp_path: pathlib.Path) -> None:
-    with samples.writer(tmp_path), pytest.raises(CheckpointError, match="another process"):
+    with samples.writer(tmp_path), pytest.raises(CheckpointError, match="another process") as caught:
         samples.writer(tmp_path)
+    assert f"process {os.getpid()} on" in str(caught.value)
     samples.writer(tmp_path).close()
+
+
+def test_the_lock_is_one_file_for_all_writers(tmp_path: pathlib.Path) -> None:
+    """Were it removed on closing, one that opened it before and one that comes later would hold two locks."""
+    samples.writer(tmp_path).close()
+    before = (tmp_path / ".lock-0").stat().st_ino
+    samples.writer(tmp_path).close()
+    assert (tmp_path / ".lock-0").stat().st_ino == before
 
 
 def test_an_artifact_with_missing_experts_cannot_be_finished(tmp_path: pathlib.Path) -> None:
