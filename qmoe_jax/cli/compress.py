@@ -14,6 +14,7 @@ from rich.text import Text
 
 import qmoe_jax as qj
 from pallas_kernels.availability import default_platform
+from pallas_kernels.cpu.ffi import raise_interrupts
 from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
@@ -96,7 +97,7 @@ def compress(
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
     attachments = {"tokenizer.model": pieces.path.read_bytes()}
     try:
-        with qj.ProgressBar("compressing") as progress:
+        with raise_interrupts(), qj.ProgressBar("compressing") as progress:
             report = qj.compress(
                 checkpoint, output, examples, config, attachments=attachments, progress=progress
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the ranges of the options."""
-        if self.temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, found {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number of at least 0, found {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
