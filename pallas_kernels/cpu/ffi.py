@@ -7,12 +7,13 @@ experts cannot afford. XLA's foreign function interface hands over pointers inst
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,19 @@ class HostFunction:
         return call(*arguments, static=json.dumps(static, sort_keys=True))
 
 
+@contextlib.contextmanager
+def raise_interrupts() -> Iterator[None]:
+    """Raise a Ctrl-C that came while a function ran for XLA, in place of the `JaxRuntimeError` it becomes."""
+    _interrupts.clear()
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        if _interrupts:
+            raise _interrupts.pop() from None
+        raise
+
+
+_interrupts: list[KeyboardInterrupt] = []
 _registered: list[Any] = []  # XLA keeps the handlers' addresses until the process ends
 
 
@@ -87,6 +101,8 @@ def _handler(function: Callable[..., None]) -> Any:
             results = _views(frame.results, writable=True)
             function(*arguments, *results, **_static(frame.attributes))
         except BaseException as error:  # nothing may unwind through C; XLA raises it again
+            if isinstance(error, KeyboardInterrupt):
+                _interrupts.append(error)
             message = f"{getattr(function, '__qualname__', function)}: {type(error).__name__}: {error}"
             details = c_api.Error(ctypes.sizeof(c_api.Error), None, message.encode(), c_api.INTERNAL_ERROR)
             return frame.api.contents.create_error(ctypes.byref(details))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from pallas_kernels.cpu.ffi import raise_interrupts
 from qmoe_jax.cli.console import Verbatim, print_json, print_verbatim, stdout
 from qmoe_jax.cli.failures import OK, describe, report, traceback_wanted
 
@@ -58,7 +59,8 @@ def command(run: Callable[..., Answer]) -> Callable[..., None]:
     @functools.wraps(run)
     def wrapper(*, as_json: bool, debug: bool, **arguments: Any) -> None:
         try:
-            answer = run(**arguments)
+            with raise_interrupts():
+                answer = run(**arguments)
             answer.print(as_json)
         except (typer.Exit, typer.BadParameter):
             raise

@@ -13,6 +13,7 @@ from rich.text import Text
 
 import qmoe_jax as qj
 from pallas_kernels.availability import default_platform
+from pallas_kernels.cpu.ffi import raise_interrupts
 from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
@@ -107,7 +108,7 @@ def compress(
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
     attachments = pieces.files()
     try:
-        with warnings_shown(), qj.ProgressBar("compressing") as progress:
+        with raise_interrupts(), warnings_shown(), qj.ProgressBar("compressing") as progress:
             report = qj.compress(
                 checkpoint,
                 output,

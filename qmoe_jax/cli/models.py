@@ -107,5 +107,5 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?)B?", text.strip().upper())
     try:
         return int(float(match[1]) * UNITS[match[2]]) if match else int(text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise typer.BadParameter(f"expected a size such as 2GB or 500MB, found {text!r}") from None

@@ -23,7 +23,7 @@ from qmoe_jax.cli.failures import BROKEN_PIPE, FAILED, Terminated, report, trace
 CLOSED = "is closed; direct it to a file, or to /dev/null where its results do not matter"
 
 
-class _Descriptor(io.FileIO):
+class Descriptor(io.FileIO):
     """A file descriptor for writing that goes silent at its first failure.
 
     Attributes:
@@ -75,7 +75,7 @@ def run_program(main: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
-def _open_streams() -> tuple[_Descriptor, _Descriptor]:
+def _open_streams() -> tuple[Descriptor, Descriptor]:
     """Replace sys.stdout and sys.stderr, and return their descriptors.
 
     A descriptor that is closed is opened on /dev/null, so that no file of the program takes its number.
@@ -90,7 +90,7 @@ def _open_streams() -> tuple[_Descriptor, _Descriptor]:
     descriptors, streams = [], []
     for number, was_closed, encoding in zip((1, 2), closed, encodings, strict=True):
         failure = OSError(errno.EBADF, CLOSED) if was_closed else None
-        descriptor = _Descriptor(number, failure)
+        descriptor = Descriptor(number, failure)
         descriptors.append(descriptor)
         line_buffering = number == 2 or descriptor.isatty()
         streams.append(
@@ -122,7 +122,7 @@ def _exit_code(main: Callable[[], object]) -> int:
     return 0
 
 
-def _report(out: _Descriptor) -> int:
+def _report(out: Descriptor) -> int:
     """Report the failure of standard output, and return the exit code."""
     assert out.failure is not None
     if out.failure.errno == errno.EPIPE:

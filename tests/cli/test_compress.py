@@ -114,7 +114,7 @@ def test_under_calibrated_experts_are_named_with_their_tokens(compressed):
     with console.capture() as capture:
         console.print(result_table(report))
     rows = dict(line.split("  ", 1) for line in capture.get().splitlines() if "  " in line.strip())
-    assert "1 expert, no usable Hessian: encoder 1 expert 2 (0 tokens)" in rows["rounded to nearest"]
+    assert "1 expert, no calibration tokens: encoder 1 expert 2 (0 tokens)" in rows["rounded to nearest"]
     assert (
         "1 expert, fewer than 10% of the mean number of tokens: encoder 1 expert 2 (0 tokens)"
         in rows["under-calibrated"]

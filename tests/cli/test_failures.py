@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import typer
+from jax.errors import JaxRuntimeError
 from typer.testing import CliRunner
 
 from qmoe_jax import CheckpointError
@@ -47,6 +48,13 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/dense")
         ),
         (ValueError("damping: expected at least 0"), "error: damping: expected at least 0\n"),
         (MemoryError(), "error: out of memory\n"),
+        (NotImplementedError("mlp: no backend can run"), "error: mlp: no backend can run\n"),
+        (ModuleNotFoundError("plots need matplotlib"), "error: plots need matplotlib\n"),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"),
+            "error: out of the device's memory\n  found: Out of memory while trying to allocate 9 bytes.\n"
+            "  remedy: make batches smaller, or keep experts elsewhere: --experts host or --experts disk\n",
+        ),
         (
             KeyError("wi"),
             "error: KeyError: 'wi'\n  remedy: this may be a bug in qmoe: run the command with --debug, and "

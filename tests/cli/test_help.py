@@ -102,5 +102,23 @@ def test_wrong_usage_exits_with_2(texts):
     assert qmoe("convert", "x", "y", "--to", "keras").exit_code == 2
 
 
+def test_options_are_not_abbreviated():
+    assert qmoe("inspect", "x", "--js").exit_code == 2
+    assert qmoe("insp", "x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "x", "y", "--to", "huggingface", "--step", 3],
+        ["generate", "x", "a ___", "--temperature", 0, "--top-p", 0.5],
+        ["generate", "x", "a ___", "--file", "lines.txt"],
+    ],
+    ids=lambda arguments: arguments[-2],
+)
+def test_options_that_do_not_apply_are_wrong_usage(arguments):
+    assert qmoe(*arguments).exit_code == 2
+
+
 def test_the_version_is_printed():
     assert re.fullmatch(r"qmoe \d+\.\d+\.\d+\n", qmoe("--version").stdout)

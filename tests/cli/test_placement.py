@@ -2,6 +2,7 @@
 
 import pytest
 
+import qmoe_jax as qj
 from tests.helpers.cli_runs import answer, qmoe
 
 TEXT = "bado ___ lita, <extra_id_3> mo."
@@ -22,13 +23,24 @@ def test_evaluate_runs_with_experts_on_the_host(artifact, texts):
     assert found["experts"]["lookups"] > 0
 
 
+@pytest.mark.parametrize("experts", ["device", "host"])
+def test_an_expert_cache_that_nothing_uses_is_refused(artifact, model, experts):
+    options = "--expert-cache", "1GB"
+    assert qmoe("generate", artifact, TEXT, "--experts", experts, *options).exit_code == 2
+    result = qmoe("generate", model, TEXT, *options)
+    assert result.exit_code == 1
+    assert "is not compressed; its experts are not cached" in result.stderr
+    with pytest.raises(ValueError, match="expert_cache: expected None unless experts are on disk"):
+        qj.load_compressed(artifact, experts=experts, expert_cache=1 << 30)
+
+
 def test_an_expert_cache_without_room_is_refused(artifact):
     result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", "100")
     assert result.exit_code == 1
     assert "(one expert)" in result.stderr
 
 
-@pytest.mark.parametrize("size", ["much", "2XB", "1.2.3GB"])
+@pytest.mark.parametrize("size", ["much", "2XB", "1.2.3GB", "9" * 400 + "GB"])
 def test_a_cache_size_that_is_not_a_size_is_wrong_usage(artifact, size):
     result = qmoe("generate", artifact, TEXT, "--experts", "disk", "--expert-cache", size)
     assert result.exit_code == 2

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import backend
 from pallas_kernels.cpu import xla_c_api
-from pallas_kernels.cpu.ffi import HostFunction
+from pallas_kernels.cpu.ffi import HostFunction, raise_interrupts
 from pallas_kernels.mlp.op import OP
 
 seen = {}
@@ -112,3 +112,17 @@ def test_xla_refuses_a_version_that_it_does_not_support(monkeypatch):
     jax.devices()  # handlers are registered when there is a backend
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"API version \(0.99\) is incompatible with"):
         HostFunction(lambda x, y: None)(jax.ShapeDtypeStruct((2,), jnp.float32), jnp.ones(2))
+
+
+def interrupted(x, y) -> None:
+    raise KeyboardInterrupt("stop")
+
+
+def test_an_interrupt_in_a_host_function_can_be_raised_as_itself():
+    call = jax.jit(lambda x: HostFunction(interrupted)(jax.ShapeDtypeStruct((3,), jnp.float32), x))
+    with pytest.raises(KeyboardInterrupt, match="stop"), raise_interrupts():
+        call(jnp.zeros(3)).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="KeyboardInterrupt: stop"):
+        call(jnp.zeros(3)).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), raise_interrupts():
+        raise jax.errors.JaxRuntimeError("another error, later")
