@@ -45,7 +45,7 @@ def describe(error: Exception) -> dict[str, Any]:
     """
     kind = type(error).__name__
     if isinstance(error, TextError):
-        names = ("problem", "path", "line", "expected", "found", "remedy")
+        names = ("problem", "path", "line", "key", "expected", "found", "remedy")
         fields = {name: getattr(error, name) for name in names}
     elif isinstance(error, CheckpointError):
         fields = {

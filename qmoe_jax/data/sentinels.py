@@ -28,6 +28,9 @@ CONFIG_FILE = "tokenizer_config.json"
 SIDE_FILES = (CONFIG_FILE, "added_tokens.json", "tokenizer.json", "special_tokens_map.json")
 """Files of Hugging Face beside a sentencepiece model that may name its sentinels."""
 
+TRAINED_WITH = "pass the tokenizer that the model was trained with"
+"""The remedy for a tokenizer that is not the model's."""
+
 _NAME = re.compile(r"▁?<extra_id_(\d+)>")
 
 
@@ -83,7 +86,7 @@ def find_sentinels(
         CheckpointError: a file beside the tokenizer is not a JSON object.
     """
     if count is not None and count < 1:
-        raise TextError(f"extra_ids: expected at least 1 sentinel, found {count}")
+        raise TextError("too few sentinels", key="extra_ids", expected="at least 1", found=count)
     pieces = model.get_piece_size()
     if found := dict(_named(enumerate(model.id_to_piece(list(range(pieces)))), path)):
         sentinels, place = _numbered(found, path), path
@@ -91,8 +94,12 @@ def find_sentinels(
         sentinels, place = _beside(model, path, count)
     if count is not None and sentinels.count != count:
         raise TextError(
-            f"{place}: extra_ids: expected {sentinels.count}, the sentinels that this file names, found "
-            f"{count}; leave the option out, or pass the tokenizer that the model was trained with"
+            "names another number of sentinels",
+            path=place,
+            key="extra_ids",
+            expected=f"{sentinels.count}, as the file names",
+            found=count,
+            remedy=f"leave the option out, or {TRAINED_WITH}",
         )
     return sentinels
 
@@ -111,8 +118,12 @@ def _named(tokens: Any, path: pathlib.Path) -> Iterator[tuple[int, int]]:
             number = int(match[1])
             if seen.setdefault(number, token) != token:
                 raise TextError(
-                    f"{path}: <extra_id_{number}>: expected one id, found {seen[number]} and {token}; pass "
-                    "the tokenizer that the model was trained with"
+                    "names a sentinel twice",
+                    path=path,
+                    key=f"<extra_id_{number}>",
+                    expected="one id",
+                    found=f"{seen[number]} and {token}",
+                    remedy=TRAINED_WITH,
                 )
             yield number, token
 
@@ -121,14 +132,22 @@ def _numbered(found: Mapping[int, int], path: pathlib.Path) -> Sentinels:
     """Return sentinels from ids by number; these run from 0 without a gap, and no two share an id."""
     if missing := sorted(set(range(max(found) + 1)) - found.keys()):
         raise TextError(
-            f"{path}: expected sentinels numbered from 0 without a gap, found {len(found)} up to "
-            f"<extra_id_{max(found)}> without <extra_id_{missing[0]}>; pass the tokenizer that the model was "
-            "trained with"
+            "has a gap in the numbers of its sentinels",
+            path=path,
+            expected="numbers from 0 without a gap",
+            found=f"{len(found)} up to <extra_id_{max(found)}> without <extra_id_{missing[0]}>",
+            remedy=TRAINED_WITH,
         )
     ids = tuple(found[number] for number in range(len(found)))
     if len(set(ids)) < len(ids):
         twice = next(token for token in ids if ids.count(token) > 1)
-        raise TextError(f"{path}: expected an id of its own for each sentinel, found {twice} for two")
+        raise TextError(
+            "gives two sentinels one id",
+            path=path,
+            expected="an id of its own for each",
+            found=f"{twice} for two",
+            remedy=TRAINED_WITH,
+        )
     return Sentinels(ids)
 
 
@@ -147,9 +166,12 @@ def _beside(
             if sentinels.start < pieces:
                 token = sentinels.start
                 raise TextError(
-                    f"{file}: <extra_id_{sentinels.number(token)}>: expected an id of {pieces} or more, "
-                    f"above the pieces of {path.name}, found {token}, there the piece "
-                    f"{model.id_to_piece(token)!r}"
+                    "gives a sentinel the id of a piece",
+                    path=file,
+                    key=f"<extra_id_{sentinels.number(token)}>",
+                    expected=f"an id of {pieces} or more, above the pieces of {path.name}",
+                    found=f"{token}, there the piece {model.id_to_piece(token)!r}",
+                    remedy="take this file and the tokenizer from one and the same model",
                 )
             return sentinels, file
         stated = stated or ((number, file) if (number := _stated_count(content, file)) else None)
@@ -169,14 +191,27 @@ def _added_tokens(content: Mapping[str, Any], file: pathlib.Path) -> Iterator[tu
             added = content.get("added_tokens_decoder") or {}
             yield from ((int(token), each["content"]) for token, each in added.items())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TextError(f"{file}: expected added tokens with their ids and names, found {error!r}") from error
+        raise TextError(
+            "is damaged",
+            path=file,
+            expected="added tokens with their ids and names",
+            found=f"{error!r}",
+            remedy="copy or download the file again",
+        ) from error
 
 
 def _stated_count(content: Mapping[str, Any], file: pathlib.Path) -> int | None:
     """Return the number of sentinels that a file beside the tokenizer states without their ids."""
     if (count := content.get("extra_ids")) is not None:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise TextError(f"{file}: extra_ids: expected a number of sentinels from 1, found {count!r}")
+            raise TextError(
+                "states no number of sentinels",
+                path=file,
+                key="extra_ids",
+                expected="an integer of at least 1",
+                found=f"{count!r}",
+                remedy="correct the file, or copy it again",
+            )
         return count
     names = content.get("additional_special_tokens") or ()
     return sum(isinstance(name, str) and bool(_NAME.fullmatch(name)) for name in names)

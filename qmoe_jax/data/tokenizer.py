@@ -14,9 +14,10 @@ from jaxtyping import Int32
 
 from qmoe_jax.config import SwitchConfig, TokenIds
 from qmoe_jax.data.errors import TextError
-from qmoe_jax.data.sentinels import CONFIG_FILE, Sentinels, find_sentinels, side_file
+from qmoe_jax.data.sentinels import CONFIG_FILE, TRAINED_WITH, Sentinels, find_sentinels, side_file
 from qmoe_jax.files.foreign import foreign_error
 from qmoe_jax.files.location import local_path
+from qmoe_jax.files.reading import read_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "spiece.model")
 """Names of a sentencepiece model beside a checkpoint: ours and T5's, Hugging Face's."""
@@ -64,24 +65,32 @@ class Tokenizer:
 
         Raises:
             TextError: the file does not exist, is not a sentencepiece model, or has other sentinels.
-            CheckpointError: a file beside it is damaged.
+            CheckpointError: it cannot be read, or a file beside it is damaged.
         """
         found = pathlib.Path(path)
         if not found.is_file():
             beside = find_tokenizer(found) if found.is_dir() else None
             if beside is None:
                 raise TextError(
-                    f"{found}: no sentencepiece model there; expected a file, or "
-                    f"{' or '.join(TOKENIZER_FILES)} in this directory or the one above"
+                    "no sentencepiece model there",
+                    path=found,
+                    expected=f"a file, or a directory with {' or '.join(TOKENIZER_FILES)} in it or above it",
+                    remedy="pass the tokenizer's file",
                 )
             found = beside
         self.path = found
         try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(found))
+            # By its bytes: sentencepiece takes no path that is not UTF-8.
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=read_whole(found))
         except RuntimeError as error:  # sentencepiece's only kind of error
-            if known := foreign_error(found):
-                raise TextError(str(known)) from error
-            raise TextError(f"{found}: expected a sentencepiece model; {error}") from error
+            known = foreign_error(found)
+            raise TextError(
+                known.problem if known else "is not a sentencepiece model",
+                path=found,
+                expected="a sentencepiece model",
+                found=None if known else error,
+                remedy=known.remedy if known else "copy or download the file again",
+            ) from error
         self.sentinels: Sentinels = find_sentinels(self.model, found, extra_ids)
         self.token_ids: TokenIds = token_ids or self._own_ids()
 
@@ -118,10 +127,12 @@ class Tokenizer:
         """
         if self.vocab_size > config.vocab_size:
             raise TextError(
-                f"{self.path}: expected at most {config.vocab_size} ids, the model's vocabulary, found "
-                f"{self._count()}; pass the tokenizer that the model was trained with. Another number of "
-                "sentinels (extra_ids) helps only if the model was trained with that number: any other gives "
-                "every sentinel a wrong id"
+                "has more ids than the model",
+                path=self.path,
+                expected=f"at most {config.vocab_size}, the model's vocabulary",
+                found=self._count(),
+                remedy=f"{TRAINED_WITH}. Another number of sentinels (extra_ids) helps only if the model was "
+                "trained with that number: any other gives every sentinel a wrong id",
             )
         for key, name, own, theirs in (
             ("pad_token_id", "padding", self.model.pad_id(), config.pad_id),
@@ -129,15 +140,22 @@ class Tokenizer:
         ):
             if own >= 0 and own != theirs:
                 raise TextError(
-                    f"{self.path}: {key}: expected {theirs}, the model's, found {own}, the tokenizer's own "
-                    f"{name}; pass the tokenizer that the model was trained with, or correct {key} in the "
-                    "model's config.json (a T5X checkpoint has none: convert it to huggingface first)"
+                    f"has another {name} than the model",
+                    path=self.path,
+                    key=key,
+                    expected=f"{theirs}, the model's",
+                    found=f"{own}, the tokenizer's own",
+                    remedy=f"{TRAINED_WITH}, or correct {key} in the model's config.json (a T5X checkpoint "
+                    "has none: convert it to huggingface first)",
                 )
             if own < 0 and self._is_text(theirs):
                 raise TextError(
-                    f"{self.path}: {key}: expected an id without text for the model's {name}, {theirs}, "
-                    f"found the piece {self.model.id_to_piece(theirs)!r}; pass the tokenizer that the model "
-                    f"was trained with, or correct {key} in the model's config.json"
+                    f"has text where the model has its {name}",
+                    path=self.path,
+                    key=key,
+                    expected=f"an id without text as {theirs}, the model's",
+                    found=f"the piece {self.model.id_to_piece(theirs)!r}",
+                    remedy=f"{TRAINED_WITH}, or correct {key} in the model's config.json",
                 )
 
     def warn_of_fewer_ids(self, vocab_size: int) -> None:

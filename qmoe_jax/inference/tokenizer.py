@@ -37,8 +37,10 @@ def load_tokenizer(
     found = path or find_tokenizer(reader.path)
     if found is None:
         raise TextError(
-            f"{reader.path}: no {' or '.join(TOKENIZER_FILES)} there or in the directory above; pass the "
-            "tokenizer's file"
+            "has no tokenizer",
+            path=reader.path,
+            expected=f"{' or '.join(TOKENIZER_FILES)} there, or in the directory above",
+            remedy="pass the tokenizer's file",
         )
     tokenizer = Tokenizer(found, extra_ids, reader.config.token_ids)
     tokenizer.check_model(reader.config)

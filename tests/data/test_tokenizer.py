@@ -50,7 +50,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(TextError, match=r"bad\.model: expected a sentencepiece model"):
+    with pytest.raises(TextError, match=r"bad\.model: is not a sentencepiece model"):
         Tokenizer(tmp_path / "bad.model")
 
 
@@ -60,14 +60,14 @@ def model_of(tokenizer: Tokenizer, **fields: int) -> SwitchConfig:
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizer):
     tokenizer.check_model(model_of(tokenizer))
-    with pytest.raises(TextError, match=f"expected at most {tokenizer.vocab_size - 1} ids"):
+    with pytest.raises(TextError, match=f"more ids .*\n  expected: at most {tokenizer.vocab_size - 1}"):
         tokenizer.check_model(model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1))
 
 
 @pytest.mark.parametrize(("field", "key"), [("pad_id", "pad_token_id"), ("eos_id", "eos_token_id")])
 def test_a_tokenizer_that_disagrees_about_a_token_is_refused(tokenizer, field, key):
     own = getattr(model_of(tokenizer), field)
-    with pytest.raises(TextError, match=f"{key}: expected 5, the model's, found {own}, the tokenizer's own"):
+    with pytest.raises(TextError, match=f"key: {key}\n  expected: 5, the model's\n  found: {own}, the "):
         tokenizer.check_model(model_of(tokenizer, **{field: 5}))
 
 
@@ -79,9 +79,8 @@ def test_a_tokenizer_without_padding_has_no_text_where_the_model_has_it(tmp_path
     tokenizer = Tokenizer(path)
     assert tokenizer.token_ids == TokenIds(pad=0, eos=2, decoder_start=0)
     tokenizer.check_model(model_of(tokenizer, eos_id=2))
-    with pytest.raises(
-        TextError, match="pad_token_id: expected an id without text for the model's padding, 5"
-    ):
+    expected = "key: pad_token_id\n  expected: an id without text as 5, the model's\n  found: the piece"
+    with pytest.raises(TextError, match=expected):
         tokenizer.check_model(model_of(tokenizer, eos_id=2, pad_id=5))
 
 
@@ -89,3 +88,9 @@ def test_a_model_with_many_more_ids_than_the_tokenizer_gives_a_warning(tokenizer
     tokenizer.warn_of_fewer_ids(tokenizer.vocab_size + 127)
     with pytest.warns(UserWarning, match="check that it was trained with them"):
         tokenizer.warn_of_fewer_ids(tokenizer.vocab_size + 128)
+
+
+def test_a_tokenizer_on_a_path_that_is_not_utf8_is_read(tokenizer, tmp_path):
+    path = tmp_path / "caf\udce9.model"
+    path.write_bytes(tokenizer.path.read_bytes())
+    assert Tokenizer(path).pieces == tokenizer.pieces
