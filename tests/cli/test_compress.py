@@ -71,7 +71,7 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
         (["--max-tokens", "5"], "cut longer texts into segments"),
         (["--segment", "1000"], "no text of at least 500 tokens, half a segment"),
         (["--split", "dev"], 'no text with "split": "dev"'),
-        (["--extra-ids", "300"], "expected at most 512 ids, the model's vocabulary"),
+        (["--extra-ids", "300"], "expected: at most 512, the model's vocabulary"),
         (["--tokenizer", "no.model"], "no.model: no sentencepiece model there"),
         (["--calibration", "no.jsonl"], "no.jsonl: no text found"),
     ],
@@ -88,7 +88,7 @@ def test_the_tokenizer_is_found_in_the_folder_above_the_checkpoint(data, folder,
     arguments = compress_arguments(t5x, texts, tmp_path / "out")
     result = qmoe(*arguments)
     assert result.exit_code == 1
-    assert "no tokenizer.model or spiece.model there or in the directory above" in result.stderr
+    assert "expected: tokenizer.model or spiece.model there, or in the directory above" in result.stderr
     shutil.copyfile(folder / "tokenizer.model", tmp_path / "tokenizer.model")
     result = qmoe(*arguments, "--max-tokens", 5)
     assert "no text of fewer than 5 tokens" in result.stderr
