@@ -44,7 +44,10 @@ def check_run(run: Run) -> None:
     for stack in ("encoder", "decoder"):
         layers, sparse = run.config.num_layers(stack), run.config.sparse_layers(stack)
         _require(
-            set(sparse) <= set(range(layers)), f"config: {stack}_sparse_layers", f"below {layers}", sparse
+            all(layer < layers for layer in sparse),
+            f"config: {stack}_sparse_layers",
+            f"below {layers}",
+            sparse,
         )
     for name in ("options", "source"):
         _require(isinstance(getattr(run, name), dict), name, "an object", getattr(run, name))

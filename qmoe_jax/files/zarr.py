@@ -199,7 +199,8 @@ def _refusing(location: Location) -> Iterator[None]:
     """Turn tensorstore's errors into `CheckpointError`."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, TypeError) as error:  # the last two: text that is not Unicode
+    # The last three are its bindings': text that is not Unicode, numbers of more than 64 bits.
+    except (ValueError, OSError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(
             "tensorstore cannot open the array", path=location.path, found=first_line(error)
         ) from error
