@@ -72,11 +72,7 @@ def describe(error: Exception) -> dict[str, Any]:
             "problem": f"{kind}: {error}",
             "remedy": "this may be a bug in qmoe: run the command with --debug, and report the traceback",
         }
-    return {"type": kind} | {
-        name: printable(value) if isinstance(value, str) else value
-        for name, value in fields.items()
-        if value is not None
-    }
+    return {"type": kind} | {name: value for name, value in fields.items() if value is not None}
 
 
 def message(fields: dict[str, Any]) -> str:
@@ -86,4 +82,4 @@ def message(fields: dict[str, Any]) -> str:
     details = [
         f"  {name}: {fields[name]}" for name in ("key", "expected", "found", "remedy") if name in fields
     ]
-    return "\n".join([f"error: {where}{fields['problem']}", *details])
+    return printable("\n".join([f"error: {where}{fields['problem']}", *details]))

@@ -87,6 +87,7 @@ def _take_next_number(path: Path) -> Path:
         raise _held(
             path.parent,
             f"wait for it, or stop it; if it has ended (without locks that cannot be known), remove {holder}",
+            _name_of(holder),
         )
     mine = _numbered(path, last + 1)
     try:
@@ -111,6 +112,15 @@ def _numbered(path: Path, number: int) -> Path:
 def _numbers(path: Path) -> list[int]:
     pattern = re.compile(re.escape(path.name) + r"\.(\d+)")
     return sorted(int(match[1]) for name in os.listdir(path.parent) if (match := pattern.fullmatch(name)))
+
+
+def _name_of(holder: Path) -> str:
+    """Return the process and host that hold a lock; empty where its file does not tell."""
+    try:
+        held = json.loads(holder.read_bytes())
+        return f"process {held['pid']} on {held['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _is_free(holder: Path) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import resource
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from qmoe_jax.files.names import is_inside
 from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.tensor import Shard
 from qmoe_jax.files.zarr_chunks import check_chunks
+from qmoe_jax.memory import usable_memory
 
 Metadata = dict[str, Any]
 
@@ -80,7 +79,7 @@ class ZarrTensor:
     def _read(self, part: ts.TensorStore) -> np.ndarray:
         # tensorstore ends the process where memory is refused.
         values = max(math.prod(part.shape), *_chunk_values(self.store))
-        if (needed := values * self.store.dtype.numpy_dtype.itemsize) > (most := _memory()):
+        if (needed := values * self.store.dtype.numpy_dtype.itemsize) > (most := usable_memory()):
             raise CheckpointError(
                 "an array takes more memory than there is",
                 path=self.location.path,
@@ -108,13 +107,6 @@ def _chunk_values(store: ts.TensorStore) -> tuple[int, int]:
     layout = store.chunk_layout
     decoded, stored = layout.read_chunk.shape or (), layout.write_chunk.shape or ()
     return math.prod(size or 1 for size in decoded), math.prod(size or 1 for size in stored)
-
-
-def _memory() -> int:
-    """Return the bytes of memory that the machine has, or that this process may have."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return physical if soft == resource.RLIM_INFINITY else min(physical, soft)
 
 
 def open_arrays(

@@ -110,7 +110,7 @@ def test_a_text_goes_out_as_it_came_in(artifact, scripted, tokenizer, text):
 @pytest.mark.parametrize("ending", ["\n", "\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_lines_keep_their_characters_and_endings(artifact, monkeypatch, tmp_path, ending, source):
-    def write(model, params, rows, *, max_new_tokens, sampling, seed):
+    def write(model, params, rows, *, max_new_tokens, **_):
         return np.zeros((len(rows), max_new_tokens), np.int32)  # fills nothing
 
     monkeypatch.setattr("qmoe_jax.inference.fill.generate", write)

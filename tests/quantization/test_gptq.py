@@ -383,7 +383,7 @@ def test_a_nan_weight_shows_in_the_error():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"damping": -0.1}, "damping must be >= 0, found -0.1"),
+        ({"damping": -0.1}, "damping must be finite and >= 0, found -0.1"),
         ({"group_size": 0}, "block_size and group_size must be >= 1, found 128 and 0"),
         ({"block_size": 0}, "block_size and group_size must be >= 1, found 0 and None"),
     ],
