@@ -13,7 +13,7 @@ LAYERS = {
     "pallas_kernels": 0,
     "qmoe_jax.config": 1,
     "qmoe_jax.progress": 1,
-    "qmoe_jax.memory": 1,
+    "qmoe_jax.memory": 0,
     "qmoe_jax.settings": 1,
     "qmoe_jax.files": 1,
     "qmoe_jax.parameters": 2,
