@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -22,12 +23,26 @@ def describe_overflow(
 ) -> str:
     """Return a message that names the first part of the model whose output is not finite.
 
-    Runs the model once more, without jit, and keeps the outputs of all of its modules.
+    Runs the model once more, compiled with one flag for each output of its modules.
     """
-    _, captured = model.apply(
-        {"params": params}, encoder, decoder, mask, capture_intermediates=True, mutable=["intermediates"]
-    )
-    where = _first(captured["intermediates"], ()) or "the logits"
+    paths: list[str] = []
+
+    @jax.jit
+    def finite(
+        params: dict[str, Any],
+        encoder: Int[Array, "b n"],
+        decoder: Int[Array, "b m"],
+        mask: Bool[Array, "b n"] | None,
+    ) -> Bool[Array, "output"]:
+        _, captured = model.apply(
+            {"params": params}, encoder, decoder, mask, capture_intermediates=True, mutable=["intermediates"]
+        )
+        parts = list(_parts(captured["intermediates"], ()))
+        paths[:] = [path for path, _ in parts]
+        return jnp.stack([jnp.isfinite(array).all() for _, array in parts])
+
+    flags = np.asarray(finite(params, encoder, decoder, mask))
+    where = "the logits" if flags.all() else paths[int(flags.argmin())]
     return (
         f"{where}: the model's numbers are not finite in {np.dtype(model.dtype)} from there on: expected "
         "finite logits; its weights are too large: the checkpoint is damaged or its training diverged; "
@@ -35,15 +50,14 @@ def describe_overflow(
     )
 
 
-def _first(outputs: Mapping[str, Any], path: tuple[str, ...]) -> str | None:
-    """Return the path of the first module with an output that is not finite, in the order of the calls."""
+def _parts(outputs: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Array]]:
+    """Yield the floating-point outputs of modules with the modules' paths, in the order of the calls."""
     for name, value in outputs.items():
         if isinstance(value, Mapping):
-            if found := _first(value, (*path, name)):
-                return found
-        elif not all(np.isfinite(np.asarray(part, np.float32)).all() for part in _floats(value)):
-            return "/".join(path if name == "__call__" else (*path, name))
-    return None
+            yield from _parts(value, (*path, name))
+        else:
+            where = "/".join(path if name == "__call__" else (*path, name))
+            yield from ((where, array) for array in _floats(value))
 
 
 def _floats(value: Any) -> list[Array]:

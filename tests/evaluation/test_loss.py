@@ -46,7 +46,7 @@ def test_batch_size_does_not_change_the_evaluation(tiny, held_out):
 def test_accuracy_counts_the_most_likely_tokens(tiny, held_out):
     model, params = tiny
     encoder, decoder = held_out[0]
-    logits = model.apply({"params": params}, encoder[None], decoder[None])[0, :-1]
+    logits = jax.jit(model.apply)({"params": params}, encoder[None], decoder[None])[0, :-1]
     expected = np.mean(np.argmax(logits, -1) == decoder[1:])
     assert qj.evaluate(model, params, held_out[:1]).accuracy == pytest.approx(float(expected))
     log_p = jax.nn.log_softmax(logits)[np.arange(len(decoder) - 1), decoder[1:]]

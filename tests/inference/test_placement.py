@@ -70,7 +70,7 @@ def test_placed_experts_compute_in_float32_for_a_bfloat16_model(artifact, relati
     path, examples = artifact
     encoder, decoder = batch_of(examples)
     found, wanted = (
-        model.apply({"params": params}, encoder, decoder)
+        jax.jit(model.apply)({"params": params}, encoder, decoder)
         for model, params in (
             qj.load_compressed(path, "bfloat16", experts="disk"),
             qj.load_compressed(path, "bfloat16", experts="device"),
@@ -94,9 +94,8 @@ def test_a_directory_of_upstream_runs_from_host_memory(data, relative):
     path = data / "upstream_ckpt_tiny_a"
     (model, params), (_, placed) = qj.load_compressed(path), qj.load_compressed(path, experts="host")
     tokens = np.arange(2, 22)[None], np.arange(0, 6)[None]
-    assert (
-        relative(model.apply({"params": placed}, *tokens), model.apply({"params": params}, *tokens)) <= 1e-5
-    )
+    run = jax.jit(model.apply)
+    assert relative(run({"params": placed}, *tokens), run({"params": params}, *tokens)) <= 1e-5
     with pytest.raises(qj.CheckpointError, match="cannot be kept on disk"):
         qj.load_compressed(path, experts="disk")
 
@@ -113,13 +112,13 @@ def test_kinds_that_do_not_run_packed_are_refused_by_name(data, artifact, tmp_pa
 def test_statistics_count_every_lookup(artifact):
     path, examples = artifact
     model, params = qj.load_compressed(path, experts="disk")
-    tokens = batch_of(examples)
-    jax.block_until_ready(model.apply({"params": params}, *tokens))
+    tokens, run = batch_of(examples), jax.jit(model.apply)
+    jax.block_until_ready(run({"params": params}, *tokens))
     first = qj.expert_statistics(params).to_json()
     assert first["calls"] == 4
     assert 4 <= first["reads"] == first["lookups"] <= 32
     assert first["evictions"] == first["hits"] == 0
-    jax.block_until_ready(model.apply({"params": params}, *tokens))
+    jax.block_until_ready(run({"params": params}, *tokens))
     again = qj.expert_statistics(params)
     assert (again.reads, again.hits, again.lookups) == (
         first["reads"],
@@ -137,7 +136,7 @@ def test_the_cache_stays_within_its_budget_and_evicts_the_oldest(artifact):
     model, params = qj.load_compressed(path, experts="disk", expert_cache=3 * EXPERT)
     statistics = qj.expert_statistics(params)
     assert statistics.resident_bytes <= 3 * EXPERT
-    jax.block_until_ready(model.apply({"params": params}, *batch_of(examples)))
+    jax.block_until_ready(jax.jit(model.apply)({"params": params}, *batch_of(examples)))
     assert statistics.evictions == statistics.reads - 3
 
 
@@ -299,7 +298,7 @@ class TestFaults:
         file.unlink()
         model, _ = qj.load_compressed(artifact[0])
         with pytest.raises(jax.errors.JaxRuntimeError, match=file.name):
-            jax.block_until_ready(model.apply({"params": params}, *batch_of(artifact[1])))
+            jax.block_until_ready(jax.jit(model.apply)({"params": params}, *batch_of(artifact[1])))
 
     def test_two_stores_read_one_artifact(self, artifact, expected):
         path, examples = artifact
