@@ -95,7 +95,6 @@ def gptq(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "group_size", "backend"))
 def gptq_with_factor(
     w: Float[AnyArray, "expert out in"],
     factor: Factor,
@@ -117,41 +116,69 @@ def gptq_with_factor(
         )
     width = w.shape[2]
     schedule = GroupSchedule(width, block_size, width if group_size is None else min(group_size, width))
-    quantize = functools.partial(quantize_block, grid=grid, backend=backend)
-    quantize_expert = functools.partial(_quantize_expert, grid=grid, schedule=schedule, quantize=quantize)
-    values, digits, levels, error, group_index = jax.vmap(quantize_expert)(
-        jnp.asarray(w, jnp.float32), factor.lower, factor.curvature, factor.order
+    values, digits, levels, error = quantize_in_order(
+        _ordered(w, factor.order), factor.lower, factor.curvature, grid, schedule=schedule, backend=backend
     )
+    group_index = jnp.broadcast_to(
+        jnp.arange(width, dtype=jnp.int32) // schedule.group_size, factor.curvature.shape
+    )
+    if factor.order is not None:
+        values, digits, group_index = _reordered(factor.order, values, digits, group_index)
     return Quantized(values, digits, levels, error, factor.fallback, group_index)
 
 
-def _quantize_expert(
-    w: Float[Array, "out in"],
-    lower: Float[Array, "in in"],
-    curvature: Float[Array, "in"],
-    order: Int32[Array, "in"] | None,
-    *,
+@jax.jit
+def _ordered(
+    w: Float[AnyArray, "expert out in"], order: Int32[Array, "expert in"] | None
+) -> Float[Array, "expert out in"]:
+    """Return the weights in float32, columns in the order of quantization."""
+    w = jnp.asarray(w, jnp.float32)
+    return w if order is None else jnp.take_along_axis(w, order[:, None], axis=2)
+
+
+@jax.jit
+def _reordered(
+    order: Int32[Array, "expert in"],
+    values: Float[Array, "expert out in"],
+    digits: UInt8[Array, "expert out in"],
+    group_index: Int32[Array, "expert in"],
+) -> tuple[Float[Array, "expert out in"], UInt8[Array, "expert out in"], Int32[Array, "expert in"]]:
+    """Return what was found for columns in the order of quantization in the order of the weights."""
+    place = jnp.argsort(order, axis=-1)
+    take = functools.partial(jnp.take_along_axis, axis=-1)
+    return take(values, place[:, None]), take(digits, place[:, None]), take(group_index, place)
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "backend"))
+def quantize_in_order(
+    w: Float[Array, "expert out in"],
+    lower: Float[Array, "expert in in"],
+    curvature: Float[Array, "expert in"],
     grid: Grid,
+    *,
     schedule: GroupSchedule,
-    quantize: QuantizeBlock,
+    backend: str | None,
 ) -> tuple[
-    Float[Array, "out in"],
-    UInt8[Array, "out in"],
-    Float[Array, "out group 2"],
-    Float[Array, ""],
-    Int32[Array, "in"],
+    Float[Array, "expert out in"],
+    UInt8[Array, "expert out in"],
+    Float[Array, "expert out group 2"],
+    Float[Array, "expert"],
 ]:
-    """Return values, digits, levels, error and the group of each column, in the order of the weights."""
-    width, size = schedule.width, schedule.group_size
-    ordered = w if order is None else w[:, order]
-    digits, levels, error = _quantize_columns(ordered, lower, curvature, grid, schedule, quantize)
-    pair = jnp.unstack(levels[:, :, None], axis=-1)
-    values = join_groups(grid.value(split_groups(digits, size), pair), width)
-    group_index = jnp.arange(width, dtype=jnp.int32) // size
-    if order is not None:
-        position = jnp.argsort(order)
-        values, digits, group_index = values[:, position], digits[:, position], group_index[position]
-    return values, digits, levels, error, group_index
+    """Return values, digits, levels and error, with the columns quantized in the order in which they stand.
+
+    One program for all orders of columns: apart from permuting them this is all of the work.
+    """
+    quantize = functools.partial(quantize_block, grid=grid, backend=backend)
+
+    def expert(
+        w: Float[Array, "out in"], lower: Float[Array, "in in"], curvature: Float[Array, "in"]
+    ) -> tuple[Float[Array, "out in"], UInt8[Array, "out in"], Float[Array, "out group 2"], Float[Array, ""]]:
+        digits, levels, error = _quantize_columns(w, lower, curvature, grid, schedule, quantize)
+        pair = jnp.unstack(levels[:, :, None], axis=-1)
+        values = join_groups(grid.value(split_groups(digits, schedule.group_size), pair), schedule.width)
+        return values, digits, levels, error
+
+    return jax.vmap(expert)(w, lower, curvature)
 
 
 def _quantize_columns(

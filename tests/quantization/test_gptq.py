@@ -285,7 +285,7 @@ def test_a_gpu_rounds_the_blocks_of_all_experts_in_one_kernel():
     h100 = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     factor = factorize(hessian)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
-        traced = gptq_with_factor.trace(w, factor, ternary_grid(), block_size=16)
+        traced = jax.jit(functools.partial(gptq_with_factor, block_size=16)).trace(w, factor, ternary_grid())
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count('name = "quantize_block"') == 1
 

@@ -12,6 +12,7 @@ from qmoe_jax.quantization import (
     round_to_nearest,
     ternary_grid,
 )
+from qmoe_jax.quantization.gptq import quantize_in_order
 from tests.helpers import golden
 from tests.helpers.golden_digits import Problem
 
@@ -52,9 +53,9 @@ def test_a_higher_rate_buys_zeros_for_error():
 def test_a_new_rate_needs_no_new_compilation():
     factor = factorize(H, 0.1)
     gptq_with_factor(W, factor, rate_distortion_grid(0.1))
-    before = gptq_with_factor._cache_size()
+    before = quantize_in_order._cache_size()
     gptq_with_factor(W, factor, rate_distortion_grid(0.2, level_scale=1.1))
-    assert gptq_with_factor._cache_size() == before
+    assert quantize_in_order._cache_size() == before
 
 
 def test_levels_are_the_scaled_extremes():
@@ -75,3 +76,10 @@ def test_levels_are_the_scaled_extremes():
 def test_rates_bits_and_scales_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         rate_distortion_grid(*arguments)
+
+
+def test_another_order_of_columns_needs_no_new_compilation():
+    gptq_with_factor(W, factorize(H, 0.1), rate_distortion_grid(0.1))
+    before = quantize_in_order._cache_size()
+    gptq_with_factor(W, factorize(H, 0.1, activation_order=True), rate_distortion_grid(0.1))
+    assert quantize_in_order._cache_size() == before
