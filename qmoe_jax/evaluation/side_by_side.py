@@ -137,7 +137,7 @@ class SideBySide:
                 self._run_range(sides, routed, layer, experts, weights)
                 tally.advance(len(experts))
         (original, _), (compressed, _) = routed
-        return float(np.mean((original == compressed)[sides[0].states.visible]))
+        return float(np.mean(original == compressed))
 
     def _run_range(
         self,
@@ -168,9 +168,9 @@ def cosines(
 
 
 def mean_cosine(a: HiddenStates, b: HiddenStates) -> float:
-    """Return the mean cosine of the states of all visible tokens."""
+    """Return the mean cosine of the states of all tokens."""
     total = 0.0
     for start in range(0, a.tokens, ROWS):
         part = slice(start, start + ROWS)
-        total += cosines(a.values[part], b.values[part])[a.visible[part]].sum()
-    return float(total / a.visible.sum())
+        total += cosines(a.values[part], b.values[part]).sum()
+    return float(total / a.tokens)

@@ -108,7 +108,9 @@ class EncoderLayers:
         """Return the operands of attention besides the states: the position bias with the padding mask."""
         encoder = Encoder(self.config, dtype=self.dtype)
         return (
-            _encoder_bias(encoder, self.params["relpos_bias"], jnp.asarray(self.states.visible_mask(batch))),
+            _encoder_bias(
+                encoder, self.params["relpos_bias"], jnp.asarray(mask_of(batch, self.states.lengths))
+            ),
         )
 
     def gather(self, batch: PaddedExamples) -> np.ndarray:
@@ -218,7 +220,7 @@ class DecoderLayers(EncoderLayers):
         """Return the padded encoder states of the batch's examples and both biases."""
         longest = round_up(int(self.encoded.lengths[batch.examples].max()), LENGTH_MULTIPLE)
         padded = PaddedExamples(batch.examples, batch.rows, longest)
-        mask = jnp.asarray(self.encoded.visible_mask(padded))
+        mask = jnp.asarray(mask_of(padded, self.encoded.lengths))
         encoded = self.encoded.gather(padded).astype(self.dtype, copy=False)
         bias = _decoder_bias(Decoder(self.config, dtype=self.dtype), self.params["relpos_bias"], batch.length)
         return jnp.asarray(encoded), bias, padding_bias(mask)

@@ -71,21 +71,17 @@ def _mapped(folder: Path, shape: tuple[int, int]) -> np.ndarray:
 class HiddenStates:
     """Hidden states of all tokens, float32 `[token, feature]`, one example after another.
 
-    Attention sees only the tokens where `visible` (bool `[token]`, by default all True) is True. Values that
-    take more than `MEMORY_SHARE` of the memory that this process may use are mapped from a file without a
-    name in `folder`, which disappears with the process. Its room on the disk is allocated at once.
+    Values that take more than `MEMORY_SHARE` of the memory that this process may use are mapped from a file
+    without a name in `folder`, which disappears with the process. Its room on the disk is allocated at once.
 
     Raises:
         CheckpointError: the disk has no room for the file.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], features: int, folder: Path, visible: np.ndarray | None = None
-    ):
+    def __init__(self, lengths: Sequence[int], features: int, folder: Path):
         self.lengths = np.asarray(lengths, np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
         shape = (int(self.offsets[-1]), features)
-        self.visible = np.ones(shape[0], bool) if visible is None else visible
         if 4 * shape[0] * shape[1] < MEMORY_SHARE * usable_memory():
             self.values = np.zeros(shape, np.float32)
         else:
@@ -107,13 +103,6 @@ class HiddenStates:
         """Write the states of a batch back."""
         for row, start, stop in self._places(batch):
             self.values[start:stop] = padded[row, : stop - start]
-
-    def visible_mask(self, batch: PaddedExamples) -> np.ndarray:
-        """Return a mask `[row, length]` that is True on visible tokens."""
-        mask = np.zeros((batch.rows, batch.length), bool)
-        for row, start, stop in self._places(batch):
-            mask[row, : stop - start] = self.visible[start:stop]
-        return mask
 
     def flat(self, batch: PaddedExamples) -> np.ndarray:
         """Return the numbers of the batch's tokens, in the order of its rows."""
