@@ -162,7 +162,12 @@ class ObjectStore:
             stamp = self._objects.write(name, content, if_equal=expected).result()
         # No generation: something else lay there, or the answer of an earlier try was lost.
         if not stamp.generation or self._generation(name) != stamp.generation:
-            self._require(name, self.find_record(name), (record,))
+            if (found := self.find_record(name)) is None:  # so s3 answers where there is no bucket
+                raise CheckpointError(
+                    "cannot be written", path=self.path(name), found="no object after it was written",
+                    remedy="check that the bucket exists, and that nobody removes objects there",
+                )  # fmt: skip
+            self._require(name, found, (record,))
         return record
 
     def delete(self, name: str) -> None:
@@ -210,14 +215,14 @@ class ObjectStore:
                 raise
             return False
 
-    def _require(self, name: str, found: FileRecord | None, expected: tuple[FileRecord, ...]) -> None:
+    def _require(self, name: str, found: FileRecord, expected: tuple[FileRecord, ...]) -> None:
         """Raise `CheckpointError` where an object is none of those expected."""
         if found not in expected:
             raise CheckpointError(
                 "is written by another process too, with other bytes",
                 path=self.path(name),
                 expected=expected[0],
-                found=found or "no object",
+                found=found,
                 remedy="stop the other process, or choose another location; if none runs, remove the object, "
                 "then run the same command again",
             )

@@ -67,6 +67,12 @@ def output_store(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = (
                 "lies within the input", path=store.root, expected="a location outside of what is read",
                 found=entry, remedy="choose another location",
             )  # fmt: skip
+    if not store.can_list:
+        raise CheckpointError(
+            "cannot be written: URLs of this kind are only read", path=store.root,
+            expected="a local directory, or gs:// or s3://", remedy="choose another location",
+        )  # fmt: skip
+    store.names(_PROBE)  # a missing bucket is told by its name
     store.write(_PROBE, [])
     store.delete(_PROBE)
     return store
