@@ -8,6 +8,7 @@ finished groups instead of quantizing them again: hidden states, experts and man
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,14 @@ from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
-from qmoe_jax.compression.scratch import Scratch, remove_scratch
+from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -74,7 +76,8 @@ def compress(
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
-        output: the artifact's directory: missing, empty, or that of the same compression.
+        output: the artifact's directory or URL (gs://, s3://): missing, empty, or that of the same
+            compression.
         examples: calibration samples, (encoder ids, decoder ids beginning with the model's start token).
             Padding at the encoder's end does not count.
         config: the options.
@@ -82,7 +85,8 @@ def compress(
         allow_mixed: resume a run that other software or another machine began. Each digit may then differ
             from what either of them alone gives; the report says which groups come from which.
         scratch: folder for the hidden states between layers, twice `4 * d_model` bytes per token, and for
-            staged experts. By default inside the artifact; with several hosts a file system that all share.
+            staged experts. By default inside the artifact, so it is required where that is at a URL; with
+            several hosts on a file system that all of them share.
         devices: number of this process's devices to use; by default all of them.
         progress: called with units of work.
 
@@ -96,6 +100,13 @@ def compress(
     began, hosts, mesh = time.monotonic(), Hosts.current(), device_mesh(devices)
     inputs = (checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint,)
     output = artifact_directory(output, inputs=inputs)
+    if isinstance(output, str) and scratch is None:
+        raise CheckpointError(
+            "a compression to a URL needs a local folder for its scratch files",
+            path=output,
+            remedy="name one (scratch, --scratch) on a disk with room for the hidden states",
+        )
+    folder = Path(output) / SCRATCH if scratch is None else Path(scratch)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
     config.selection(reader.config)
@@ -107,13 +118,14 @@ def compress(
     source = source_digests(reader, dense, examples, attachments)
     with _writer(hosts, output, reader, config, source, list(codebooks.values())) as writer:
         if writer.finished:
-            remove_scratch(writer.root)
-            if not (damaged := damaged_files(writer.root)):
-                remove_records(writer.root)
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not (damaged := damaged_files(writer.store)):
+                remove_records(writer.store)
                 progress(1, 1, "finished before")
                 return CompressionReport.read(output)
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
-        require_room(writer.root, sum(part.nbytes for part in dense.values()), wanted=writer.root)
+        require_room(folder, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
@@ -121,9 +133,7 @@ def compress(
         for name in skipped:
             reader.read_finite(name)  # raises before any work, for they are copied at the end
         producer = this_producer()
-        place = Scratch.of(
-            writer.root / SCRATCH if scratch is None else Path(scratch), writer.run.digest, producer, hosts
-        )
+        place = Scratch.of(folder, writer.run.digest, producer, hosts)
         stages = {name: Stage(name) for name in STAGES}
         groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
         if place.agreed("complete", lambda: int(groups.complete())):
@@ -140,16 +150,17 @@ def compress(
         if hosts.first:
             writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
             writer.finish(report=groups.report(time.monotonic() - began))
-            remove_records(writer.root)
+            remove_records(writer.store)
             place.clear()
-            remove_scratch(writer.root)
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
         hosts.barrier("finished")
     return CompressionReport.read(output)
 
 
 def _writer(
     hosts: Hosts,
-    output: Path,
+    output: Path | str,
     reader: Checkpoint,
     config: CompressionConfig,
     source: Mapping[str, Any],

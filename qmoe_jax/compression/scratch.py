@@ -60,8 +60,3 @@ class Scratch:
                 write_durably(file, [json.dumps({name: decided}).encode()])
         self.hosts.barrier(name)
         return decided if self.hosts.first else int(read_json(file)[name])
-
-
-def remove_scratch(artifact: Path) -> None:
-    """Remove the scratch folder inside an artifact."""
-    shutil.rmtree(artifact / FOLDER, ignore_errors=True)
