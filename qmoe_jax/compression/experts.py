@@ -234,6 +234,11 @@ class ExpertPass:
                 mesh, matrices[name], known, config.grid, group_size=config.group_size
             )
         jax.block_until_ready(matrices["wo"])
+        for name, each in found.items():
+            for job, levels in zip(wave, parts_of(each.levels), strict=False):
+                key = f"{ExpertKernel(job.key.stack, job.key.layer, name).path}, levels"
+                dtype = LEVEL_DTYPES[self.groups.kinds[name].level_dtype]
+                read_as(np.asarray(levels), dtype, path=self.attention.path, key=key, first=job.key.start)
         return found
 
     def _calibrate(
@@ -301,9 +306,6 @@ class ExpertPass:
         for name, each in found.items():
             kind = groups.kinds[name]
             levels[name], indexes = np.asarray(each.levels), np.asarray(each.group_index)
-            where = f"{ExpertKernel(key.stack, key.layer, name).path}, levels"
-            dtype = LEVEL_DTYPES[kind.level_dtype]
-            read_as(levels[name], dtype, path=self.attention.path, key=where, first=key.start)
             digits: Any = each.digits if on_accelerator else np.asarray(each.digits)
             packed[name] = [
                 pack_matrix(kind, digits[e], levels[name][e], groups.codebooks, group_index=indexes[e])

@@ -171,7 +171,7 @@ class Walk:
     def _find_begin(self) -> int:
         """Return the last step whose hidden states are there in every byte; 0, with none left, else."""
         intact = 0  # steps in front of which every group is finished
-        while intact < len(self.steps) and all(map(self.groups.intact, self._keys(self.steps[intact]))):
+        while intact < len(self.steps) and all(map(self.groups.done, self._keys(self.steps[intact]))):
             intact += 1
         try:
             for number in reversed(range(min(intact + 1, len(self.steps)))):
