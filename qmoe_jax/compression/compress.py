@@ -103,14 +103,16 @@ def compress(
         skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
         for name in skipped:
             reader.read_finite(name)  # raises before any work, for they are copied at the end
-        with staged_beside(writer.root, reader) as staged_reader, blas_on_one_thread():
-            groups = GroupStore(staged_reader, writer, config, kinds, codebooks, this_producer())
-            if groups.complete():
-                progress(1, 1, "all groups were finished before")
-            else:
-                if not allow_mixed:
-                    groups.require_same_producer()
-                Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
+        groups = GroupStore(reader, writer, config, kinds, codebooks, this_producer())
+        if groups.complete():
+            progress(1, 1, "all groups were finished before")
+        else:
+            if not allow_mixed:
+                groups.require_same_producer()
+            walk = Walk(reader.config, dense, groups, examples, config, writer.root)
+            reads = groups.reads(walk.stacks)
+            with staged_beside(writer.root, reader, reads) as groups.reader, blas_on_one_thread():
+                walk.run(progress)
         writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
         remove_records(writer.root)

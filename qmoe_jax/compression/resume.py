@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -66,6 +66,13 @@ class GroupStore:
         keys = list(self._keys())
         return all(key in self._reports for key in keys) and all(self._intact(key) for key in keys)
 
+    def reads(self, stacks: Iterable[str]) -> Iterator[tuple[str, range]]:
+        """Yield the kernels and experts that a walk over `stacks` will read, in its order."""
+        for key in self._keys(stacks):
+            if key not in self._records:
+                for matrix in expert_matrices(self.reader.config):
+                    yield ExpertKernel(key.stack, key.layer, matrix).path, range(key.start, key.stop)
+
     def original(self, stack: str, layer: int, experts: range) -> Weights:
         """Read the original matrices of a group, float32 `[expert, in, out]`."""
         part = slice(experts.start, experts.stop)
@@ -116,10 +123,10 @@ class GroupStore:
         groups = tuple(self._reports[key] for key in sorted(self._keys()))
         return RunReport(groups, seconds, jax.devices()[0].device_kind)
 
-    def _keys(self) -> Iterator[GroupKey]:
-        """Yield the groups to quantize, in the order in which they are."""
+    def _keys(self, stacks: Iterable[str] | None = None) -> Iterator[GroupKey]:
+        """Yield the groups of `stacks`, by default those to quantize, in the order of the walk."""
         count, size = self.reader.config.num_experts, self.config.experts_per_group
-        for stack in self.config.compressed_stacks:
+        for stack in self.config.compressed_stacks if stacks is None else stacks:
             for layer in self.reader.config.sparse_layers(stack):
                 for start in range(0, count, size):
                     yield GroupKey(stack, layer, start, min(start + size, count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qmoe_jax.checkpoints.reader import Checkpoint
@@ -24,12 +24,12 @@ def remove_scratch(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_beside(root: Path, reader: Checkpoint) -> Iterator[Checkpoint]:
+def staged_beside(root: Path, reader: Checkpoint, reads: Iterable[tuple[str, range]]) -> Iterator[Checkpoint]:
     """Yield the reader with chunks that span many experts read once, through scratch files below `root`."""
     scratch = root / STAGING
     scratch.mkdir()
     try:
-        with staged(reader, scratch) as staged_reader:
+        with staged(reader, scratch, reads) as staged_reader:
             yield staged_reader
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
