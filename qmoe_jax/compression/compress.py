@@ -21,7 +21,7 @@ from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
+from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import remove_scratch, staged_beside
