@@ -25,6 +25,7 @@ from qmoe_jax.artifact.kinds import LEVEL_DTYPES
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
 from qmoe_jax.compression.attention import AttentionPass
+from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.resume import GroupStore, Weights
 from qmoe_jax.compression.token_store import PartWriter, TokenStore
@@ -40,7 +41,7 @@ from qmoe_jax.compression.wave import (
     place,
     quantize,
 )
-from qmoe_jax.compression.work import Kind, WorkTally
+from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
 from qmoe_jax.inference.blockwise.experts import CHUNK
@@ -126,6 +127,7 @@ class ExpertPass:
         """
         waves = list(_waves(jobs, self.mesh.size))
         read, compute, code, store = (self.stages[name] for name in ("read", "compute", "code", "store"))
+        self._expect(jobs)
         with contextlib.ExitStack() as stack:
             coder = stack.enter_context(Worker(code, compute, depth=1))
             keeper = stack.enter_context(Worker(store, compute, depth=2))
@@ -134,6 +136,18 @@ class ExpertPass:
             for wave in waves:
                 with compute.working():
                     self._run_wave(wave, next(weights), chunks, coder, keeper)
+
+    def _expect(self, jobs: Sequence[Job]) -> None:
+        """Tell the tally how many tokens will be computed on."""
+        count = lambda tokens: np.bincount(tokens, minlength=self.attention.model.num_experts)
+        routed, chosen = count(self.routing.expert), count(self.routing.expert[self.routing.calibrates])
+        calibrated = sum(chosen[job.key.start : job.key.stop].sum() for job in jobs if job.quantizes)
+        passes = 2 if self.groups.config.true_sequential else 1
+        self.tally.expect(Kind.CALIBRATE, passes * int(calibrated))
+        if self.computed is not None:
+            self.tally.expect(
+                Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
+            )
 
     def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
         """Read the experts of each wave's groups: original, or what an earlier run made of them."""
