@@ -1,0 +1,80 @@
+"""The mesh of devices that experts and batches are split over: one axis, `expert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "expert"
+"""The axis: it splits the experts of each layer, and the rows of each batch."""
+
+
+def device_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh of devices for `load_compressed` and `load_model`.
+
+    Args:
+        devices: the devices, or how many of jax's; None: all of them.
+
+    Raises:
+        ValueError: there are fewer devices, none is asked for, or one is listed twice.
+    """
+    if devices is None or isinstance(devices, int):
+        present = jax.devices()
+        if devices is not None and not 1 <= devices <= len(present):
+            remedy = "a CPU is 8 devices under XLA_FLAGS=--xla_force_host_platform_device_count=8"
+            raise ValueError(
+                f"devices: expected 1 to {len(present)}, found {devices}; jax sees {len(present)} of kind "
+                f"{present[0].device_kind}" + (f"; {remedy}" if present[0].platform == "cpu" else "")
+            )
+        devices = present[:devices]
+    if not devices or len(set(devices)) != len(devices):
+        raise ValueError(f"devices: expected one or more, each once, found {list(devices)}")
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Check that a mesh has the one axis `expert`, as `device_mesh` makes it.
+
+    Raises:
+        ValueError: it has other axes.
+    """
+    if mesh.axis_names != (AXIS,):
+        raise ValueError(f"mesh: expected the axis {AXIS!r} (device_mesh makes it), found {mesh.axis_names}")
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """Return the mesh that parameters were loaded for; None for those of one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh if sharding.mesh.axis_names == (AXIS,) else None
+    return None
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose first axis, experts or rows, is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def split_rows(mesh: Mesh | None, *arrays: Any) -> tuple[Any, ...]:
+    """Return arrays with their rows split over the devices; unchanged without a mesh.
+
+    The last row is repeated up to a multiple of the number of devices: the caller drops what comes of it.
+    """
+    if mesh is None:
+        return arrays
+    return tuple(jax.device_put(_filled(np.asarray(array), mesh.size), split(mesh)) for array in arrays)
+
+
+def _filled(array: np.ndarray, multiple: int) -> np.ndarray:
+    missing = -len(array) % multiple
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
