@@ -17,23 +17,21 @@ def device_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh of devices for `load_compressed` and `load_model`.
 
     Args:
-        devices: the devices, or how many of jax's; None: all of them.
+        devices: the devices, or how many of this process's; None: all of these.
 
     Raises:
         ValueError: there are fewer devices, none is asked for, or one is listed twice.
     """
-    if devices is None or isinstance(devices, int):
-        present = jax.devices()
-        if devices is not None and not 1 <= devices <= len(present):
-            remedy = "a CPU is 8 devices under XLA_FLAGS=--xla_force_host_platform_device_count=8"
-            raise ValueError(
-                f"devices: expected 1 to {len(present)}, found {devices}; jax sees {len(present)} of kind "
-                f"{present[0].device_kind}" + (f"; {remedy}" if present[0].platform == "cpu" else "")
-            )
-        devices = present[:devices]
-    if not devices or len(set(devices)) != len(devices):
-        raise ValueError(f"devices: expected one or more, each once, found {list(devices)}")
-    return Mesh(np.array(devices), (AXIS,))
+    present = jax.local_devices()
+    if isinstance(devices, int) and not 1 <= devices <= len(present):
+        text = f"devices: expected 1 to {len(present)}, as many as jax sees, found {devices}"
+        if present[0].platform == "cpu":
+            text += "; for tests, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes a CPU 8 devices"
+        raise ValueError(text)
+    chosen = present[:devices] if devices is None or isinstance(devices, int) else list(devices)
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"devices: expected one or more, each once, found {chosen}")
+    return Mesh(np.array(chosen), (AXIS,))
 
 
 def check_mesh(mesh: Mesh) -> None:

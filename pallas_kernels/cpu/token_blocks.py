@@ -51,8 +51,8 @@ class TokenBlocks(NamedTuple):
     ) -> TokenBlocks:
         """Return the blocks of each expert's tokens: full ones of 64 lanes, then the smallest for the rest.
 
-        Blocks are in the order of the experts, and the tokens of an expert in their own order. Given `tokens`,
-        only these are in blocks.
+        Blocks are in the order of the experts, and the tokens of an expert in their own order. Given
+        `tokens`, only these are in blocks.
         """
         if tokens is None:
             tokens = np.arange(len(expert_index))
