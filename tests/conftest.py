@@ -1,4 +1,7 @@
-"""Fixtures of all tests: the golden data, and the relative difference of two arrays."""
+"""Fixtures of all tests: the golden data, and the relative difference of two arrays.
+
+Tests marked `devices` run in a session of eight devices (`tests/helpers/devices.py`).
+"""
 
 import os
 import pathlib
@@ -6,6 +9,8 @@ import tempfile
 
 import numpy as np
 import pytest
+
+from tests.helpers import devices
 
 # Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
 # `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
@@ -41,6 +46,9 @@ FAST = (
     "test_progress.py",
     "test_style.py",
 )
+
+pytest_configure = devices.pytest_configure
+pytest_runtest_protocol = devices.pytest_runtest_protocol
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -46,10 +47,11 @@ class ExpertRanges:
 
     def locate(self, expert: Int[Array, "token"]) -> tuple[Int[Array, "token"], Int[Array, "token"]]:
         """Return (device, index among the experts held there) of each token's expert."""
-        begins = [device * self.num_experts // self.devices for device in range(self.devices)]
-        device = jnp.searchsorted(jnp.asarray(begins, jnp.int32), expert, side="right").astype(jnp.int32) - 1
-        firsts = jnp.asarray([self.experts(device).start for device in range(self.devices)], jnp.int32)
-        return device, expert - firsts[device]
+        begins = np.arange(self.devices) * self.num_experts // self.devices
+        devices = np.searchsorted(begins, np.arange(self.num_experts), side="right") - 1
+        firsts = np.array([self.experts(device).start for device in devices])
+        indices = np.arange(self.num_experts) - firsts
+        return jnp.asarray(devices, jnp.int32)[expert], jnp.asarray(indices, jnp.int32)[expert]
 
 
 def seats(tokens: int, devices: int) -> int:

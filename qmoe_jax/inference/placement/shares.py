@@ -50,7 +50,7 @@ def read_sharded_experts(
     for stack in STACKS:
         for number in config.sparse_layers(stack):
             shares = _shares(reader, (stack, number), ranges, dtype, packed)
-            wi, wo = split_matrices(_spread(mesh, shares))
+            wi, wo = split_matrices(spread(mesh, shares))
             yield (stack, number), ShardedExperts(wi, wo, mesh, config.activation)
 
 
@@ -110,7 +110,7 @@ def _packed_shares(
             yield pool.packed(tables)
 
 
-def _spread(mesh: Mesh, shares: Iterator[Share]) -> dict[str, Matrix]:
+def spread(mesh: Mesh, shares: Iterator[Share]) -> dict[str, Matrix]:
     """Copy each share to its device, and return the arrays over all of them."""
     held = [jax.device_put(share, device) for device, share in zip(mesh.devices.flat, shares, strict=True)]
 
