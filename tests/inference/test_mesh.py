@@ -13,8 +13,10 @@ from benchmarks.random_artifact import random_dense
 from pallas_kernels import packed_mlp
 from pallas_kernels.matmul.epilogue import ACTIVATIONS
 from qmoe_jax.artifact import ArtifactWriter, Ternary, pack_matrix
+from qmoe_jax.cli.models import load
 from qmoe_jax.coding import tunstall_codebook
-from qmoe_jax.distributed import AXIS, split_rows
+from qmoe_jax.distributed import AXIS, mesh_of, split_rows
+from qmoe_jax.evaluation.throughput import Generator
 from qmoe_jax.inference.placement import ShardedExperts, read_sharded_experts
 from qmoe_jax.inference.placement.shares import spread
 from qmoe_jax.models.exchange import ExpertRanges
@@ -24,11 +26,12 @@ from tests.helpers import artifact_samples
 from tests.helpers import packed_samples as samples
 from tests.helpers.artifact_samples import KINDS, random_digits, random_levels
 from tests.helpers.choices import TOLERANCE, assert_same_generation
-from tests.helpers.cli_runs import answer, qmoe
+from tests.helpers.cli_runs import qmoe
 
 eight_devices = pytest.mark.devices
 DEVICES = 8
 EMBED, MLP = 24, 40
+NEW_TOKENS = 8
 
 
 CONFIG = dataclasses.replace(artifact_samples.CONFIG, num_encoder_layers=1, encoder_sparse_layers=(0,),
@@ -99,10 +102,11 @@ def test_tokens_are_exchanged_and_nothing_is_gathered(packed):
 
 
 @eight_devices
-@pytest.mark.parametrize("load", [qj.load_compressed, qj.load_model], ids=["packed", "dense"])
-def test_logits_equal_those_of_one_device(path, load, relative):
-    """In a program of the caller's own too, whose rows are not split and do not divide evenly."""
-    (model, params), (_, spread_params) = load(path), load(path, mesh=qj.device_mesh())
+@pytest.mark.parametrize("open_as", [qj.load_compressed, qj.load_model], ids=["packed", "dense"])
+def test_logits_equal_those_of_one_device(path, open_as, relative):
+    """In a program of the caller's own, whose rows do not divide evenly."""
+    model, params = open_as(path)
+    _, spread_params = open_as(path, mesh=qj.device_mesh())
     encoder, decoder = tokens_of(5)
     expected = jax.jit(model.apply)({"params": params}, encoder, decoder)
     found = jax.jit(model.apply)({"params": spread_params}, encoder, decoder)
@@ -123,8 +127,10 @@ def test_losses_equal_those_of_one_device(packed):
 def test_generated_tokens_equal_those_of_one_device(packed):
     model, params, spread_params = packed
     encoder = tokens_of(5)[0]
-    one, eight = (qj.generate(model, each, encoder, max_new_tokens=8) for each in (params, spread_params))
-    assert eight.shape == (5, 8)
+    one, eight = (
+        qj.generate(model, each, encoder, max_new_tokens=NEW_TOKENS) for each in (params, spread_params)
+    )
+    assert eight.shape == (5, NEW_TOKENS)
     assert_same_generation(model, params, encoder, eight, one)
 
 
@@ -208,12 +214,20 @@ def test_packed_experts_have_the_same_bits_where_all_tokens_go_in_one_turn():
 
 
 @eight_devices
-def test_bench_measures_rows_that_do_not_fill_the_devices(path):
-    options = "--batch-size", 3, "--prompt", 8, "--new-tokens", 4, "--rounds", 1
-    found = answer("bench", path, "--devices", 8, *options)
-    assert found["devices"] == 8
-    assert found["runs"][0]["reading"]["tokens"] == 3 * 8
-    assert 3 <= found["runs"][0]["writing"]["tokens"] <= 3 * 4
+def test_throughput_counts_the_rows_that_were_asked_for(packed):
+    model, _, params = packed
+    prompts = tokens_of(5)[0]
+    found = Generator(model, params, prompts.shape, NEW_TOKENS, qj.Sampling()).measure(prompts)
+    assert found.reading.tokens == prompts.size
+    assert 5 <= found.writing.tokens <= 5 * NEW_TOKENS
+
+
+@eight_devices
+@pytest.mark.parametrize(("asked", "devices"), [(8, 8), (3, 3), (1, None), (None, None)])
+def test_the_commands_take_one_device_of_a_cpu_unless_asked_for_more(path, asked, devices):
+    _, params = load(qj.open_checkpoint(path), None, None, None, asked)
+    mesh = mesh_of(params)
+    assert (None if mesh is None else mesh.size) == devices
 
 
 @pytest.mark.parametrize("experts", ["host", "disk"])
