@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tensorstore as ts
 
+from qmoe_jax.files.local_store import LocalStore
 from qmoe_jax.files.location import Location
 from qmoe_jax.files.object_store import ObjectStore
 
@@ -95,3 +96,11 @@ def http_server(folder: pathlib.Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def copy_into(store: ObjectStore, folder: pathlib.Path) -> ObjectStore:
+    """Copy the files of a folder into a store, which is returned."""
+    local = LocalStore(folder)
+    for name in local.names():
+        store.write(name, [local.read(name)])
+    return store
