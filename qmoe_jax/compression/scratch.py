@@ -67,6 +67,6 @@ class Scratch:
                 "is not what the first host has",
                 path=file,
                 expected="one scratch folder for all hosts, and the same software and devices on each",
-                remedy="name a folder on a file system that they share (--scratch), and start the same program",
+                remedy="name a folder on a file system that they share (--scratch)",
             )
         return int(read_json(file)[name])
