@@ -29,7 +29,7 @@ from qmoe_jax.compression.chunks import Chunk, group_rows, side_by_side
 from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.group_part import GroupPart
 from qmoe_jax.compression.pipeline import Stage, Worker, ahead
-from qmoe_jax.compression.resume import GroupStore, Weights
+from qmoe_jax.compression.resume import GroupStore, Stored, Weights
 from qmoe_jax.compression.token_store import TokenStore
 from qmoe_jax.compression.tokens import Routing
 from qmoe_jax.compression.wave import (
@@ -42,6 +42,7 @@ from qmoe_jax.compression.wave import (
     parts_of,
     place,
     quantize,
+    restore,
 )
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
@@ -141,7 +142,7 @@ class ExpertPass:
                 Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
             )
 
-    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
+    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights | dict[str, Stored]]]:
         """Read the experts of each wave's groups: original, or what an earlier run made of them."""
         for wave in waves:
             yield [
@@ -172,7 +173,7 @@ class ExpertPass:
     def _run_wave(
         self,
         wave: Sequence[Job],
-        weights: list[Weights],
+        weights: list[Weights | dict[str, Stored]],
         chunks: Iterator[Chunk | None],
         coder: Worker,
         keeper: Worker,
@@ -181,8 +182,11 @@ class ExpertPass:
         matrices = {}
         for name in expert_matrices(self.attention.model):
             parts = [each.pop(name) for each in weights]
-            matrices[name] = place(self.mesh, [*parts, *[np.zeros_like(parts[0])] * idle])
-            del parts
+            parts += [jax.tree.map(np.zeros_like, parts[0])] * idle
+            placed = jax.tree.map(lambda *arrays: place(self.mesh, arrays), *parts)
+            finished = wave[0].finished
+            matrices[name] = restore(self.mesh, *placed, self.groups.config.grid) if finished else placed
+            del parts, placed
         if wave[0].quantizes:
             found = self._quantize(wave, matrices, chunks)
             coder.submit(self._code, wave, found, began)
@@ -347,7 +351,7 @@ def _keep(parts: Sequence[GroupPart], valid: Sequence[int], x: Array, fine: Arra
 def _waves(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     """Yield runs of up to `size` groups of one size and kind of work."""
     wave: list[Job] = []
-    alike = lambda job: (len(job.experts), job.quantizes)
+    alike = lambda job: (len(job.experts), job.quantizes, job.finished)
     for job in jobs:
         if wave and (len(wave) == size or alike(job) != alike(wave[0])):
             yield wave
