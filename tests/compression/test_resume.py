@@ -80,7 +80,7 @@ def content(root: pathlib.Path) -> dict[str, object]:
         if not name.startswith(("dense/", ".lock")) and name not in ("SHA256SUMS", "report.json")
     }
     report = json.loads(files["report.json"].read_bytes())
-    del report["checksum"]
+    del report["checksum"], report["pipeline"]
     for timed in (report, *report["groups"]):
         del timed["seconds"]
     return found | {"report.json": report}
