@@ -1,16 +1,26 @@
-"""The mesh of devices that experts and batches are split over: one axis, `expert`."""
+"""The mesh of devices that experts and batches are split over, and the processes (hosts) that share a run.
+
+A mesh has one axis, `expert`. Hosts are joined by `jax.distributed`, which tells each its number and has the
+barrier; what they exchange are files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+T = TypeVar("T")
+
 AXIS = "expert"
 """The axis: it splits the experts of each layer, and the rows of each batch."""
+
+BARRIER_SECONDS = 7 * 24 * 3600
+"""Seconds that a host waits for the others at a barrier: a slow one is waited for, a dead one ends all."""
 
 
 def device_mesh(devices: int | Sequence[jax.Device] | None = None) -> Mesh:
@@ -76,3 +86,53 @@ def split_rows(mesh: Mesh | None, *arrays: Any) -> tuple[Any, ...]:
 def _filled(array: np.ndarray, multiple: int) -> np.ndarray:
     missing = -len(array) % multiple
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def split_over(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function(replicated, *split)` computed on each device of `mesh` with its part of `split`.
+
+    All arrays of `split` and of the result are divided along their first axes; each device runs the program
+    that one device alone runs.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(AXIS)),
+        out_specs=PartitionSpec(AXIS),
+        check_vma=False,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of a run.
+
+    Attributes:
+        index: number of this process.
+        count: number of processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Hosts:
+        """Return the processes that `jax.distributed.initialize` has joined; one without it."""
+        return cls(jax.process_index(), jax.process_count())
+
+    @property
+    def first(self) -> bool:
+        """True for the process that writes what all share."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's run of consecutive items; the runs of all are the items in order."""
+        start, stop = (len(items) * part // self.count for part in (self.index, self.index + 1))
+        return items[start:stop]
+
+    def barrier(self, name: str) -> None:
+        """Wait until every process has come here; `name` is the same in all, and new at each barrier."""
+        if self.count > 1:
+            from orbax.checkpoint import multihost
+
+            multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * BARRIER_SECONDS)
