@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.attention import AttentionPass
-from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
+from qmoe_jax.compression.passes.attention import AttentionPass
+from qmoe_jax.compression.passes.experts import ExpertPass
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.files.tensor import in_memory
 

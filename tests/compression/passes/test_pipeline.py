@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from qmoe_jax.compression.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
 
 
 def stages():
@@ -84,7 +84,7 @@ def test_a_task_that_fails_is_raised_and_ends_the_work():
 
 def test_waiting_within_work_is_not_counted_as_work(monkeypatch):
     clock = iter([0.0, 1.0, 5.0, 7.0])
-    monkeypatch.setattr("qmoe_jax.compression.pipeline.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qmoe_jax.compression.passes.pipeline.time.monotonic", lambda: next(clock))
     stage = Stage("compute")
     with stage.working(), stage.waiting():
         pass
