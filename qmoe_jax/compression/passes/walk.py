@@ -132,7 +132,7 @@ class Walk:
 
     @cached_property
     def states(self) -> StatesOnDisk:
-        """Where hidden states lie."""
+        """The folders of hidden states."""
         rest = len(self.groups.selection.experts) < self.model.num_experts
         parts = [part_name(number) for number in range(len(self._ranges) + rest)]
         return StatesOnDisk(self.scratch.root, self.model.d_model, tuple(parts))
