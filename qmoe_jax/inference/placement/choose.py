@@ -18,6 +18,7 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.disk import smallest_cache
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.memory import available_memory
+from qmoe_jax.models.exchange import ExpertRanges
 
 Placement = Literal["device", "host", "disk"]
 """A place for packed experts."""
@@ -50,8 +51,11 @@ def plan_placement(
     dtype: DTypeLike,
     placement: Placement | None = None,
     expert_cache: int | None = None,
+    devices: int = 1,
 ) -> PlacementPlan:
     """Fill in unspecified options (None) from the memory that is available now.
+
+    With several `devices`, "device" spreads the experts over them, and each has all dense parameters.
 
     Memory is measured only if an option depends on it. Reads no more than the manifest and file headers.
 
@@ -84,7 +88,10 @@ def _plan(
     if placement == "disk" and expert_cache is not None:
         return PlacementPlan("disk", expert_cache, f"{sizes}: expert cache of {_gb(expert_cache)}")
     free, device = SHARE * available_memory(), device_memory()
-    if placement is None and experts + dense <= (free if device is None else SHARE * device):
+    # The devices that a CPU is made to be share its memory, dense parameters included.
+    held = ExpertRanges(reader.config.num_experts, 1 if device is None else devices).held
+    share = experts * held / reader.config.num_experts
+    if placement is None and share + dense <= (free if device is None else SHARE * device):
         return PlacementPlan("device", None, f"{sizes}: they fit")
     reasons = [sizes] if placement is None else [f"{sizes}: as asked"]
     if placement is None and device is not None:
