@@ -74,8 +74,8 @@ def _artifact_store(place: Place, inputs: tuple[object, ...] = ()) -> Store:
 class ArtifactWriter:
     """The writer of one run's artifact, a context manager that holds the directory's lock until it is closed.
 
-    An object store has no lock. There a second process of the same run makes the same objects, which is harmless,
-    and other bytes than these are an error that names the object.
+    An object store has no lock. There a second process of the same run makes the same objects, which is
+    harmless, and other bytes than these are an error that names the object.
 
     Attributes:
         store: the files.
