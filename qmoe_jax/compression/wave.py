@@ -169,6 +169,27 @@ def quantize(
     return result
 
 
+@partial(jax.jit, static_argnames="mesh")
+def restore(
+    mesh: Mesh,
+    digits: UInt8[Array, "expert out in"],
+    levels: Float[Array, "expert out group 2"],
+    group_index: Int32[Array, "expert in"],
+    grid: Grid,
+) -> Float[Array, "expert in out"]:
+    """Return the values that `quantize` gave, from what it found."""
+
+    def local(grid: Grid, mine: tuple) -> Array:
+        digits, levels, group_index = mine
+        pair = levels[..., 0], levels[..., 1]
+        if levels.shape[2] > 1:
+            take = lambda level: jnp.take_along_axis(level, group_index[:, None], axis=2)
+            pair = take(pair[0]), take(pair[1])
+        return grid.value(digits, pair).swapaxes(1, 2)
+
+    return split_over(mesh, local)(grid, (digits, levels, group_index))
+
+
 @partial(jax.jit, static_argnames=("mesh", "model"))
 def forward(
     mesh: Mesh,
