@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-SPARE_SEATS = 4
-"""Seats beyond twice the average, for the scatter of small numbers of tokens."""
+SPARE_SEATS = 16
+"""Seats beyond twice the average: a few tokens, as in a step of generation, all go at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def exchanged(
 
     Args:
         run: called as `run(x, index, scale)` on the device that holds the experts, with the index among those
-            held there. Empty seats have zeros in all three.
+            held there. Empty seats are rows of zeros, of scale 0, whose index is `ranges.held`.
         x: this device's tokens.
         expert: the expert of each, in range.
         scale: router probability of each.
@@ -93,9 +93,12 @@ def exchanged(
 
     def take_turn(turn: int | Array, y: Array) -> Array:
         mine = jnp.where(own_turn == turn, seat, devices * capacity)  # out of range: not in this turn
-        empty = lambda values: jnp.zeros((devices * capacity, *values.shape[1:]), values.dtype)
-        sent = (empty(values).at[mine].set(values, mode="drop") for values in (x, index, scale))
-        back = swap(run(*map(swap, sent)))
+
+        def seated(values: Array, empty: int) -> Array:
+            seats = jnp.full((devices * capacity, *values.shape[1:]), empty, values.dtype)
+            return swap(seats.at[mine].set(values, mode="drop"))
+
+        back = swap(run(seated(x, 0), seated(index, ranges.held), seated(scale, 0)))
         return jnp.where((own_turn == turn)[:, None], back.at[mine].get(mode="fill", fill_value=0), y)
 
     y = jnp.zeros_like(x)

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Recorder(config, pathlib.Path(reports)))
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report a marked test as the session of its file does."""
     if item.get_closest_marker("devices") is None or _REPORTS in os.environ:
         return None
@@ -41,6 +41,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in sessions[item.path][item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # of what tests before this one share with it
     return True
 
 

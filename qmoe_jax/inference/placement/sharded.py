@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +29,8 @@ class ShardedExperts:
     """The experts of one layer, in place of its matrices as the parameter `expert/placed`.
 
     Each device holds the experts that `ExpertRanges` gives it, side by side along the arrays' first axis.
+    Behind packed ones there is an empty expert (`with_empty_expert`), which costs a kernel nothing: the
+    exchange sends it the seats that no token takes.
 
     Attributes:
         wi: one matrix, or two of gated experts.
@@ -67,6 +70,17 @@ class ShardedExperts:
         return run((self.wi, self.wo), fill(x), fill(index), fill(scale))[:tokens]
 
 
+def with_empty_expert(packed: PackedMatrix) -> PackedMatrix:
+    """Return matrices in host memory with one more behind them: zero, since its rows have no codewords."""
+    extend = lambda part: np.concatenate([part, np.zeros((1, *part.shape[1:]), part.dtype)])
+    return dataclasses.replace(
+        packed,
+        codes=extend(packed.codes),
+        row_offsets=extend(packed.row_offsets),
+        levels=extend(packed.levels),
+    )
+
+
 def partition(matrices: Any) -> Any:
     """Return the partition of each array of matrices: by experts, but decode tables whole everywhere."""
     is_table = lambda node: isinstance(node, DecodeTable)
@@ -92,7 +106,9 @@ def _on_each_device(
         wide = wi if len(wi) > 1 else wi[0]
         run = lambda x, index, scale: packed_mlp(wide, wo, x, index, scale, activation)
     else:
+        last = ranges.held - 1  # any expert makes zeros of the zeros of empty seats
         run = lambda x, index, scale: (
-            grouped_mlp(x, index, wi, wo, ACTIVATIONS[activation]) * scale.astype(x.dtype)[:, None]
+            grouped_mlp(x, jnp.minimum(index, last), wi, wo, ACTIVATIONS[activation])
+            * scale.astype(x.dtype)[:, None]
         )
     return exchanged(run, x, expert, scale, ranges, AXIS)

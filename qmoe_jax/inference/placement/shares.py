@@ -19,7 +19,7 @@ from qmoe_jax.checkpoints.params import parameter_dtype
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
 from qmoe_jax.inference.placement.host import READERS
-from qmoe_jax.inference.placement.sharded import Matrix, ShardedExperts, partition
+from qmoe_jax.inference.placement.sharded import Matrix, ShardedExperts, partition, with_empty_expert
 from qmoe_jax.inference.placement.slots import SlotLayout, SlotPool
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models.exchange import ExpertRanges
@@ -61,7 +61,10 @@ def _shares(
     names = {matrix: ExpertKernel(*key, matrix).path for matrix in expert_matrices(reader.config)}
     if packed and isinstance(reader, UpstreamReader):
         layer = {matrix: reader.packed(name) for matrix, name in names.items()}
-        return ({matrix: kernel[part] for matrix, kernel in layer.items()} for part in _parts(ranges))
+        return (
+            {matrix: with_empty_expert(kernel[part]) for matrix, kernel in layer.items()}
+            for part in _parts(ranges)
+        )
     if packed and isinstance(reader, ArtifactReader) and (tables := _tables(reader, names)) is not None:
         return _packed_shares(reader.layers[key], tables, ranges)
     return (
@@ -102,7 +105,7 @@ def _packed_shares(
     )
     with ThreadPoolExecutor(READERS) as readers:
         for part in _parts(ranges):
-            pool = SlotPool(layout, ranges.held)
+            pool = SlotPool(layout, ranges.held + 1)  # the last one stays empty
             experts = range(part.start, part.stop)
             reads = [pool.fill(slot, layer.extent(expert)) for slot, expert in enumerate(experts)]
             for _ in readers.map(lambda read: read.complete(), reads):
