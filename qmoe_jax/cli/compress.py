@@ -20,6 +20,7 @@ from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
 from qmoe_jax.cli.console import note, warnings_shown, working
 from qmoe_jax.cli.models import CheckpointPath, open_model
+from qmoe_jax.cli.run_log import RunLog, log_path
 from qmoe_jax.cli.samples import (
     TEXT,
     ExtraIds,
@@ -87,7 +88,8 @@ def compress(
     Layer by layer, one group of experts at a time, the experts are calibrated,
     quantized, coded and written. A finished group is safe on disk: after
     Ctrl-C or a power failure the same command resumes there, and gives the
-    same bytes. The tokenizer's model is stored in the artifact.
+    same bytes. The tokenizer's model is stored in the artifact. OUTPUT.log beside
+    it tells the course of the run, a line per layer and minute.
 
     Examples:
         $ qmoe compress experiments/switch_mini mini-ternary \\
@@ -108,7 +110,13 @@ def compress(
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
     attachments = pieces.files()
     try:
-        with raise_interrupts(), warnings_shown(), qj.ProgressBar("compressing") as progress:
+        facts = {"options": config, "samples": f"{len(examples):,} of {tokens:,} tokens"}
+        with (
+            raise_interrupts(),
+            warnings_shown(),
+            qj.ProgressBar("compressing", "work") as bar,
+            RunLog(log_path(output), facts, bar) as progress,
+        ):
             report = qj.compress(
                 checkpoint,
                 output,
