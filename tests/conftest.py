@@ -1,11 +1,18 @@
-"""Fixtures of all tests: the golden data, and the relative difference of two arrays."""
+"""Fixtures of all tests: the golden data, and the relative difference of two arrays.
+
+Tests marked `devices` run in a session of eight devices (`tests/helpers/devices.py`).
+"""
 
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+from tests.helpers import devices
+from tests.helpers.stores import s3_server
 
 # Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
 # `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
@@ -42,6 +49,9 @@ FAST = (
     "test_style.py",
 )
 
+pytest_configure = devices.pytest_configure
+pytest_runtest_protocol = devices.pytest_runtest_protocol
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `FAST`."""
@@ -65,3 +75,15 @@ def relative():
         return float(np.abs(found - expected).max() / np.abs(expected).max())
 
     return difference
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URL of a bucket on a local S3 server."""
+    yield from s3_server()
+
+
+@pytest.fixture
+def s3_url(s3: str, request: pytest.FixtureRequest) -> str:
+    """A URL of a test's own, below which nothing is."""
+    return f"{s3}/{request.node.name.replace('[', '-').replace(']', '')}"

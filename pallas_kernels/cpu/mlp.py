@@ -32,11 +32,13 @@ def expert_mlp(
         wo: the matrix [d_model, d_ff].
         x: the tokens.
         expert_index: the expert of each token, which must exist.
-        scale: a factor for each token's result, the router's probability.
+        scale: a factor for each token's result, the router's probability. A token of scale 0 is not computed:
+            its result is 0.
         y: receives the result.
         activation: "linear", "relu" or "gelu" (the tanh form).
     """
-    blocks = TokenBlocks.by_expert(expert_index)
+    y[scale == 0] = 0
+    blocks = TokenBlocks.by_expert(expert_index, np.flatnonzero(scale))
     x_blocks = blocks.dispatch(x)
     hidden = packed_product(wi[0], blocks, x_blocks, activation)
     for gate in wi[1:]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 from pallas_kernels.cpu.compiled import compiled, read_only
 from pallas_kernels.cpu.threads import next_chunk, parallel_for
@@ -36,7 +36,7 @@ class TokenBlocks(NamedTuple):
         lanes: int32 [block], 1, 8, 16, 32 or 64.
         first_lane: int64 [block + 1], lanes before each block (a single one as `SINGLE_STRIDE`), then all.
         first_token: int64 [block + 1], index in `token` of each block's first one, then the number of tokens.
-        token: int64 [token], the rows of the tokens, block by block.
+        token: int64 [token], the rows of the tokens in blocks, block by block.
     """
 
     expert: Any
@@ -46,12 +46,17 @@ class TokenBlocks(NamedTuple):
     token: Any
 
     @staticmethod
-    def by_expert(expert_index: Int32[np.ndarray, "t"]) -> TokenBlocks:
+    def by_expert(
+        expert_index: Int32[np.ndarray, "t"], tokens: Int64[np.ndarray, "some"] | None = None
+    ) -> TokenBlocks:
         """Return the blocks of each expert's tokens: full ones of 64 lanes, then the smallest for the rest.
 
-        Blocks are in the order of the experts, and the tokens of an expert in their own order.
+        Blocks are in the order of the experts, and the tokens of an expert in their own order. Given
+        `tokens`, only these are in blocks.
         """
-        token = np.argsort(expert_index, kind="stable")
+        if tokens is None:
+            tokens = np.arange(len(expert_index))
+        token = tokens[np.argsort(expert_index[tokens], kind="stable")]
         expert, lanes, first_lane, first_token = _cut_into_blocks(expert_index[token])
         return TokenBlocks(expert, lanes, first_lane, first_token, token)
 
