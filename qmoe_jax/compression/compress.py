@@ -157,7 +157,15 @@ def compress(
             tally.end()
         if hosts.first:
             writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
-            writer.finish(report=groups.report(time.monotonic() - began))
+            times = {stage.name: stage.times() for stage in stages.values()} | {
+                "staging": {
+                    "busy": staging.staging_seconds,
+                    "needed": staging.needed_bytes,
+                    "read": staging.read_bytes,
+                }
+            }
+            report = groups.report(time.monotonic() - began, times)
+            writer.finish(report=report)
             remove_records(writer.store)
             place.clear()
             if scratch is None:

@@ -33,6 +33,10 @@ class Stage:
     busy: float = 0.0
     waited: float = 0.0
 
+    def times(self) -> dict[str, float]:
+        """Return both times, by name."""
+        return {"busy": self.busy, "waited": self.waited}
+
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Count the context's time as work, but for what it waits in between."""

@@ -118,10 +118,18 @@ class GroupStore:
         self._records[key] = GroupRecord(self.writer.run.digest, group_record, levels_record, report)
         self._reports[key] = report
 
-    def report(self, seconds: float) -> RunReport:
-        """Return the report of a run that took `seconds`."""
+    def report(self, seconds: float, pipeline: Mapping[str, Mapping[str, float]]) -> RunReport:
+        """Return the report of a run, whichever host quantized a group.
+
+        Args:
+            seconds: duration of the run.
+            pipeline: see `RunReport`.
+        """
+        for key in self.keys():
+            if key not in self._reports and (record := self._read_record(key)) is not None:
+                self._reports[key] = record.report
         groups = tuple(self._reports[key] for key in sorted(self.keys()))
-        return RunReport(groups, seconds, jax.devices()[0].device_kind)
+        return RunReport(groups, seconds, jax.devices()[0].device_kind, pipeline)
 
     def _read_record(self, key: GroupKey) -> GroupRecord | None:
         try:

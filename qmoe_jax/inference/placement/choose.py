@@ -62,7 +62,7 @@ def plan_placement(
     Raises:
         CheckpointError: experts are to be kept on disk, or fit nowhere else, and the artifact is not on one.
     """
-    plan = _plan(reader, dtype, placement, expert_cache)
+    plan = _plan(reader, dtype, placement, expert_cache, devices)
     if plan.placement == "disk" and not isinstance(reader.path, Path):
         raise CheckpointError(
             "experts cannot be read from a URL when tokens are routed to them",
@@ -75,7 +75,11 @@ def plan_placement(
 
 
 def _plan(
-    reader: ArtifactReader, dtype: DTypeLike, placement: Placement | None, expert_cache: int | None
+    reader: ArtifactReader,
+    dtype: DTypeLike,
+    placement: Placement | None,
+    expert_cache: int | None,
+    devices: int,
 ) -> PlacementPlan:
     experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
