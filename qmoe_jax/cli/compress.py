@@ -21,6 +21,7 @@ from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
 from qmoe_jax.cli.console import note, stderr, warnings_shown, working
 from qmoe_jax.cli.failures import FAILED, OK, describe, message
+from qmoe_jax.cli.hosts import Distributed, join_hosts, of_host
 from qmoe_jax.cli.models import CheckpointPath, open_model
 from qmoe_jax.cli.plan_table import plan_table
 from qmoe_jax.cli.run_log import RunLog, log_path
@@ -104,6 +105,7 @@ def compress(
             rich_help_panel="Machine",
         ),
     ] = None,
+    distributed: Distributed = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -149,6 +151,7 @@ def compress(
                 --calibration c4.json.gz --samples 20000
     """
     artifact_directory(output, inputs=(path,))  # raises before anything is read
+    join_hosts(distributed)
     if not dry_run and (hosts or assume):
         raise typer.BadParameter("--hosts and --assume are for plans: give --dry-run too")
     options = SampleOptions(samples, max_tokens, segment, split, seed, at_most=10_000)
@@ -176,7 +179,7 @@ def compress(
             raise_interrupts(),
             warnings_shown(),
             qj.ProgressBar("compressing", "work") as bar,
-            RunLog(log_path(output, scratch), facts, bar) as progress,
+            RunLog(of_host(log_path(output, scratch)), facts, bar) as progress,
         ):
             report = qj.compress(
                 checkpoint,
