@@ -74,8 +74,8 @@ def _artifact_store(place: Place, inputs: tuple[object, ...] = ()) -> Store:
 class ArtifactWriter:
     """The writer of one run's artifact, a context manager that holds the directory's lock until it is closed.
 
-    An object store has no lock. There a second process of the same run makes the same objects, which is no
-    harm, and other bytes than these are an error that names the object.
+    An object store has no lock. There a second process of the same run makes the same objects, which does
+    no harm, and other bytes than these are an error that names the object.
 
     Attributes:
         store: the files.
@@ -373,7 +373,7 @@ class ArtifactWriter:
         for name in self.store.names(EXPERTS):
             key = GroupKey.from_path(name)
             with contextlib.suppress(CheckpointError):
-                digests.add(GroupFile.open(self.store, key).run if key else "a file that is no group")
+                digests.add(GroupFile.open(self.store, key).run if key else "a file of another kind")
         return digests == {self._digest}
 
     def _clean(self) -> None:

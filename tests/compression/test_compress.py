@@ -9,8 +9,8 @@ from threadpoolctl import threadpool_info
 
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
+from qmoe_jax.compression.passes.experts import ExpertPass
 from qmoe_jax.parameters import is_expert
 from tests.helpers.artifact_bytes import stored_bytes
 from tests.helpers.golden_digits import Problem

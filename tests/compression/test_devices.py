@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression import experts, slabs
+from qmoe_jax.compression.passes import experts
+from qmoe_jax.compression.tokens import slabs
 from tests.helpers.artifact_bytes import stored_bytes
 
 pytestmark = pytest.mark.devices

@@ -46,7 +46,7 @@ class Figures(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What quantization found for one matrix of each expert; see `Quantized`."""
+    """The result of quantization for one matrix of each expert; see `Quantized`."""
 
     digits: UInt8[Array, "expert out in"]
     levels: Float[Array, "expert out group 2"]
@@ -167,6 +167,27 @@ def quantize(
 
     result: tuple = split_over(mesh, local)(grid, (stored, factor))
     return result
+
+
+@partial(jax.jit, static_argnames="mesh")
+def restore(
+    mesh: Mesh,
+    digits: UInt8[Array, "expert out in"],
+    levels: Float[Array, "expert out group 2"],
+    group_index: Int32[Array, "expert in"],
+    grid: Grid,
+) -> Float[Array, "expert in out"]:
+    """Return the values that `quantize` gave, from what it found."""
+
+    def local(grid: Grid, mine: tuple) -> Array:
+        digits, levels, group_index = mine
+        pair = levels[..., 0], levels[..., 1]
+        if levels.shape[2] > 1:
+            take = lambda level: jnp.take_along_axis(level, group_index[:, None], axis=2)
+            pair = take(pair[0]), take(pair[1])
+        return grid.value(digits, pair).swapaxes(1, 2)
+
+    return split_over(mesh, local)(grid, (digits, levels, group_index))
 
 
 @partial(jax.jit, static_argnames=("mesh", "model"))

@@ -2,7 +2,7 @@
 
 A stage of the walk is an attention pass over all tokens, up to the router of the next layer with experts, and
 a pass over that layer's expert groups. Between the passes the hidden states lie on disk, expert-major
-(`token_store.py`), which is also where an interrupted run goes on: it repeats a layer at most. Without these
+(`tokens/store.py`), which is also where an interrupted run goes on: it repeats a layer at most. Without these
 files the walk begins anew, and finished groups are read from the artifact instead of being quantized.
 """
 
@@ -21,20 +21,20 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.selection import expert_ranges
 from qmoe_jax.checkpoints.params import nest, parameter_dtype, to_device
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression.attention import AttentionPass, RoutedSlab, SlabStates
 from qmoe_jax.compression.costs import Kind
-from qmoe_jax.compression.experts import ExpertPass, Job
-from qmoe_jax.compression.group_part import GroupPart, part_name
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.attention import AttentionPass, RoutedSlab, SlabStates
+from qmoe_jax.compression.passes.experts import ExpertPass, Job
+from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.wave import replicate
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import Scratch
-from qmoe_jax.compression.slabs import Slab, TokenOrder
-from qmoe_jax.compression.states_on_disk import StatesOnDisk, routing_of
 from qmoe_jax.compression.steps import Step, steps_of
-from qmoe_jax.compression.token_store import PartWriter, TokenStore, part_names
-from qmoe_jax.compression.tokens import Routing, kept_tokens
-from qmoe_jax.compression.wave import replicate
+from qmoe_jax.compression.tokens.group_part import GroupPart, part_name
+from qmoe_jax.compression.tokens.routing import Routing, kept_tokens
+from qmoe_jax.compression.tokens.slabs import Slab, TokenOrder
+from qmoe_jax.compression.tokens.states import StatesOnDisk, routing_of
+from qmoe_jax.compression.tokens.store import PartWriter, TokenStore, part_names
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
@@ -132,7 +132,7 @@ class Walk:
 
     @cached_property
     def states(self) -> StatesOnDisk:
-        """Where hidden states lie."""
+        """The folders of hidden states."""
         rest = len(self.groups.selection.experts) < self.model.num_experts
         parts = [part_name(number) for number in range(len(self._ranges) + rest)]
         return StatesOnDisk(self.scratch.root, self.model.d_model, tuple(parts))

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from qmoe_jax.compression.token_store import TokenStore
-from qmoe_jax.compression.tokens import GroupTokens
+from qmoe_jax.compression.tokens.routing import GroupTokens
+from qmoe_jax.compression.tokens.store import TokenStore
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Hidden states, float32 `[token, embed]`, expert, int32 `[token]`, and router probability of some tokens."""

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32, UInt16
 
 from qmoe_jax.compression.steps import Step
-from qmoe_jax.compression.token_store import TokenStore, part_names, remove_store
+from qmoe_jax.compression.tokens.store import TokenStore, part_names, remove_store
 
 
 @dataclasses.dataclass(frozen=True)

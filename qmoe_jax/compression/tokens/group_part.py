@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from qmoe_jax.compression.token_store import PartWriter, TokenStore
+from qmoe_jax.compression.tokens.store import PartWriter, TokenStore
 from qmoe_jax.files.errors import CheckpointError
 
 

@@ -24,15 +24,10 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import LEVEL_DTYPES
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
-from qmoe_jax.compression.attention import AttentionPass
-from qmoe_jax.compression.chunks import Chunk, group_rows, side_by_side
 from qmoe_jax.compression.costs import Kind
-from qmoe_jax.compression.group_part import GroupPart
-from qmoe_jax.compression.pipeline import Stage, Worker, ahead
-from qmoe_jax.compression.resume import GroupStore, Weights
-from qmoe_jax.compression.token_store import TokenStore
-from qmoe_jax.compression.tokens import Routing
-from qmoe_jax.compression.wave import (
+from qmoe_jax.compression.passes.attention import AttentionPass
+from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.wave import (
     Found,
     all_finite,
     calibrate,
@@ -42,15 +37,23 @@ from qmoe_jax.compression.wave import (
     parts_of,
     place,
     quantize,
+    restore,
 )
+from qmoe_jax.compression.resume import GroupStore, Stored, Weights
+from qmoe_jax.compression.tokens.chunks import Chunk, group_rows, side_by_side
+from qmoe_jax.compression.tokens.group_part import GroupPart
+from qmoe_jax.compression.tokens.routing import Routing
+from qmoe_jax.compression.tokens.store import TokenStore
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
-from qmoe_jax.inference.blockwise.experts import CHUNK
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, input_matrices
 
 CHUNKS_AHEAD = 2
-"""Chunks of tokens that are read before they are computed on: 68 MB each on every device, for c-2048."""
+"""Chunks of tokens that are read before they are computed on: 34 MB each on every device, for c-2048."""
+
+HIDDEN_BYTES = 1 << 27
+"""Bytes of the float32 activations inside the experts, of one chunk: for c-2048 4,096 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,8 @@ class ExpertPass:
     def rows(self) -> int:
         """Tokens of a chunk: the same for every group of the layer, so that their sums are too."""
         most = int(np.bincount(self.routing.expert).max()) * self.groups.config.experts_per_group
-        return min(CHUNK, max(16, 1 << (most - 1).bit_length()))
+        fitting = 1 << (HIDDEN_BYTES // (4 * self.attention.model.d_ff)).bit_length() - 1
+        return max(16, min(fitting, 1 << (most - 1).bit_length()))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the groups, and quantize those that are to be.
@@ -141,7 +145,7 @@ class ExpertPass:
                 Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
             )
 
-    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
+    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights | dict[str, Stored]]]:
         """Read the experts of each wave's groups: original, or what an earlier run made of them."""
         for wave in waves:
             yield [
@@ -172,7 +176,7 @@ class ExpertPass:
     def _run_wave(
         self,
         wave: Sequence[Job],
-        weights: list[Weights],
+        weights: list[Weights | dict[str, Stored]],
         chunks: Iterator[Chunk | None],
         coder: Worker,
         keeper: Worker,
@@ -181,8 +185,11 @@ class ExpertPass:
         matrices = {}
         for name in expert_matrices(self.attention.model):
             parts = [each.pop(name) for each in weights]
-            matrices[name] = place(self.mesh, [*parts, *[np.zeros_like(parts[0])] * idle])
-            del parts
+            parts += [jax.tree.map(np.zeros_like, parts[0])] * idle
+            placed = jax.tree.map(lambda *arrays: place(self.mesh, arrays), *parts)
+            finished = wave[0].finished
+            matrices[name] = restore(self.mesh, *placed, self.groups.config.grid) if finished else placed
+            del parts, placed
         if wave[0].quantizes:
             found = self._quantize(wave, matrices, chunks)
             coder.submit(self._code, wave, found, began)
@@ -347,7 +354,7 @@ def _keep(parts: Sequence[GroupPart], valid: Sequence[int], x: Array, fine: Arra
 def _waves(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     """Yield runs of up to `size` groups of one size and kind of work."""
     wave: list[Job] = []
-    alike = lambda job: (len(job.experts), job.quantizes)
+    alike = lambda job: (len(job.experts), job.quantizes, job.finished)
     for job in jobs:
         if wave and (len(wave) == size or alike(job) != alike(wave[0])):
             yield wave
