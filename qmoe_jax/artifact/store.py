@@ -340,7 +340,7 @@ class ArtifactWriter:
         for name in self.store.names(EXPERTS):
             key = GroupKey.from_path(name)
             with contextlib.suppress(CheckpointError):
-                digests.add(GroupFile.open(self.store, key).run if key else "a file that is no group")
+                digests.add(GroupFile.open(self.store, key).run if key else "a file of another kind")
         return digests == {self._digest}
 
     def _clean(self) -> None:
