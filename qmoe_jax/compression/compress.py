@@ -31,6 +31,7 @@ from qmoe_jax.compression.passes.pipeline import Stage
 from qmoe_jax.compression.passes.walk import Walk
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.rates import nominal_rates
+from qmoe_jax.compression.resources import require_resources
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.compression.scratch import Scratch
@@ -143,9 +144,11 @@ def compress(
         else:
             if not allow_mixed:
                 groups.require_same_producer()
+            tokens, local = TokenCounts.of(examples), output if isinstance(output, Path) else None
+            require_resources(reader, config, tokens, output=local, scratch=folder, devices=mesh.size)
             walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
             work = Work.of(
-                reader.config, config, TokenCounts.of(examples), nominal_rates(),
+                reader.config, config, tokens, nominal_rates(),
                 storage=ExpertStorage.of(reader), devices=mesh.size, hosts=hosts.count,
             ).remaining(walk.shares_done())  # fmt: skip
             tally = WorkTally(work, progress)
