@@ -35,7 +35,7 @@ from qmoe_jax.cli.samples import (
     TokenizerFile,
     load_tokenizer,
 )
-from qmoe_jax.compression.rates import PRESETS
+from qmoe_jax.compression.planning.rates import PRESETS
 
 NAMED = 8
 """Number of experts that a line of the table names; --json names them all."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from qmoe_jax.compression.plan import CompressionPlan, PlannedPass
-from qmoe_jax.compression.resources import Terms
+from qmoe_jax.compression.planning.plan import CompressionPlan, PlannedPass
+from qmoe_jax.compression.planning.resources import Terms
 
 STAGES = {
     "read": "reading and inflating",

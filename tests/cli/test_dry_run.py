@@ -8,9 +8,9 @@ import pytest
 import qmoe_jax as qj
 from qmoe_jax.cli import samples
 from qmoe_jax.cli.plan_table import plan_table
-from qmoe_jax.compression.plan import planned_passes
-from qmoe_jax.compression.rates import H100
-from qmoe_jax.compression.resources import Limits
+from qmoe_jax.compression.planning.plan import planned_passes
+from qmoe_jax.compression.planning.rates import H100
+from qmoe_jax.compression.planning.resources import Limits
 from qmoe_jax.data import Tokenizer
 from tests.helpers.cli_runs import answer, compress_arguments, qmoe
 
@@ -19,7 +19,9 @@ from tests.helpers.cli_runs import answer, compress_arguments, qmoe
 def given_rates(monkeypatch):
     """Rates as if measured: measuring takes seconds."""
     rates = dataclasses.replace(H100, shares_cores=True)
-    module = importlib.import_module("qmoe_jax.compression.plan")  # the package has a function of this name
+    module = importlib.import_module(
+        "qmoe_jax.compression.planning.plan"
+    )  # the package has a function of this name
     monkeypatch.setattr(module, "measure_rates", lambda model, folder: rates)
 
 

@@ -13,11 +13,17 @@ import jax
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression.costs import SINGLE_EXPERTS, ExpertStorage, PassCost, TokenCounts, pass_costs
-from qmoe_jax.compression.machine import measure_rates
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.rates import Rates
-from qmoe_jax.compression.resources import Limits, Resources, Terms, bits_per_weight, nearest_folder
+from qmoe_jax.compression.planning.costs import (
+    SINGLE_EXPERTS,
+    ExpertStorage,
+    PassCost,
+    TokenCounts,
+    pass_costs,
+)
+from qmoe_jax.compression.planning.machine import measure_rates
+from qmoe_jax.compression.planning.rates import Rates
+from qmoe_jax.compression.planning.resources import Limits, Resources, Terms, bits_per_weight, nearest_folder
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples

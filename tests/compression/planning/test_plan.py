@@ -6,10 +6,10 @@ import json
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.costs import ExpertStorage
-from qmoe_jax.compression.plan import planned_passes
-from qmoe_jax.compression.rates import H100
-from qmoe_jax.compression.resources import Limits, Resources, bits_per_weight
+from qmoe_jax.compression.planning.costs import ExpertStorage
+from qmoe_jax.compression.planning.plan import planned_passes
+from qmoe_jax.compression.planning.rates import H100
+from qmoe_jax.compression.planning.resources import Limits, Resources, bits_per_weight
 
 MODEL = qj.PRESETS["switch-c-2048"]
 TOKENS = qj.TokenCounts(160_000, 82_000_000, 20_000_000)

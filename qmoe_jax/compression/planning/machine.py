@@ -16,7 +16,7 @@ import numpy as np
 
 from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.coding import encode, tunstall_codebook
-from qmoe_jax.compression.rates import Rates
+from qmoe_jax.compression.planning.rates import Rates
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import system_error

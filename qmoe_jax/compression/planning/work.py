@@ -12,9 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from qmoe_jax.compression.costs import SINGLE_EXPERTS, ExpertStorage, Kind, PassCost, TokenCounts, pass_costs
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.rates import Rates
+from qmoe_jax.compression.planning.costs import (
+    SINGLE_EXPERTS,
+    ExpertStorage,
+    Kind,
+    PassCost,
+    TokenCounts,
+    pass_costs,
+)
+from qmoe_jax.compression.planning.rates import Rates
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.progress import ProgressCallback
 

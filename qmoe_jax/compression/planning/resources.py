@@ -22,9 +22,9 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import BLOCKS_PER_MATRIX
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.coding.statistics import entropy_bits
-from qmoe_jax.compression.costs import SINGLE_EXPERTS, ExpertStorage, TokenCounts
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.passes.experts import CHUNKS_AHEAD
+from qmoe_jax.compression.planning.costs import SINGLE_EXPERTS, ExpertStorage, TokenCounts
 from qmoe_jax.compression.tokens.slabs import ATTENTION_BYTES, SLAB_BYTES
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
