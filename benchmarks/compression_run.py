@@ -1,0 +1,92 @@
+"""Compresses a slice that `benchmarks.true_shape` wrote; the process that a benchmark measures from outside.
+
+    python -m benchmarks.compression_run job.json
+
+Reads a job (`Job`) and writes its result beside it: seconds of the compression itself, without the start of
+Python and of JAX, and figures of its report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import qmoe_jax as qj
+from benchmarks import true_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A compression to run.
+
+    Attributes:
+        checkpoint: what to open.
+        output: the artifact.
+        what: the slice that the checkpoint is.
+        tokens: encoder tokens of the calibration samples.
+        experts_per_group: option of the compression.
+    """
+
+    checkpoint: str
+    output: str
+    what: true_shape.Slice
+    tokens: int
+    experts_per_group: int
+
+    def config(self) -> qj.CompressionConfig:
+        """Return the options.
+
+        The token cap is 4 even shares of the real experts, which get the tokens of all.
+        """
+        what = self.what
+        return qj.CompressionConfig(
+            experts_per_group=self.experts_per_group,
+            token_cap=4.0 * what.model.num_experts / what.experts,
+            layers=None if what.is_whole else what.layer_option,
+            experts=None if what.is_whole else what.expert_option,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Compress, and return the seconds and the figures of the report."""
+        samples = true_shape.examples(self.what, self.tokens)
+        began = time.monotonic()
+        report = qj.compress(self.checkpoint, self.output, samples, self.config())
+        seconds = time.monotonic() - began
+        return {
+            "seconds": seconds,
+            "experts": sum(len(group.routed_tokens) for group in report.groups),
+            "encoder_tokens": sum(len(sample.encoder) for sample in samples),
+            "decoder_tokens": sum(len(sample.decoder) for sample in samples),
+            "calibration_tokens": sum(sum(group.calibration_tokens) for group in report.groups),
+            "hottest_share": max(max(layer.routed_tokens) / sum(layer.routed_tokens) for layer in report.layers),
+            "sparsity": report.sparsity,
+            "output_error": {layer.name: layer.output_error for layer in report.layers},
+            "bits_per_parameter": {layer.name: layer.bits_per_parameter for layer in report.layers},
+            "fallbacks": len(report.fallbacks),
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the job for `read`."""
+        path.write_text(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read a job that `write` wrote."""
+        fields = json.loads(path.read_text())
+        what = fields["what"]
+        model = {name: tuple(v) if isinstance(v, list) else v for name, v in what["model"].items()}
+        what = true_shape.Slice(**{**what, "model": qj.SwitchConfig(**model)})
+        return cls(**{**fields, "what": what})
+
+
+def result_path(job: Path) -> Path:
+    """Return the file that the result of a job is written to."""
+    return job.with_suffix(".result.json")
+
+
+if __name__ == "__main__":
+    result_path(Path(sys.argv[1])).write_text(json.dumps(Job.read(Path(sys.argv[1])).run()))
