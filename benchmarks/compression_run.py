@@ -3,20 +3,22 @@
     python -m benchmarks.compression_run job.json
 
 Reads a job (`Job`) and writes its result beside it: seconds of the compression itself, without the start of
-Python and of JAX, and figures of its report.
+Python and of JAX, and figures of its report. `measure` does so in a child process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import qmoe_jax as qj
-from benchmarks import true_shape
+from benchmarks import process_meter, true_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Job:
             "encoder_tokens": sum(len(sample.encoder) for sample in samples),
             "decoder_tokens": sum(len(sample.decoder) for sample in samples),
             "calibration_tokens": sum(sum(group.calibration_tokens) for group in report.groups),
-            "hottest_share": max(max(layer.routed_tokens) / sum(layer.routed_tokens) for layer in report.layers),
+            "hottest_share": max(
+                max(layer.routed_tokens) / sum(layer.routed_tokens) for layer in report.layers
+            ),
             "sparsity": report.sparsity,
             "output_error": {layer.name: layer.output_error for layer in report.layers},
             "bits_per_parameter": {layer.name: layer.bits_per_parameter for layer in report.layers},
@@ -81,6 +85,16 @@ class Job:
         model = {name: tuple(v) if isinstance(v, list) else v for name, v in what["model"].items()}
         what = true_shape.Slice(**{**what, "model": qj.SwitchConfig(**model)})
         return cls(**{**fields, "what": what})
+
+
+def measure(job: Job, **environment: str) -> dict[str, Any]:
+    """Run a job in a process of its own, from the start, and return its result with what the process used."""
+    shutil.rmtree(job.output, ignore_errors=True)
+    path = Path(f"{job.output}.job.json")
+    job.write(path)
+    command = [sys.executable, "-m", "benchmarks.compression_run", str(path)]
+    usage = process_meter.run(command, {**os.environ, **environment})
+    return json.loads(result_path(path).read_text()) | {"process": dataclasses.asdict(usage)}
 
 
 def result_path(job: Path) -> Path:

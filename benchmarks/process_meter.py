@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 INTERVAL = 0.05
-"""Seconds between two looks at the child. The kernel keeps a process's own peak, so nothing is missed of it."""
+"""Seconds between two looks at the child. The kernel keeps a process's own peak: nothing of it is missed."""
 
 _KILOBYTE = 1024
 
