@@ -60,7 +60,7 @@ class Job:
         seconds = time.monotonic() - began
         return {
             "seconds": seconds,
-            "experts": sum(len(group.routed_tokens) for group in report.groups),
+            "compressed_experts": sum(len(group.routed_tokens) for group in report.groups),
             "encoder_tokens": sum(len(sample.encoder) for sample in samples),
             "decoder_tokens": sum(len(sample.decoder) for sample in samples),
             "calibration_tokens": sum(sum(group.calibration_tokens) for group in report.groups),

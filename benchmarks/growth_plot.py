@@ -46,6 +46,9 @@ def plot_growth(runs: Sequence[Run], path: Path) -> None:
                     label=name,
                 )
             ax.set_xscale("log")
+            places = sorted({run[key] for _, measured in lines for run in measured})
+            ax.set_xticks(places, [_short(place) for place in places], minor=False)
+            ax.set_xticks([], minor=True)
             ax.set_ylim(bottom=0)
             ax.set_title(label, fontsize=10, color=INK)
             ax.set_xlabel("encoder tokens" if key == "tokens" else "experts per layer", color=INK)
@@ -55,6 +58,11 @@ def plot_growth(runs: Sequence[Run], path: Path) -> None:
             ax.tick_params(colors=INK)
             ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150, format="png")
+
+
+def _short(count: int) -> str:
+    """Return a count in as few characters as fit below an axis."""
+    return f"{count / 1000:,.0f}k" if count >= 10_000 else f"{count:,}"
 
 
 _gigabytes: Callable[[Run], float] = lambda run: run["process"]["peak_bytes"] / 1e9
