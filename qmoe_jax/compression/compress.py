@@ -7,11 +7,13 @@ finished groups instead of quantizing them again: hidden states, experts and man
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
@@ -19,20 +21,31 @@ from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.artifact.verify import damaged_files
 from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.checkpoints.staging import staged
+from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.compression.pipeline import Stage
 from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
-from qmoe_jax.compression.scratch import remove_scratch, staged_beside
+from qmoe_jax.compression.scratch import FOLDER as SCRATCH
+from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
+from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.data import Examples, checked_examples
+from qmoe_jax.distributed import Hosts, device_mesh
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
+
+STAGES = ("read", "compute", "code", "store")
+"""The stages that work at once: reading weights and tokens, the devices, coding and writing groups, and
+storing tokens."""
 
 
 @own_settings(matmul_precision=True)
@@ -44,6 +57,8 @@ def compress(
     *,
     attachments: Mapping[str, bytes] | None = None,
     allow_mixed: bool = False,
+    scratch: str | os.PathLike[str] | None = None,
+    devices: int | None = None,
     progress: ProgressCallback = no_progress,
 ) -> CompressionReport:
     """Compress a checkpoint's experts into an artifact; the same call again resumes an interrupted run.
@@ -51,21 +66,29 @@ def compress(
     Of a finished artifact the checksums are checked. Files that are damaged or missing, of a finished or an
     interrupted run, are made again, after a warning that names them.
 
-    Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the
-    hidden states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
-    `experts_per_group * d_ff**2` floats, about three times. With `skip`, at the end, all expert kernels of
-    that stack at once, and their compressed chunks.
+    The experts are divided among the devices of this process. With several processes (hosts), each joined by
+    `jax.distributed.initialize` before, all call this with the same arguments and share the work; if one
+    dies, start them again, in any number. The bytes are the same for any number of devices and hosts.
+
+    Memory: the parameters of one layer outside its experts in float32; slabs of hidden states of 256 MiB, a
+    few at a time; per token 7 bytes; and on every device one expert group with its Hessians,
+    `experts_per_group * (d_model**2 + 3 * d_ff**2)` floats. Disk: see `scratch`.
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
-        output: the artifact's directory: missing, empty, or that of the same compression.
+        output: the artifact's directory or URL (gs://, s3://): missing, empty, or that of the same
+            compression.
         examples: calibration samples, (encoder ids, decoder ids beginning with the model's start token).
             Padding at the encoder's end does not count.
         config: the options.
         attachments: files to carry in the artifact, by name, such as the tokenizer's model.
         allow_mixed: resume a run that other software or another machine began. Each digit may then differ
             from what either of them alone gives; the report says which groups come from which.
-        progress: called with the number of experts done; a dense layer counts as one.
+        scratch: folder for the hidden states between layers, twice `4 * d_model` bytes per token, and for
+            staged experts. By default inside the artifact, so it is required where that is at a URL; with
+            several hosts on a file system that all of them share.
+        devices: number of this process's devices to use; by default all of them.
+        progress: called with units of work.
 
     Raises:
         CheckpointError: the checkpoint or the output cannot be used, or finished groups come from other
@@ -74,44 +97,82 @@ def compress(
             groups before them stay.
         ValueError: the examples or the options do not fit the model.
     """
-    began = time.monotonic()
+    began, hosts, mesh = time.monotonic(), Hosts.current(), device_mesh(devices)
     inputs = (checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint,)
     output = artifact_directory(output, inputs=inputs)
+    if isinstance(output, str) and scratch is None:
+        raise CheckpointError(
+            "a compression to a URL needs a local folder for its scratch files",
+            path=output,
+            remedy="name one (scratch, --scratch) on a disk with room for the hidden states",
+        )
+    folder = Path(output) / SCRATCH if scratch is None else Path(scratch)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
+    config.selection(reader.config)
     examples = checked_examples(examples, reader.config)
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
     dense, attachments = read_dense(reader), attachments or {}
     source = source_digests(reader, dense, examples, attachments)
-    options = dataclasses.asdict(config)
-    with ArtifactWriter(
-        output, config=reader.config, options=options, source=source, codebooks=codebooks.values()
-    ) as writer:
-        remove_scratch(writer.root)
+    with _writer(hosts, output, reader, config, source, list(codebooks.values())) as writer:
         if writer.finished:
-            if not (damaged := damaged_files(writer.root)):
-                remove_records(writer.root)
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not (damaged := damaged_files(writer.store)):
+                remove_records(writer.store)
                 progress(1, 1, "finished before")
                 return CompressionReport.read(output)
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
-        require_room(writer.root, sum(part.nbytes for part in dense.values()), wanted=writer.root)
+        require_room(folder, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
         skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
         for name in skipped:
             reader.read_finite(name)  # raises before any work, for they are copied at the end
-        with staged_beside(writer.root, reader) as staged_reader, blas_on_one_thread():
-            groups = GroupStore(staged_reader, writer, config, kinds, codebooks, this_producer())
-            if groups.complete():
-                progress(1, 1, "all groups were finished before")
-            else:
-                if not allow_mixed:
-                    groups.require_same_producer()
-                Walk(reader.config, dense, groups, examples, config, writer.root).run(progress)
-        writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
-        writer.finish(report=groups.report(time.monotonic() - began))
-        remove_records(writer.root)
+        producer = this_producer()
+        place = Scratch.of(folder, writer.run.digest, producer, hosts)
+        stages = {name: Stage(name) for name in STAGES}
+        groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
+        if place.agreed("complete", lambda: int(groups.complete())):
+            progress(1, 1, "all groups were finished before")
+        else:
+            if not allow_mixed:
+                groups.require_same_producer()
+            walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
+            with staged(reader, place.staging) as staged_reader, blas_on_one_thread():
+                groups.reader = staged_reader
+                tally = WorkTally(progress)
+                walk.run(tally)
+                tally.end()
+        if hosts.first:
+            writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
+            writer.finish(report=groups.report(time.monotonic() - began))
+            remove_records(writer.store)
+            place.clear()
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        hosts.barrier("finished")
     return CompressionReport.read(output)
+
+
+def _writer(
+    hosts: Hosts,
+    output: Path | str,
+    reader: Checkpoint,
+    config: CompressionConfig,
+    source: Mapping[str, Any],
+    codebooks: Sequence[Codebook],
+) -> ArtifactWriter:
+    """Return this host's writer of the artifact, which the first host begins."""
+    if not hosts.first:
+        hosts.barrier("begun")
+    writer = ArtifactWriter(
+        output, config=reader.config, options=config.to_json(), source=source, codebooks=codebooks,
+        host=hosts.index,
+    )  # fmt: skip
+    if hosts.first:
+        hosts.barrier("begun")
+    return writer

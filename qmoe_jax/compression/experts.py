@@ -1,191 +1,433 @@
-"""Quantization and packing of one expert group: Hessians from its tokens, GPTQ, codewords."""
+"""One pass over the expert groups of a layer: calibration, quantization, coding, and the tokens behind it.
+
+Groups go in waves of one per device. While a wave is computed, the weights and tokens of the next one are
+read ahead, and the groups before it are coded and written; queues are bounded, and tokens come in chunks of
+one shape, so that memory depends neither on their number nor on how unevenly they are routed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.matmul.epilogue import ACTIVATIONS
 from qmoe_jax.artifact.groups import GroupKey
-from qmoe_jax.artifact.kinds import LEVEL_DTYPES, Kind
-from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_quantized
-from qmoe_jax.artifact.report import MatrixReport
-from qmoe_jax.coding import Codebook
-from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.tokens import GroupTokens
-from qmoe_jax.config import SwitchConfig
+from qmoe_jax.artifact.kinds import LEVEL_DTYPES
+from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
+from qmoe_jax.artifact.report import GroupReport, MatrixReport
+from qmoe_jax.compression.attention import AttentionPass
+from qmoe_jax.compression.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.resume import GroupStore, Weights
+from qmoe_jax.compression.token_store import PartWriter, TokenStore
+from qmoe_jax.compression.tokens import GroupTokens, Routing
+from qmoe_jax.compression.wave import (
+    Found,
+    all_finite,
+    calibrate,
+    factor,
+    forward,
+    no_hessians,
+    parts_of,
+    place,
+    quantize,
+)
+from qmoe_jax.compression.work import Kind, WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
-from qmoe_jax.models.experts import grouped_hidden
+from qmoe_jax.inference.blockwise.experts import CHUNK
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, input_matrices
-from qmoe_jax.quantization import (
-    Factor,
-    Grid,
-    Quantized,
-    add_tokens,
-    empty_hessians,
-    factorize,
-    gptq_with_factor,
-    relative_error,
-    round_to_nearest,
-)
 
-Weights = dict[str, np.ndarray]
-"""Matrices of an expert group by name, float32 `[expert, in, out]` as T5X has them."""
+CHUNKS_AHEAD = 2
+"""Chunks of tokens that are read before they are computed on: 68 MB each on every device, for c-2048."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressedGroup:
-    """A quantized expert group.
+class Job:
+    """One expert group of a layer.
 
     Attributes:
-        experts: the packed matrices of each expert, levels rounded as they are stored.
-        values: the quantized weights with levels in float32.
-        levels: those levels by matrix, float32 `[expert, out, group, 2]`.
-        reports: figures of each matrix.
+        number: of the group in its layer, as the token store counts.
+        key: the group.
+        finished: whether an earlier run has quantized it, so that it is read from the artifact.
+        quantizes: whether it is to be quantized. Neither: its experts stay as they are.
     """
 
-    experts: list[dict[str, PackedExpertMatrix]]
-    values: Weights
-    levels: dict[str, np.ndarray]
-    reports: dict[str, MatrixReport]
+    number: int
+    key: GroupKey
+    finished: bool
+    quantizes: bool
+
+    @property
+    def experts(self) -> range:
+        """The group's experts."""
+        return range(self.key.start, self.key.stop)
 
 
-@partial(jax.jit, static_argnames="activation")
-def _hidden(x: Array, expert: Array, inputs: Sequence[Array], activation: str) -> Array:
-    return grouped_hidden(x, jnp.maximum(expert, 0), inputs, ACTIVATIONS[activation])
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Tokens of one shape for each device; those beyond `valid` belong to no expert."""
+
+    x: list[Float32[np.ndarray, "token embed"]]
+    expert: list[Int32[np.ndarray, "token"]]
+    probability: list[Float32[np.ndarray, "token"]]
+    valid: list[int]
 
 
-def _factor(
-    tokens: GroupTokens,
-    num_experts: int,
-    inputs: Sequence[Array] | None,
-    model: SwitchConfig,
-    config: CompressionConfig,
-    refuse: Callable[[int], CheckpointError],
-) -> Factor:
-    """Factor XᵀX of the group's calibration tokens, of their states or of the activations behind `inputs`.
+@dataclasses.dataclass(frozen=True)
+class ExpertPass:
+    """The experts of one layer.
 
-    Raises what `refuse` returns for an expert whose XᵀX is not finite.
+    Attributes:
+        attention: the pass before it.
+        groups: the artifact's groups, and the original experts.
+        routed: the tokens before the experts, by group.
+        routing: where each of them goes.
+        computed: folder for the tokens behind the experts; None where nothing comes after them.
+        scale: of the norm in front of the experts, on every device.
+        stages: times of reading, computing, coding, and storing tokens.
+        tally: counts the work.
     """
-    width = tokens.x.shape[1] if inputs is None else inputs[0].shape[2]
-    hessians = empty_hessians(num_experts, width)
-    for x, expert in tokens.calibration().chunks():
-        columns = x if inputs is None else _hidden(x, expert, inputs, model.activation)
-        hessians = add_tokens(hessians, columns, expert)
-    finite = np.asarray(_finite(hessians.sums))
-    if not finite.all():
-        raise refuse(int(finite.argmin()))
-    return factorize(hessians.sums, config.damping, activation_order=config.activation_order)
 
+    attention: AttentionPass
+    groups: GroupStore
+    routed: TokenStore
+    routing: Routing
+    computed: Path | None
+    scale: Array
+    stages: Mapping[str, Stage]
+    tally: WorkTally
 
-@jax.jit
-def _finite(hessians: Float[Array, "expert in in"]) -> Bool[Array, "expert"]:
-    return jnp.isfinite(hessians).all(axis=(1, 2))
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.attention.mesh
 
+    @property
+    def rows(self) -> int:
+        """Tokens of a chunk: the same for every group of the layer, so that their sums are too."""
+        most = int(np.bincount(self.routing.expert).max()) * self.groups.config.experts_per_group
+        return min(CHUNK, max(16, 1 << (most - 1).bit_length()))
 
-class _Figures(NamedTuple):
-    """Figures of one matrix of a group; see `MatrixReport`."""
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run the groups, and quantize those that are to be.
 
-    weight_error: Float[Array, "expert"]
-    output_error: Float[Array, "expert"]
-    sparsity: Float[Array, "expert"]
+        Raises:
+            CheckpointError: an expert, a Hessian, a level or a hidden state is not finite; or the disk
+                refuses.
+        """
+        waves = list(_waves(jobs, self.mesh.size))
+        read, compute, code, store = (self.stages[name] for name in ("read", "compute", "code", "store"))
+        with contextlib.ExitStack() as stack:
+            coder = stack.enter_context(Worker(code, compute, depth=1))
+            keeper = stack.enter_context(Worker(store, compute, depth=2))
+            weights = stack.enter_context(ahead(self._weights(waves), read, compute, depth=1))
+            chunks = stack.enter_context(ahead(self._chunks(waves), read, compute, depth=CHUNKS_AHEAD))
+            for wave in waves:
+                with compute.working():
+                    self._run_wave(wave, next(weights), chunks, coder, keeper)
 
+    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
+        """Read the experts of each wave's groups: original, or what an earlier run made of them."""
+        for wave in waves:
+            yield [
+                self.groups.quantized(job.key) if job.finished else self.groups.original(job.key)
+                for job in wave
+            ]
 
-@partial(jax.jit, static_argnames="group_size")
-def _quantize(
-    stored: Float[Array, "expert in out"], factor: Factor | None, grid: Grid, group_size: int | None
-) -> tuple[Quantized, Float[Array, "expert in out"], _Figures]:
-    """Quantize one matrix of a group as it is stored; without a factor to nearest.
+    def _chunks(self, waves: Sequence[Sequence[Job]]) -> Iterator[_Chunk | None]:
+        """Yield the chunks of every pass over every wave's tokens, in the order of use; None after each."""
+        for wave in waves:
+            tokens = [self.routing.of_group(job.experts) for job in wave]
+            for calibration in self._passes(wave[0]):
+                chosen = [
+                    self._group_chunks(job.number, mine, calibration)
+                    for job, mine in zip(wave, tokens, strict=True)
+                ]
+                yield from _side_by_side(chosen, self.rows, self.attention.model.d_model, self.mesh.size)
+                yield None
 
-    The transposes here and those inside GPTQ are one program, in which XLA cancels them.
+    def _passes(self, job: Job) -> Iterator[bool]:
+        """Yield, for each pass over the tokens of a group, whether it is one of calibration."""
+        config = self.groups.config
+        if job.quantizes and config.method == "gptq":
+            yield from [True] * (2 if config.true_sequential else 1)
+        if self.computed is not None:
+            yield False
 
-    Returns:
-        The result, its values as they are stored, and its figures.
-    """
-    w = stored.swapaxes(1, 2)
-    if factor is None:
-        q = round_to_nearest(w, grid, group_size=group_size)
-    else:
-        q = gptq_with_factor(w, factor, grid, group_size=group_size)
-    square = lambda d: jnp.sum(d * d, axis=(1, 2))
-    weight_error = square(q.values - w) / jnp.maximum(square(w), jnp.finfo(jnp.float32).tiny)
-    sparsity = (q.values == 0).mean(axis=(1, 2))
-    return q, q.values.swapaxes(1, 2), _Figures(weight_error, relative_error(q, w, factor), sparsity)
+    def _group_chunks(
+        self, group: int, tokens: GroupTokens, calibration: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield states, expert and probability of a group's tokens, `rows` of them but for the last time."""
+        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        count = done = 0
+        for slab in self.routed.slabs(group):
+            for x in self.routed.pieces(group, slab, self.rows):
+                part = slice(done, done + len(x))
+                done += len(x)
+                piece = (x, tokens.expert[part], tokens.probability[part])
+                if calibration and not tokens.calibrates[part].all():
+                    chosen = tokens.calibrates[part]
+                    piece = (x[chosen], piece[1][chosen], piece[2][chosen])
+                kept.append(piece)
+                count += len(piece[0])
+                while count >= self.rows:
+                    whole = _joined(kept)
+                    yield tuple(array[: self.rows] for array in whole)  # type: ignore[misc]
+                    kept = [tuple(array[self.rows :] for array in whole)]  # type: ignore[list-item]
+                    count -= self.rows
+        if count:
+            yield _joined(kept)
 
+    def _run_wave(
+        self,
+        wave: Sequence[Job],
+        weights: list[Weights],
+        chunks: Iterator[_Chunk | None],
+        coder: Worker,
+        keeper: Worker,
+    ) -> None:
+        began, idle = time.monotonic(), self.mesh.size - len(wave)
+        matrices = {}
+        for name in expert_matrices(self.attention.model):
+            parts = [each.pop(name) for each in weights]
+            matrices[name] = place(self.mesh, [*parts, *[np.zeros_like(parts[0])] * idle])
+            del parts
+        if wave[0].quantizes:
+            found = self._quantize(wave, matrices, chunks)
+            coder.submit(self._code, wave, found, began)
+            self.tally.advance(Kind.QUANTIZE, sum(len(job.experts) for job in wave))
+        if self.computed is not None:
+            self._forward(wave, matrices, chunks, keeper)
 
-def _overflows(path: object, key: GroupKey, matrix: str, expert: int) -> CheckpointError:
-    """Return the error for an expert of a group whose Hessian is not finite."""
-    return CheckpointError(
-        "the inputs of an expert's matrix overflow on the calibration tokens",
-        path=path,
-        key=f"{ExpertKernel(key.stack, key.layer, matrix).path}, expert {key.start + expert}",
-        expected="sums of squares that are finite in float32",
-        found="infinity or NaN",
-        remedy="the weights in front of it are too large: take another copy of the checkpoint, or quantize "
-        "without Hessians (method nearest)",
-    )
+    def _quantize(
+        self, wave: Sequence[Job], matrices: dict[str, Array], chunks: Iterator[_Chunk | None]
+    ) -> dict[str, Found]:
+        """Quantize the matrices, which are replaced by what they become."""
+        config, model, mesh = self.groups.config, self.attention.model, self.mesh
+        calibrates = config.method == "gptq"
+        found: dict[str, Found] = {}
+        inputs = input_matrices(model)
+        first, second = None, None
+        if calibrates:
+            wanted = (True, not config.true_sequential)
+            first, second = self._calibrate(wave, matrices, chunks, wanted)
+        for name in expert_matrices(model):
+            if calibrates and name == inputs[0]:
+                known, first = self._factor(wave, first, name), None
+            elif calibrates and name == "wo":
+                known = None  # the first factor is dropped before the larger one is made
+                if config.true_sequential:
+                    _, second = self._calibrate(wave, matrices, chunks, (False, True))
+                known, second = self._factor(wave, second, name), None
+            elif not calibrates:
+                known = None
+            found[name], matrices[name] = quantize(
+                mesh, matrices[name], known, config.grid, group_size=config.group_size
+            )
+        jax.block_until_ready(matrices["wo"])
+        return found
 
-
-def compress_group(
-    weights: Weights,
-    tokens: GroupTokens | None,
-    model: SwitchConfig,
-    config: CompressionConfig,
-    kinds: Mapping[str, Kind],
-    codebooks: Mapping[str, Codebook],
-    path: object,
-    key: GroupKey,
-) -> CompressedGroup:
-    """Quantize and pack an expert group; `tokens` None rounds to nearest.
-
-    Each Hessian is factored once: gated experts use one factor for both input matrices. Memory beside the
-    weights: one Hessian per expert, `[d_ff, d_ff]` float32 at the largest, three times while it is factored.
-
-    Raises:
-        CheckpointError: a Hessian is not finite, or a level in the dtype that it is stored in; it names the
-            checkpoint by `path`, and layer and expert by `key`.
-    """
-    num_experts = len(weights["wo"])
-    packed: dict[str, list[PackedExpertMatrix]] = {}
-    reports: dict[str, MatrixReport] = {}
-    values: Weights = {}
-    levels: dict[str, np.ndarray] = {}
-    inputs = [jnp.asarray(weights[name]) for name in input_matrices(model)]
-    refuse = partial(_overflows, path, key)
-    factor = None
-    if tokens is not None:
-        first = partial(refuse, input_matrices(model)[0])
-        factor = _factor(tokens, num_experts, None, model, config, first)
-    for name in expert_matrices(model):
-        if name == "wo" and tokens is not None:
-            factor = None  # the first factor is dropped before the larger Hessian is made
-            factor = _factor(tokens, num_experts, inputs, model, config, partial(refuse, name))
-        stored = jnp.asarray(weights[name])
-        quantized, stored_values, figures = _quantize(stored, factor, config.grid, config.group_size)
-        levels[name] = np.asarray(quantized.levels)
-        level_dtype = LEVEL_DTYPES[kinds[name].level_dtype]
-        where = f"{ExpertKernel(key.stack, key.layer, name).path}, levels"
-        read_as(levels[name], level_dtype, path=path, key=where, first=key.start)
-        packed[name] = pack_quantized(kinds[name], quantized, codebooks)
-        reports[name] = MatrixReport(
-            **{field: _entries(figure) for field, figure in figures._asdict().items()},
-            bytes=tuple(matrix.nbytes for matrix in packed[name]),
-            fallback=_entries(quantized.fallback & (config.method == "gptq")),
+    def _calibrate(
+        self,
+        wave: Sequence[Job],
+        matrices: Mapping[str, Array],
+        chunks: Iterator[_Chunk | None],
+        wanted: tuple[bool, bool],
+    ) -> tuple[Any, Any]:
+        """Return the Hessians of the inputs of `wi` and of `wo`, those that are wanted."""
+        model, mesh, count = self.attention.model, self.mesh, len(wave[0].experts)
+        widths = (model.d_model, model.d_ff)
+        hessians: Any = tuple(
+            no_hessians(mesh, count, width) if want else None
+            for width, want in zip(widths, wanted, strict=True)
         )
-        values[name] = np.asarray(stored_values)
-        if config.true_sequential and name != "wo":
-            inputs[input_matrices(model).index(name)] = stored_values
-    experts = [{name: packed[name][e] for name in packed} for e in range(num_experts)]
-    return CompressedGroup(experts, values, levels, reports)
+        wi = tuple(matrices[name] for name in input_matrices(model)) if wanted[1] else ()
+        under_way: deque[Array] = deque()
+        while (chunk := next(chunks)) is not None:
+            hessians, ready = calibrate(
+                mesh, model, self.scale, hessians, place(mesh, chunk.x), place(mesh, chunk.expert), wi
+            )
+            under_way.append(ready)
+            if len(under_way) > CHUNKS_AHEAD:
+                jax.block_until_ready(under_way.popleft())
+            self.tally.advance(Kind.CALIBRATE, sum(chunk.valid))
+        first, second = hessians
+        return first, second
+
+    def _factor(self, wave: Sequence[Job], hessians: Any, matrix: str) -> Any:
+        """Factor Hessians once they are known to be finite."""
+        for job, fine in zip(wave, parts_of(all_finite(self.mesh, hessians)), strict=False):
+            if not (numbers := np.asarray(fine)).all():
+                raise self._overflows(job.key, matrix, int(numbers.argmin()))
+        config = self.groups.config
+        return factor(self.mesh, hessians, config.damping, activation_order=config.activation_order)
+
+    def _overflows(self, key: GroupKey, matrix: str, expert: int) -> CheckpointError:
+        """Return the error for an expert of a group whose Hessian is not finite."""
+        return CheckpointError(
+            "the inputs of an expert's matrix overflow on the calibration tokens",
+            path=self.attention.path,
+            key=f"{ExpertKernel(key.stack, key.layer, matrix).path}, expert {key.start + expert}",
+            expected="sums of squares that are finite in float32",
+            found="infinity or NaN",
+            remedy="the weights in front of it are too large: take another copy of the checkpoint, or "
+            "quantize without Hessians (method nearest)",
+        )
+
+    def _code(self, wave: Sequence[Job], found: Mapping[str, Found], began: float) -> None:
+        """Pack and write the groups of a wave, the record of each last."""
+        split = {
+            name: [jax.tree.unflatten(jax.tree.structure(each), part) for part in _leaf_parts(each)]
+            for name, each in found.items()
+        }
+        for index, job in enumerate(wave):
+            self._code_group(job, {name: parts[index] for name, parts in split.items()}, began)
+
+    def _code_group(self, job: Job, found: Mapping[str, Found], began: float) -> None:
+        key, groups = job.key, self.groups
+        on_accelerator = self.mesh.devices.flat[0].platform != "cpu"  # which then encodes them
+        packed: dict[str, list[PackedExpertMatrix]] = {}
+        levels: dict[str, np.ndarray] = {}
+        reports: dict[str, MatrixReport] = {}
+        for name, each in found.items():
+            kind = groups.kinds[name]
+            levels[name], indexes = np.asarray(each.levels), np.asarray(each.group_index)
+            where = f"{ExpertKernel(key.stack, key.layer, name).path}, levels"
+            dtype = LEVEL_DTYPES[kind.level_dtype]
+            read_as(levels[name], dtype, path=self.attention.path, key=where, first=key.start)
+            digits: Any = each.digits if on_accelerator else np.asarray(each.digits)
+            packed[name] = [
+                pack_matrix(kind, digits[e], levels[name][e], groups.codebooks, group_index=indexes[e])
+                for e in range(len(job.experts))
+            ]
+            figures = {name: tuple(np.asarray(a).tolist()) for name, a in each.figures._asdict().items()}
+            if groups.config.method != "gptq":
+                figures["fallback"] = (False,) * len(job.experts)
+            reports[name] = MatrixReport(bytes=tuple(matrix.nbytes for matrix in packed[name]), **figures)
+        experts = [{name: packed[name][e] for name in packed} for e in range(len(job.experts))]
+        tokens = self.routing.of_group(job.experts)
+        report = GroupReport(
+            key.stack, key.layer, key.start, tokens.routed, tokens.calibration, reports,
+            time.monotonic() - began, groups.producer,
+        )  # fmt: skip
+        groups.write(key, experts, levels, report)
+
+    def _forward(
+        self,
+        wave: Sequence[Job],
+        matrices: Mapping[str, Array],
+        chunks: Iterator[_Chunk | None],
+        keeper: Worker,
+    ) -> None:
+        """Run the tokens of a wave through its experts, and store what they become."""
+        assert self.computed is not None
+        model, mesh = self.attention.model, self.mesh
+        wi = tuple(matrices[name] for name in input_matrices(model))
+        outputs = [_Output(self, job, self.computed) for job in wave]
+        while (chunk := next(chunks)) is not None:
+            x, fine = forward(
+                mesh, model, self.scale, place(mesh, chunk.x), place(mesh, chunk.expert),
+                place(mesh, chunk.probability), wi, matrices["wo"],
+            )  # fmt: skip
+            keeper.submit(_keep, outputs, chunk.valid, x, fine)
+            self.tally.advance(Kind.FORWARD, sum(chunk.valid))
+        for output in outputs:
+            keeper.submit(output.finish)
 
 
-def _entries(array: Array) -> tuple[Any, ...]:
-    return tuple(np.asarray(array).tolist())
+class _Output:
+    """The part that holds the tokens behind one group."""
+
+    def __init__(self, owner: ExpertPass, job: Job, folder: Path):
+        routed = owner.routed
+        self._owner, self._group = owner, job.number
+        self._numbers = owner.routing.of_group(job.experts).numbers
+        self._writer = PartWriter(folder, part_name(job.number))
+        self._left = [(slab, routed.segments[slab, job.number].rows) for slab in routed.slabs(job.number)]
+        self._done = 0
+
+    def append(self, x: Float32[np.ndarray, "token embed"], fine: np.ndarray) -> None:
+        """Write tokens, each to the segment of its slab."""
+        if not fine.all():
+            token = int(self._numbers[self._done + int(fine.argmin())])
+            layer = self._owner.attention.sparse
+            raise self._owner.attention.overflow(f"layer {layer}, experts", token)
+        self._done += len(x)
+        while len(x):
+            slab, rows = self._left[0]
+            self._writer.append(slab, self._group, x[:rows])
+            taken = min(rows, len(x))
+            self._left[0] = (slab, rows - taken)
+            x = x[taken:]
+            if rows == taken:
+                self._left.pop(0)
+
+    def finish(self) -> None:
+        """Write the part's index."""
+        self._writer.finish()
+
+
+def _keep(outputs: Sequence[_Output], valid: Sequence[int], x: Array, fine: Array) -> None:
+    """Hand each device's tokens to the part that they belong to."""
+    for output, count, rows, good in zip(outputs, valid, parts_of(x), parts_of(fine), strict=False):
+        output.append(np.asarray(rows)[:count], np.asarray(good)[:count])
+
+
+def part_name(group: int) -> str:
+    """Return the name of the part that holds the tokens behind a group."""
+    return f"group-{group:05d}"
+
+
+def _waves(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    """Yield runs of up to `size` groups of one size and kind of work."""
+    wave: list[Job] = []
+    alike = lambda job: (len(job.experts), job.quantizes)
+    for job in jobs:
+        if wave and (len(wave) == size or alike(job) != alike(wave[0])):
+            yield wave
+            wave = []
+        wave.append(job)
+    if wave:
+        yield wave
+
+
+def _side_by_side(
+    groups: list[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], rows: int, features: int, size: int
+) -> Iterator[_Chunk]:
+    """Yield the chunks of several groups together, until the last of them has no more."""
+    while True:
+        taken = [next(group, None) for group in groups]
+        if all(part is None for part in taken):
+            return
+        chunk = _Chunk([], [], [], [])
+        for part in [*taken, *[None] * (size - len(taken))]:
+            x, expert, probability = part or (
+                np.zeros((0, features), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+            )  # fmt: skip
+            pad = rows - len(x)
+            chunk.x.append(np.pad(x, ((0, pad), (0, 0))) if pad else x)
+            chunk.expert.append(np.pad(expert, (0, pad), constant_values=-1))
+            chunk.probability.append(np.pad(probability, (0, pad)))
+            chunk.valid.append(len(x))
+        yield chunk
+
+
+def _joined(
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, expert, probability = zip(*parts, strict=True)
+    return np.concatenate(x), np.concatenate(expert), np.concatenate(probability)
+
+
+def _leaf_parts(found: Found) -> list[list[Array]]:
+    """Return the leaves of each device's part."""
+    return [list(part) for part in zip(*map(parts_of, jax.tree.leaves(found)), strict=True)]

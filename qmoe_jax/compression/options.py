@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from qmoe_jax.artifact.selection import Selection
 from qmoe_jax.config import SwitchConfig
@@ -77,6 +77,15 @@ class CompressionConfig:
         for name, least in {"damping": 0, "group_size": 1, "token_cap": 0, "experts_per_group": 1}.items():
             if (value := getattr(self, name)) is not None and not least <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least {least}, found {value}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as an artifact names them; `layers` and `experts` only where they select."""
+        fields = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in ("layers", "experts")
+        }
 
     @property
     def grid(self) -> Grid:

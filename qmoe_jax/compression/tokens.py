@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt16
 
 from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.compression.slabs import TokenOrder
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
-from qmoe_jax.inference.blockwise.experts import token_chunks
+
+BLOCK = 1 << 20
+"""Tokens whose ranks are counted at a time."""
 
 
 def keep_encoder(tokens: np.ndarray, first_sentinel: int) -> np.ndarray:
@@ -36,67 +39,102 @@ def kept_tokens(examples: Examples, stack: str, config: CompressionConfig, model
     return np.concatenate([keep_decoder(decoder, first) for _, decoder in examples])
 
 
+def calibrating(
+    expert: Int[np.ndarray, "token"], keep: Bool[np.ndarray, "token"], num_experts: int, token_cap: float
+) -> Bool[np.ndarray, "token"]:
+    """Return which of the tokens to `keep` are among the first `token_cap` even shares of their expert.
+
+    Memory: a mask, and a few numbers for each of `BLOCK` tokens.
+    """
+    cap = int(token_cap * len(expert) / num_experts)
+    seen = np.zeros(num_experts, np.int64)
+    chosen = np.empty(len(expert), bool)
+    for start in range(0, len(expert), BLOCK):
+        part = slice(start, start + BLOCK)
+        mine = expert[part]
+        order = np.argsort(mine, kind="stable")
+        counts = np.bincount(mine, minlength=num_experts)
+        rank = np.empty(len(mine), np.int64)
+        rank[order] = np.arange(len(mine)) - np.repeat(np.cumsum(counts) - counts, counts)
+        chosen[part] = keep[part] & (rank + seen[mine] < cap)
+        seen += counts
+    return chosen
+
+
 @dataclasses.dataclass(frozen=True)
-class RoutedTokens:
-    """The routing of every token of a layer.
+class Routing:
+    """The routing of every token of a layer, in the stack's order. Memory: 7 bytes per token.
 
     Attributes:
-        expert: int32 `[token]`, the expert that each token is sent to.
-        probability: float32 `[token]`, the router probability.
-        calibrates: bool `[token]`, whether the token enters its expert's Hessian.
+        expert: the expert that each token is sent to.
+        probability: the router probability.
+        calibrates: whether the token enters its expert's Hessian.
     """
 
-    expert: np.ndarray
-    probability: np.ndarray
-    calibrates: np.ndarray
+    expert: UInt16[np.ndarray, "token"]
+    probability: Float32[np.ndarray, "token"]
+    calibrates: Bool[np.ndarray, "token"]
 
     @classmethod
     def select(
-        cls, expert: np.ndarray, probability: np.ndarray, keep: np.ndarray, num_experts: int, token_cap: float
-    ) -> RoutedTokens:
-        """Select the tokens to `keep` among the first `token_cap` even shares that each expert receives."""
-        cap = int(token_cap * len(expert) / num_experts)
-        order = np.argsort(expert, kind="stable")
-        counts = np.bincount(expert, minlength=num_experts)
-        rank = np.empty(len(expert), np.int64)
-        rank[order] = np.arange(len(expert)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return cls(expert, probability, keep & (rank < cap))
+        cls,
+        order: TokenOrder,
+        expert: UInt16[np.ndarray, "token"],
+        probability: Float32[np.ndarray, "token"],
+        keep: Bool[np.ndarray, "token"],
+        num_experts: int,
+        token_cap: float,
+    ) -> Routing:
+        """Select the tokens that calibrate, as upstream does in the order of the examples.
 
-    def of_experts(self, experts: range) -> np.ndarray:
-        """Return the numbers of the tokens that are routed to `experts`, in token order."""
-        return np.flatnonzero((self.expert >= experts.start) & (self.expert < experts.stop))
+        Args:
+            order: the stack's order.
+            expert: the expert of each token, in the stack's order.
+            probability: its router probability.
+            keep: which tokens may calibrate, counted example after example.
+            num_experts: number of experts.
+            token_cap: in even shares.
+        """
+        by_example = np.empty_like(expert)
+        for slab in order.slabs:
+            by_example[order.numbers(slab)] = expert[slab.start : slab.stop]
+        chosen = calibrating(by_example, keep, num_experts, token_cap)
+        calibrates = np.empty(len(expert), bool)
+        for slab in order.slabs:
+            calibrates[slab.start : slab.stop] = chosen[order.numbers(slab)]
+        return cls(expert, probability, calibrates)
+
+    def of_group(self, experts: range) -> GroupTokens:
+        """Return the tokens of a range of experts."""
+        where = np.flatnonzero((self.expert >= experts.start) & (self.expert < experts.stop))
+        expert = self.expert[where].astype(np.int32) - np.int32(experts.start)
+        return GroupTokens(where, expert, self.probability[where], self.calibrates[where], len(experts))
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupTokens:
-    """The tokens of an expert group.
+    """The tokens of an expert group in the stack's order.
 
     Attributes:
-        x: float32 `[token, d_model]`, the normed hidden states that experts read.
-        expert: int `[token]`, counted from the group's first expert.
-        calibrates: bool `[token]`, whether the token enters its expert's Hessian.
+        numbers: their numbers in the stack's order.
+        expert: counted from the group's first expert.
+        probability: the router probability.
+        calibrates: whether the token enters its expert's Hessian.
+        num_experts: experts of the group.
     """
 
-    x: np.ndarray
-    expert: np.ndarray
-    calibrates: np.ndarray
+    numbers: Int64[np.ndarray, "token"]
+    expert: Int32[np.ndarray, "token"]
+    probability: Float32[np.ndarray, "token"]
+    calibrates: Bool[np.ndarray, "token"]
+    num_experts: int
 
-    def calibration(self) -> GroupTokens:
-        """Return only the tokens that calibrate."""
-        chosen = self.calibrates
-        return GroupTokens(self.x[chosen], self.expert[chosen], chosen[chosen])
+    @property
+    def routed(self) -> tuple[int, ...]:
+        """Number of tokens of each expert."""
+        return tuple(np.bincount(self.expert, minlength=self.num_experts).tolist())
 
-    def counts(self, num_experts: int) -> tuple[int, ...]:
-        """Return the number of tokens of each of the group's experts."""
-        return tuple(np.bincount(self.expert, minlength=num_experts).tolist())
-
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield `x` and `expert` in parts of one shape, so that a step compiles once.
-
-        The last part is padded with tokens of no expert (-1).
-        """
-        for part, pad in token_chunks(len(self.expert)):
-            yield (
-                np.pad(self.x[part], ((0, pad), (0, 0))),
-                np.pad(self.expert[part], (0, pad), constant_values=-1),
-            )
+    @property
+    def calibration(self) -> tuple[int, ...]:
+        """Number of calibrating tokens of each expert."""
+        return tuple(np.bincount(self.expert[self.calibrates], minlength=self.num_experts).tolist())

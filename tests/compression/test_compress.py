@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_info
 
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression import resume
+from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
 from qmoe_jax.parameters import is_expert
 from tests.helpers.golden_digits import Problem
@@ -30,10 +30,11 @@ def stored_bytes(path):
 def test_every_digit_follows_from_its_hessian_and_those_before(compressed):
     compressed()
     assert len(compressed.gptq_calls) == 2 * len(KERNELS)
-    for w, hessian, q in compressed.gptq_calls:
+    for w, hessian, found in compressed.gptq_calls:
+        digits, levels, fallback = map(np.asarray, (found.digits, found.levels, found.figures.fallback))
         for number in range(len(w)):
-            problem = Problem.of(w[number], hessian[number], fallback=bool(q.fallback[number]))
-            expert = problem.replay(q.digits[number], q.levels[number])
+            problem = Problem.of(w[number], hessian[number], fallback=bool(fallback[number]))
+            expert = problem.replay(digits[number], levels[number])
             expert.assert_digits_follow()
             expert.assert_levels_follow()
 
@@ -110,15 +111,15 @@ def test_artifacts_of_every_kind_verify_and_run(samples, compressed, options):
 
 def stop_at_group(monkeypatch, number: int) -> list[tuple]:
     """Interrupt the quantization of the group of this number, once; return the calls, which go on growing."""
-    real, calls = resume.compress_group, []
+    real, calls = ExpertPass._quantize, []
 
-    def compress_group(*arguments):
+    def quantize(*arguments):
         calls.append(arguments)
         if len(calls) == number:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(resume, "compress_group", compress_group)
+    monkeypatch.setattr(ExpertPass, "_quantize", quantize)
     return calls
 
 
@@ -142,7 +143,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(data, samples, compressed, tmp_p
 def test_compressing_again_leaves_a_finished_artifact_unchanged(data, samples, compressed, monkeypatch):
     path, report = compressed()
     before = stored_bytes(path)
-    monkeypatch.setattr(resume, "compress_group", None)
+    monkeypatch.setattr(ExpertPass, "_quantize", None)
     again = qj.compress(data / "hf_tiny_a", path, samples[:16], qj.CompressionConfig(sentinel_start=480))
     assert stored_bytes(path) == before
     assert again.groups == report.groups
