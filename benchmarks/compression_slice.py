@@ -1,0 +1,111 @@
+"""Compresses a slice of switch-c-2048 in its true shape, measured from outside, beside plain PyTorch.
+
+    python -m benchmarks.compression_slice --json benchmarks/results/compression-slice.json
+
+Takes about fifteen minutes on two cores the first time, five of them to write the checkpoint
+(benchmarks.true_shape: one layer of the encoder and one of the decoder with 16 real experts of 2,048), and
+needs 8 GB of disk and torch (pip install 'qmoe-jax[benchmarks]'), or `--no-peer`. Prints
+
+  the compression   seconds per expert and peak memory, as a process of its own sees them from outside; how
+                    long each stage worked and waited for another; bytes read beside bytes needed
+  the peer          the same batched GPTQ in PyTorch on the same weights and Hessians, taking turns with ours
+                    (benchmarks.gptq_beside_torch)
+  the projection    hours of the whole model on this machine, at the rates measured here, and on one H100, at
+                    stated ones (benchmarks.projection)
+
+Chunks span 256 experts, as T5X wrote them, but only 16 are real: reading costs 16 times as much per expert as
+in a whole run, where every expert of a chunk is used. `--experts-per-chunk 16` gives the cost of a whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import qmoe_jax as qj
+from benchmarks import compression_run, gptq_beside_torch, measuring, true_shape
+from qmoe_jax.parameters import expert_shapes
+
+MEMORY_GOAL = 6e9
+WAITING_GOAL = 0.1
+RATIO_GOAL = 3.0
+
+
+def measure_slice(
+    what: true_shape.Slice, folder: Path, tokens: int, experts_per_group: int
+) -> dict[str, Any]:
+    """Write the checkpoint if it is not there, compress it, and return figures of the compression."""
+    checkpoint = true_shape.write(folder / f"checkpoint-{what.experts_per_chunk}", what)
+    output = folder / "artifact"
+    job = compression_run.Job(str(checkpoint), str(output), what, tokens, experts_per_group)
+    result = compression_run.measure(job)
+    shutil.rmtree(output, ignore_errors=True)
+    weights = sum(math.prod(shape) for shape in expert_shapes(what.model).values())
+    return result | {
+        "experts_per_group": experts_per_group,
+        "experts_per_chunk": what.experts_per_chunk,
+        "seconds_per_expert": result["seconds"] / result["compressed_experts"],
+        "needed_bytes": 4 * weights * result["compressed_experts"],
+    }
+
+
+def show_slice(result: dict[str, Any]) -> None:
+    """Print the figures of the compression, each with its goal."""
+    process = result["process"]
+    peak = (
+        process["peak_tree_bytes"]
+        if process["peak_tree_bytes"] > process["peak_bytes"]
+        else process["peak_bytes"]
+    )
+    print(
+        f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,} tokens,"
+        f" groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts:"
+        f" {result['seconds']:.1f} s, {result['seconds_per_expert']:.2f} s per expert"
+        f" ({process['seconds']:.1f} s with the start of the program)\n"
+        f"peak memory {peak / 1e9:.2f} GB (goal: below {MEMORY_GOAL / 1e9:.0f}),"
+        f" {process['peak_anonymous_bytes'] / 1e9:.2f} GB of it not of files"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/compression-slice"), help="checkpoint and artifact"
+    )
+    parser.add_argument("--preset", choices=sorted(qj.PRESETS), default="switch-c-2048")
+    parser.add_argument("--experts", type=int, default=16, help="real experts per layer")
+    parser.add_argument("--experts-per-chunk", type=int, default=256)
+    parser.add_argument("--experts-per-group", type=int, default=4)
+    parser.add_argument("--hot", type=float, help="share of the tokens that one expert gets")
+    parser.add_argument("--tokens", type=int, default=32_768, help="encoder tokens")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of the peer")
+    parser.add_argument("--no-peer", action="store_true", help="compress only")
+    parser.add_argument("--note", default="", help="stored with the result: what else the machine was doing")
+    parser.add_argument("--json", help="file to write")
+    options = parser.parse_args()
+    threads = os.cpu_count() or 1
+    what = true_shape.Slice(
+        qj.PRESETS[options.preset],
+        experts=options.experts,
+        experts_per_chunk=options.experts_per_chunk,
+        hot=options.hot,
+    )
+    result: dict[str, Any] = {
+        "machine": measuring.machine(threads),
+        "note": options.note,
+        "slice": measure_slice(what, options.folder, options.tokens, options.experts_per_group),
+    }
+    show_slice(result["slice"])
+    if not options.no_peer:
+        result["peer"] = gptq_beside_torch.run(options.rounds, threads)
+    measuring.write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
