@@ -21,20 +21,22 @@ from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.artifact.verify import damaged_files
 from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.checkpoints.staging import staged
+from qmoe_jax.checkpoints.staging import StagingStatistics, staged
 from qmoe_jax.coding import Codebook
+from qmoe_jax.compression.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
+from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.pipeline import Stage
-from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.producer import this_producer
+from qmoe_jax.compression.rates import nominal_rates
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
-from qmoe_jax.compression.work import WorkTally
+from qmoe_jax.compression.work import Work, WorkTally
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
@@ -134,7 +136,7 @@ def compress(
             reader.read_finite(name)  # raises before any work, for they are copied at the end
         producer = this_producer()
         place = Scratch.of(folder, writer.run.digest, producer, hosts)
-        stages = {name: Stage(name) for name in STAGES}
+        stages, staging = {name: Stage(name) for name in STAGES}, StagingStatistics()
         groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
         if place.agreed("complete", lambda: int(groups.complete())):
             progress(1, 1, "all groups were finished before")
@@ -142,11 +144,17 @@ def compress(
             if not allow_mixed:
                 groups.require_same_producer()
             walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
-            with staged(reader, place.staging) as staged_reader, blas_on_one_thread():
-                groups.reader = staged_reader
-                tally = WorkTally(progress)
+            work = Work.of(
+                reader.config, config, TokenCounts.of(examples), nominal_rates(),
+                storage=ExpertStorage.of(reader), devices=mesh.size, hosts=hosts.count,
+            ).remaining(walk.shares_done())  # fmt: skip
+            tally = WorkTally(work, progress)
+            with (
+                staged(reader, place.staging, walk.reads(), staging) as groups.reader,
+                blas_on_one_thread(),
+            ):
                 walk.run(tally)
-                tally.end()
+            tally.end()
         if hosts.first:
             writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
             writer.finish(report=groups.report(time.monotonic() - began))

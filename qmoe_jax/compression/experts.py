@@ -25,6 +25,7 @@ from qmoe_jax.artifact.kinds import LEVEL_DTYPES
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
 from qmoe_jax.compression.attention import AttentionPass
+from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.resume import GroupStore, Weights
 from qmoe_jax.compression.token_store import PartWriter, TokenStore
@@ -40,7 +41,7 @@ from qmoe_jax.compression.wave import (
     place,
     quantize,
 )
-from qmoe_jax.compression.work import Kind, WorkTally
+from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
 from qmoe_jax.inference.blockwise.experts import CHUNK
@@ -126,6 +127,7 @@ class ExpertPass:
         """
         waves = list(_waves(jobs, self.mesh.size))
         read, compute, code, store = (self.stages[name] for name in ("read", "compute", "code", "store"))
+        self._expect(jobs)
         with contextlib.ExitStack() as stack:
             coder = stack.enter_context(Worker(code, compute, depth=1))
             keeper = stack.enter_context(Worker(store, compute, depth=2))
@@ -134,6 +136,18 @@ class ExpertPass:
             for wave in waves:
                 with compute.working():
                     self._run_wave(wave, next(weights), chunks, coder, keeper)
+
+    def _expect(self, jobs: Sequence[Job]) -> None:
+        """Tell the tally how many tokens will be computed on."""
+        count = lambda tokens: np.bincount(tokens, minlength=self.attention.model.num_experts)
+        routed, chosen = count(self.routing.expert), count(self.routing.expert[self.routing.calibrates])
+        calibrated = sum(chosen[job.key.start : job.key.stop].sum() for job in jobs if job.quantizes)
+        passes = 2 if self.groups.config.true_sequential else 1
+        self.tally.expect(Kind.CALIBRATE, passes * int(calibrated))
+        if self.computed is not None:
+            self.tally.expect(
+                Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
+            )
 
     def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
         """Read the experts of each wave's groups: original, or what an earlier run made of them."""
@@ -234,6 +248,11 @@ class ExpertPass:
                 mesh, matrices[name], known, config.grid, group_size=config.group_size
             )
         jax.block_until_ready(matrices["wo"])
+        for name, each in found.items():
+            for job, levels in zip(wave, parts_of(each.levels), strict=False):
+                key = f"{ExpertKernel(job.key.stack, job.key.layer, name).path}, levels"
+                dtype = LEVEL_DTYPES[self.groups.kinds[name].level_dtype]
+                read_as(np.asarray(levels), dtype, path=self.attention.path, key=key, first=job.key.start)
         return found
 
     def _calibrate(
@@ -301,9 +320,6 @@ class ExpertPass:
         for name, each in found.items():
             kind = groups.kinds[name]
             levels[name], indexes = np.asarray(each.levels), np.asarray(each.group_index)
-            where = f"{ExpertKernel(key.stack, key.layer, name).path}, levels"
-            dtype = LEVEL_DTYPES[kind.level_dtype]
-            read_as(levels[name], dtype, path=self.attention.path, key=where, first=key.start)
             digits: Any = each.digits if on_accelerator else np.asarray(each.digits)
             packed[name] = [
                 pack_matrix(kind, digits[e], levels[name][e], groups.codebooks, group_index=indexes[e])

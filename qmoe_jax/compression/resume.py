@@ -65,9 +65,12 @@ class GroupStore:
         require_producer(self.producer, made, self.writer.store.root)
 
     def complete(self) -> bool:
-        """Return whether every group is on disk, intact and with its figures, so that none is missing."""
-        keys = list(self.keys())
-        return all(key in self._reports for key in keys) and all(self.intact(key) for key in keys)
+        """Return whether every group is done, so that none is missing."""
+        return all(map(self.done, self.keys()))
+
+    def done(self, key: GroupKey) -> bool:
+        """Return whether a group is on disk, intact and with its figures."""
+        return key in self._reports and self.intact(key)
 
     def keys(self) -> Iterator[GroupKey]:
         """Yield the groups to quantize, in the order in which they are."""

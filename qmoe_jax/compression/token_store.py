@@ -139,7 +139,7 @@ class TokenStore:
         return self._by_group.get(group, [])
 
     def read_slab(self, slab: int, group: Int[np.ndarray, "token"]) -> Float32[np.ndarray, "token embed"]:
-        """Return the states of a slab's tokens in their order, given the group of each. Raises as `pieces`."""
+        """Return the states of a slab in order, given the group of each token. Raises as `pieces`."""
         x = np.empty((len(group), self._features), np.float32)
         order = np.argsort(group, kind="stable")
         groups, starts = np.unique(group[order], return_index=True)

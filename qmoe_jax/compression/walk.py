@@ -24,70 +24,24 @@ from qmoe_jax.artifact.selection import expert_ranges
 from qmoe_jax.checkpoints.params import nest, parameter_dtype, to_device
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.attention import AttentionPass, RoutedSlab, SlabStates
+from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.experts import ExpertPass, Job, part_name
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.slabs import Slab, TokenOrder
+from qmoe_jax.compression.steps import Step, steps_of
 from qmoe_jax.compression.token_store import PartWriter, TokenStore, part_names, remove_store
 from qmoe_jax.compression.tokens import Routing, kept_tokens
 from qmoe_jax.compression.wave import replicate
-from qmoe_jax.compression.work import Kind, WorkTally
+from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
 from qmoe_jax.distributed import Hosts
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import ChunkedTensor
 from qmoe_jax.parameters import EMBEDDING, ExpertKernel, expert_matrices, is_expert
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One stage of the walk.
-
-    Attributes:
-        stack: "encoder" or "decoder".
-        dense: layers without experts in front of it, run whole.
-        sparse: the layer with experts; None for the end of the encoder.
-        last: true where nothing comes behind, so that the outputs of the experts are not needed.
-    """
-
-    stack: str
-    dense: tuple[int, ...]
-    sparse: int | None
-    last: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of the step in progress bars and logs."""
-        return f"{self.stack}'s end" if self.sparse is None else f"{self.stack} layer {self.sparse}"
-
-    @property
-    def folder(self) -> str:
-        """Name of the step's hidden states."""
-        return f"{self.stack}.end" if self.sparse is None else f"{self.stack}.layers_{self.sparse:02d}"
-
-
-def steps_of(model: SwitchConfig, config: CompressionConfig) -> list[Step]:
-    """Return the stages of a walk: up to the last layer that is compressed."""
-    selection = config.selection(model)
-    steps: list[Step] = []
-    stacks = ("encoder", "decoder") if "decoder" in config.compressed_stacks else ("encoder",)
-    for stack in stacks:
-        dense: list[int] = []
-        for layer in selection.layers[stack]:
-            if layer in model.sparse_layers(stack):
-                steps.append(Step(stack, tuple(dense), layer))
-                dense = []
-            else:
-                dense.append(layer)
-        if stack != stacks[-1]:
-            steps.append(Step(stack, tuple(dense), None))
-    compressed = lambda step: step.sparse is not None and step.stack in config.compressed_stacks
-    while not compressed(steps[-1]):
-        steps.pop()
-    return [*steps[:-1], dataclasses.replace(steps[-1], last=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +94,34 @@ class Walk:
             step = self.steps[number]
             attention = self._attention(step)
             if not self._is_routed(step):
-                tally.begin(f"{step.name}, attention")
+                tally.begin(step.name, "attention")
                 self._attend(number, attention, tally)
                 self.hosts.barrier(f"attention {number}")
                 self._remove_states_before(number)
             if step.sparse is not None:
-                tally.begin(f"{step.name}, experts")
+                tally.begin(step.name, "experts")
                 self._run_experts(step, attention, tally)
                 self.hosts.barrier(f"experts {number}")
                 self._remove_routed_data(step)
 
-    def reads(self) -> list[tuple[str, slice]]:
+    def shares_done(self) -> dict[tuple[str, Kind], float]:
+        """Return the share of the work of each step and kind that an earlier run has done."""
+        done = {(step.name, kind): 1.0 for step in self.steps[: self.begin] for kind in Kind}
+        for step in self.steps[self.begin :]:
+            if step.sparse is not None and (count := len(self._own_groups(step))):
+                jobs = self._jobs(step)
+                quantized = count - sum(job.quantizes for job in jobs)
+                done |= {(step.name, kind): quantized / count for kind in (Kind.CALIBRATE, Kind.QUANTIZE)}
+                done[step.name, Kind.FORWARD] = 1 - len(jobs) / count
+        if self._is_routed(first := self.steps[self.begin]):
+            done[first.name, Kind.ATTENTION] = 1.0
+        return done
+
+    def reads(self) -> list[tuple[str, range]]:
         """Return the original experts that this host will read, in order."""
         names = expert_matrices(self.model)
         return [
-            (ExpertKernel(job.key.stack, job.key.layer, name).path, slice(job.key.start, job.key.stop))
+            (ExpertKernel(job.key.stack, job.key.layer, name).path, job.experts)
             for step in self.steps[self.begin :]
             for job in self._jobs(step)
             if not job.finished
@@ -171,7 +138,7 @@ class Walk:
     def _find_begin(self) -> int:
         """Return the last step whose hidden states are there in every byte; 0, with none left, else."""
         intact = 0  # steps in front of which every group is finished
-        while intact < len(self.steps) and all(map(self.groups.intact, self._keys(self.steps[intact]))):
+        while intact < len(self.steps) and all(map(self.groups.done, self._keys(self.steps[intact]))):
             intact += 1
         try:
             for number in reversed(range(min(intact + 1, len(self.steps)))):

@@ -130,7 +130,7 @@ class SideBySide:
         """Route the tokens and run the experts range by range; return how often the routers agree."""
         routed = [side.route(layer) for side in sides]
         count, size = self.pair.config.num_experts, self.experts_per_read
-        with self.pair.staged(size, self.scratch) as pair:
+        with self.pair.staged(f"{stack}/layers_{layer}", size, self.scratch) as pair:
             for start in range(0, count, size):
                 experts = range(start, min(start + size, count))
                 weights = pair.experts(f"{stack}/layers_{layer}", experts)

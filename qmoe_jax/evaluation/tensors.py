@@ -118,16 +118,23 @@ class Pair:
         return nest(originals), nest(compresseds)
 
     @contextlib.contextmanager
-    def staged(self, size: int, scratch: str | os.PathLike[str]) -> Iterator[Pair]:
+    def staged(self, layer: str, size: int, scratch: str | os.PathLike[str]) -> Iterator[Pair]:
         """Yield the pair for reading a layer's experts, `size` at a time in ascending order.
 
         Stored chunks that span more experts are read once, through files in `scratch` that the context
         removes.
         """
-        if size >= self.config.num_experts:
+        count = self.config.num_experts
+        if size >= count:
             yield self
             return
-        with staged(self.original, scratch) as original, staged(self.compressed, scratch) as compressed:
+        names = list(filter(is_expert, self.names(f"{layer}/")))
+        ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        reads = [(name, experts) for experts in ranges for name in names]
+        with (
+            staged(self.original, scratch, reads) as original,
+            staged(self.compressed, scratch, reads) as compressed,
+        ):
             pair = copy.copy(self)  # measures into the same sums
             pair.original, pair.compressed = original, compressed
             yield pair

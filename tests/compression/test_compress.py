@@ -1,7 +1,6 @@
 """Compression against upstream's own runs, and its own promises: resumption, reporting, refusal."""
 
 import collections
-import hashlib
 import json
 
 import numpy as np
@@ -13,6 +12,7 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
 from qmoe_jax.parameters import is_expert
+from tests.helpers.artifact_bytes import stored_bytes
 from tests.helpers.golden_digits import Problem
 
 SENTINELS = 480
@@ -20,11 +20,6 @@ KERNELS = ("encoder/layers_1", "encoder/layers_3", "decoder/layers_1", "decoder/
 EQUAL_DIGITS = 0.996  # in the first layer that differs at all: a row in a hundred may meet a border
 EQUAL_BEHIND = 0.95  # in those behind it, calibrated on what followed
 LEVEL_ROUNDING = 0.06  # levels rounded to bfloat16 alone move a sample's loss by .03
-
-
-def stored_bytes(path):
-    files = [path / "manifest.json", *sorted(p for p in (path / "experts").rglob("*") if p.is_file())]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_every_digit_follows_from_its_hessian_and_those_before(compressed):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
+from qmoe_jax.compression.attention import AttentionPass
 from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
 from qmoe_jax.compression.producer import this_producer
@@ -162,6 +163,7 @@ def test_damage_to_an_unfinished_run_is_named_and_made_good(
     run, undisturbed, unfinished, tmp_path, name, damage
 ):
     path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    shutil.rmtree(path / ".scratch")  # so that the levels are needed
     damage(path / name)
     told = resume_with_warnings(run, path)
     if (name, damage) != (RECORD, pathlib.Path.unlink):  # then it was killed before it wrote the record
@@ -183,6 +185,33 @@ def test_damage_to_a_finished_artifact_is_named_and_made_good(run, undisturbed, 
         assert name in told
     assert content(path) == content(undisturbed)
     assert qj.verify(path).ok
+
+
+def test_a_run_goes_on_from_its_hidden_states(run, undisturbed, unfinished, tmp_path, monkeypatch):
+    path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    flip(path / LEVELS)  # of a layer that is behind it: they are not needed
+    stacks = []
+    attend = AttentionPass.run
+    monkeypatch.setattr(
+        AttentionPass, "run", lambda self, states: stacks.append(self.stack) or attend(self, states)
+    )
+    assert resume_with_warnings(run, path) == ""
+    assert content(path) == content(undisturbed)
+    assert not stacks, "it was killed behind the last attention pass"
+
+
+@damages
+@pytest.mark.parametrize("name", ["host-0-of-1", "host-0-of-1.index"])
+@pytest.mark.parametrize("store", ["encoder.final", "decoder.layers_03.routed"])
+def test_damaged_hidden_states_are_computed_again(
+    run, undisturbed, unfinished, tmp_path, name, store, damage
+):
+    path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    (damaged,) = (path / ".scratch").glob(f"*/{store}/{name}")
+    damage(damaged)
+    told = resume_with_warnings(run, path)
+    assert (str(damaged) in told) == (damage not in (pathlib.Path.unlink, DAMAGES["longer"]))
+    assert content(path) == content(undisturbed)
 
 
 def test_damaged_dense_parameters_are_written_again_without_quantizing(
