@@ -56,17 +56,12 @@ def measure_slice(
 def show_slice(result: dict[str, Any]) -> None:
     """Print the figures of the compression, each with its goal."""
     process = result["process"]
-    peak = (
-        process["peak_tree_bytes"]
-        if process["peak_tree_bytes"] > process["peak_bytes"]
-        else process["peak_bytes"]
-    )
     print(
-        f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,} tokens,"
-        f" groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts:"
+        f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,}"
+        f" tokens, groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts:"
         f" {result['seconds']:.1f} s, {result['seconds_per_expert']:.2f} s per expert"
         f" ({process['seconds']:.1f} s with the start of the program)\n"
-        f"peak memory {peak / 1e9:.2f} GB (goal: below {MEMORY_GOAL / 1e9:.0f}),"
+        f"peak memory {process['peak_bytes'] / 1e9:.2f} GB (goal: below {MEMORY_GOAL / 1e9:.0f}),"
         f" {process['peak_anonymous_bytes'] / 1e9:.2f} GB of it not of files"
     )
 

@@ -59,7 +59,8 @@ class Term:
     def __str__(self) -> str:
         amount, rate = self.amount / self.scale, self.rate / self.scale * 1000
         milli = {"PFLOP": "TFLOP", "TB": "GB", "T": "G"}[self.unit]
-        return f"{self.name:24} {amount:9,.2f} {self.unit:5} / {rate:9,.3f} {milli}/s = {self.hours:8.2f} h"
+        rated = f"{rate:9,.3f} {milli}/s"
+        return f"{self.name:24} {amount:9,.2f} {self.unit:5} / {rated:17} = {self.hours:8.2f} h"
 
 
 @dataclasses.dataclass(frozen=True)
