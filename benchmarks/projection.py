@@ -111,7 +111,7 @@ def project(
 
 
 def _terms(costs: Sequence[PassCost], rates: Rates, devices: int, hosts: int) -> tuple[Term, ...]:
-    """Return each kind of work of all passes, at the rate of all devices, or of all hosts' disks and cores."""
+    """Return each kind of work of all passes, at the rate of all devices or of all hosts together."""
     amounts: collections.Counter[str] = collections.Counter()
     for cost in costs:
         for amount in cost.work.values():
