@@ -13,6 +13,7 @@ from qmoe_jax.compression import CompressionReport as CompressionReport
 from qmoe_jax.compression import compress as compress
 from qmoe_jax.config import PRESETS as PRESETS
 from qmoe_jax.config import SwitchConfig as SwitchConfig
+from qmoe_jax.distributed import device_mesh as device_mesh
 from qmoe_jax.evaluation import Comparison as Comparison
 from qmoe_jax.evaluation import Evaluation as Evaluation
 from qmoe_jax.evaluation import compare as compare

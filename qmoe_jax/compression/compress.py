@@ -27,7 +27,8 @@ from qmoe_jax.compression.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
-from qmoe_jax.compression.pipeline import Stage
+from qmoe_jax.compression.passes.pipeline import Stage
+from qmoe_jax.compression.passes.walk import Walk
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.rates import nominal_rates
 from qmoe_jax.compression.resume import GroupStore
@@ -35,7 +36,6 @@ from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
-from qmoe_jax.compression.walk import Walk
 from qmoe_jax.compression.work import Work, WorkTally
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
@@ -157,7 +157,15 @@ def compress(
             tally.end()
         if hosts.first:
             writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
-            writer.finish(report=groups.report(time.monotonic() - began))
+            times = {stage.name: stage.times() for stage in stages.values()} | {
+                "staging": {
+                    "busy": staging.staging_seconds,
+                    "needed": staging.needed_bytes,
+                    "read": staging.read_bytes,
+                }
+            }
+            report = groups.report(time.monotonic() - began, times)
+            writer.finish(report=report)
             remove_records(writer.store)
             place.clear()
             if scratch is None:

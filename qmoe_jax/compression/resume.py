@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float32, Int32, UInt8
 
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind
-from qmoe_jax.artifact.matrices import PackedExpertMatrix
+from qmoe_jax.artifact.matrices import PackedExpertMatrix, column_groups, unpack_digits
 from qmoe_jax.artifact.report import GroupReport, RunReport
 from qmoe_jax.artifact.selection import expert_ranges
 from qmoe_jax.artifact.store import ArtifactWriter
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import Codebook
-from qmoe_jax.compression.exact import Levels, exact_values
-from qmoe_jax.compression.finished import FinishedGroups, GroupRecord
+from qmoe_jax.compression.finished import FinishedGroups, GroupRecord, Levels
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.producer import Producer, require_producer
 from qmoe_jax.files.errors import CheckpointError
@@ -25,6 +26,14 @@ from qmoe_jax.parameters import ExpertKernel, expert_matrices
 
 Weights = dict[str, np.ndarray]
 """Matrices of an expert group by name, float32 `[expert, in, out]` as T5X has them."""
+
+
+class Stored(NamedTuple):
+    """One matrix of a finished group; see `Quantized`."""
+
+    digits: UInt8[np.ndarray, "expert out in"]
+    levels: Float32[np.ndarray, "expert out group 2"]
+    group_index: Int32[np.ndarray, "expert in"]
 
 
 class GroupStore:
@@ -94,11 +103,18 @@ class GroupStore:
             for matrix in expert_matrices(self.reader.config)
         }
 
-    def quantized(self, key: GroupKey) -> Weights:
+    def quantized(self, key: GroupKey) -> dict[str, Stored]:
         """Read the matrices of a finished group, with levels that are not rounded."""
         levels = self.finished.read_levels(key, self._records[key])
         stored = self.writer.read_group(key.stack, key.layer, key.start, key.stop)
-        return exact_values(stored, levels, self.codebooks)
+        return {
+            name: Stored(
+                np.stack([unpack_digits(expert[name], self.codebooks) for expert in stored]),
+                part,
+                np.stack([column_groups(expert[name]) for expert in stored]),
+            )
+            for name, part in levels.items()
+        }
 
     def finished_intact(self, key: GroupKey) -> bool:
         """Return whether a group is finished, its file and its levels being exactly what was written."""
@@ -118,10 +134,18 @@ class GroupStore:
         self._records[key] = GroupRecord(self.writer.run.digest, group_record, levels_record, report)
         self._reports[key] = report
 
-    def report(self, seconds: float) -> RunReport:
-        """Return the report of a run that took `seconds`."""
+    def report(self, seconds: float, pipeline: Mapping[str, Mapping[str, float]]) -> RunReport:
+        """Return the report of a run, whichever host quantized a group.
+
+        Args:
+            seconds: duration of the run.
+            pipeline: see `RunReport`.
+        """
+        for key in self.keys():
+            if key not in self._reports and (record := self._read_record(key)) is not None:
+                self._reports[key] = record.report
         groups = tuple(self._reports[key] for key in sorted(self.keys()))
-        return RunReport(groups, seconds, jax.devices()[0].device_kind)
+        return RunReport(groups, seconds, jax.devices()[0].device_kind, pipeline)
 
     def _read_record(self, key: GroupKey) -> GroupRecord | None:
         try:

@@ -15,6 +15,7 @@ from qmoe_jax.artifact.manifest import digest
 from qmoe_jax.compression.producer import Producer
 from qmoe_jax.distributed import Hosts
 from qmoe_jax.files.durable import make_folder, write_durably
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.reading import read_json
 
 FOLDER = ".scratch"
@@ -59,4 +60,13 @@ class Scratch:
             if self.hosts.count > 1:
                 write_durably(file, [json.dumps({name: decided}).encode()])
         self.hosts.barrier(name)
-        return decided if self.hosts.first else int(read_json(file)[name])
+        if self.hosts.first:
+            return decided
+        if not file.exists():
+            raise CheckpointError(
+                "is not what the first host has",
+                path=file,
+                expected="one scratch folder for all hosts, and the same software and devices on each",
+                remedy="name a folder on a file system that they share (--scratch)",
+            )
+        return int(read_json(file)[name])

@@ -68,15 +68,16 @@ class Location:
         Raises:
             CheckpointError: no driver opens the URL, or it is a file URL that `local_path` refuses.
         """
-        context = ts.Context({f"{driver}_request_retries": _RETRIES for driver in ("http", "gcs", "s3")})
+        context = _context(os.environ)
         if (local := local_path(path)) is None:
             text = os.fspath(path)
             match = _URL.match(text)
             assert match is not None
             url = match[0].lower() + text[match.end() :].rstrip("/") + "/"
             try:
-                spec = ts.KvStore.Spec(url).to_json()
-                spec |= _s3_settings(os.environ) if spec["driver"] == "s3" else {}
+                spec: str | dict[str, Any] = url
+                if url.startswith("s3:"):
+                    spec = {**ts.KvStore.Spec(url).to_json(), **_s3_endpoint(os.environ)}
                 store = ts.KvStore.open(spec, context=context).result()
             except ValueError as error:
                 raise CheckpointError(
@@ -190,19 +191,21 @@ def _descriptor(path: str, device: int, inode: int) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _s3_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+def _context(environment: Mapping[str, str]) -> ts.Context:
+    """Return what the drivers share: how often they try again, and where the credentials for s3 are."""
+    resources: dict[str, Any] = {f"{name}_request_retries": _RETRIES for name in ("http", "gcs", "s3")}
+    if environment.get("AWS_ACCESS_KEY_ID"):  # by default tensorstore logs that there are no files of AWS's
+        resources["aws_credentials"] = {"type": "environment"}
+    return ts.Context(resources)
+
+
+def _s3_endpoint(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the members of an s3 spec that AWS's programs take from these variables, and tensorstore not."""
-    settings: dict[str, Any] = {}
-    if endpoint := environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"):
-        settings["endpoint"] = endpoint.rstrip("/")
-        # Without a region tensorstore asks the server for the bucket's.
-        if region := environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION"):
-            settings["aws_region"] = region
-    if environment.get(
-        "AWS_ACCESS_KEY_ID"
-    ):  # else it looks for other sources first, and logs what is missing
-        settings["aws_credentials"] = {"type": "environment"}
-    return settings
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    # Without a region tensorstore asks the server for the bucket's.
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    found = {"endpoint": (endpoint or "").rstrip("/"), "aws_region": region if endpoint else None}
+    return {name: value for name, value in found.items() if value}
 
 
 def driver_error(problem: str, path: object, error: Exception, *, key: str | None = None) -> CheckpointError:

@@ -22,8 +22,8 @@ from qmoe_jax.files.location import Location, driver_error
 from qmoe_jax.files.reading import truncated
 
 _OUT_OF_RANGE = "OUT_OF_RANGE"
-_FIRST_GUESS = 1 << 20
-"""Bytes from which the size of an object is searched (1 MiB)."""
+_SHORT = 1 << 20
+"""Bytes of an object (1 MiB) that are rather read than asked for one by one."""
 
 _PIECE = 1 << 26
 """Bytes of an object that are read at a time (64 MiB): most expert groups at once."""
@@ -41,7 +41,7 @@ class ObjectStore:
         assert isinstance(location.path, str)
         self.root: str = location.path
         self.context: ts.Context = location.context
-        self.spec: dict[str, Any] = location.spec
+        self.spec: dict[str, Any] = {"path": "", **location.spec}
         self.can_list: bool = self.spec["driver"] != "http"
         self._objects = location.store
 
@@ -66,14 +66,16 @@ class ObjectStore:
     def size(self, name: str, expected: int | None = None) -> int | None:
         """Return the size of an object; None where there is none.
 
-        Drivers do not tell sizes, only whether a byte is there: two requests confirm the expected size; about
-        fifty find another one.
+        Drivers do not tell sizes, only whether a byte is there: two requests confirm the expected size; a
+        short object is read, and up to forty requests find the size of another.
         """
         if expected is not None and self._has_size(name, expected):
             return expected
         if not self.exists(name):
             return None
-        least, beyond = 0, _FIRST_GUESS
+        if not self._has_byte(name, _SHORT):
+            return len(self.read(name))
+        least, beyond = _SHORT, 2 * _SHORT
         while self._has_byte(name, beyond - 1):
             least, beyond = beyond, 2 * beyond
         while least + 1 < beyond:  # bytes below `least` are there, the one before `beyond` is not

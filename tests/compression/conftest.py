@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression import experts
+from qmoe_jax.compression.passes import experts
 
 SENTINELS = 480
 

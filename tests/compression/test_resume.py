@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.attention import AttentionPass
-from qmoe_jax.compression.experts import ExpertPass
 from qmoe_jax.compression.finished import FOLDER
+from qmoe_jax.compression.passes.attention import AttentionPass
+from qmoe_jax.compression.passes.experts import ExpertPass
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.files.tensor import in_memory
 
@@ -80,7 +80,7 @@ def content(root: pathlib.Path) -> dict[str, object]:
         if not name.startswith(("dense/", ".lock")) and name not in ("SHA256SUMS", "report.json")
     }
     report = json.loads(files["report.json"].read_bytes())
-    del report["checksum"]
+    del report["checksum"], report["pipeline"]
     for timed in (report, *report["groups"]):
         del timed["seconds"]
     return found | {"report.json": report}
@@ -210,7 +210,11 @@ def test_damaged_hidden_states_are_computed_again(
     (damaged,) = (path / ".scratch").glob(f"*/{store}/{name}")
     damage(damaged)
     told = resume_with_warnings(run, path)
-    assert (str(damaged) in told) == (damage not in (pathlib.Path.unlink, DAMAGES["longer"]))
+    if damage not in (
+        pathlib.Path.unlink,
+        DAMAGES["longer"],
+    ):  # what is missing, or beyond the end, is not read
+        assert str(damaged) in told
     assert content(path) == content(undisturbed)
 
 

@@ -19,8 +19,8 @@ jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX, initialization_tim
 import numpy as np  # noqa: E402 (jax.distributed comes before anything that computes)
 
 import qmoe_jax as qj  # noqa: E402
-from qmoe_jax.compression import slabs  # noqa: E402
 from qmoe_jax.compression.resume import GroupStore  # noqa: E402
+from qmoe_jax.compression.tokens import slabs  # noqa: E402
 
 slabs.SLAB_BYTES, slabs.BATCH_TOKENS = 1 << 14, 128  # several slabs for each host
 

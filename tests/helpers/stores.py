@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import pathlib
+import re
+import threading
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import tensorstore as ts
 
+from qmoe_jax.files.local_store import LocalStore
 from qmoe_jax.files.location import Location
 from qmoe_jax.files.object_store import ObjectStore
 
@@ -49,3 +54,53 @@ def s3_server() -> Iterator[str]:
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")).close()
         yield f"s3://{BUCKET}"
     running.stop()
+
+
+class _Ranges(http.server.BaseHTTPRequestHandler):
+    """Answers with files and ranges of them, as web servers do and Python's own does not; lists nothing."""
+
+    root: pathlib.Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, *, with_body: bool) -> None:
+        file = self.root / self.path.lstrip("/")
+        content = file.read_bytes() if file.is_file() else None
+        status, body, headers = (404, b"", {}) if content is None else (200, content, {})
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if content is not None and asked:
+            begin, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            status, body = (206, content[begin : end + 1]) if begin < len(content) else (416, b"")
+            place = f"{begin}-{end}" if status == 206 else "*"
+            headers = {"Content-Range": f"bytes {place}/{len(content)}"}
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if with_body else b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def http_server(folder: pathlib.Path) -> Iterator[str]:
+    """Yield the URL of a web server with a folder's files."""
+    handler = type("Handler", (_Ranges,), {"root": folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def copy_into(store: ObjectStore, folder: pathlib.Path) -> ObjectStore:
+    """Copy the files of a folder into a store, which is returned."""
+    local = LocalStore(folder)
+    for name in local.names():
+        store.write(name, [local.read(name)])
+    return store

@@ -5,8 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from qmoe_jax.compression.slabs import TokenOrder
-from qmoe_jax.compression.token_store import PartWriter, TokenStore, part_names, remove_store
+from qmoe_jax.compression.tokens.slabs import TokenOrder
+from qmoe_jax.compression.tokens.store import PartWriter, TokenStore, part_names, remove_store
 from qmoe_jax.files.errors import CheckpointError
 
 FEATURES, GROUPS = 6, 5
@@ -92,7 +92,7 @@ CONTEXTS = [200, 5, 64, 65, 128, 1, 300]
 
 @pytest.fixture(params=[1 << 28, 3000], ids=["one slab", "many slabs"])
 def order(request, monkeypatch):
-    monkeypatch.setattr("qmoe_jax.compression.slabs.SLAB_BYTES", request.param)
+    monkeypatch.setattr("qmoe_jax.compression.tokens.slabs.SLAB_BYTES", request.param)
     return TokenOrder.of(LENGTHS, CONTEXTS, heads=2, row_bytes=8)
 
 
@@ -123,14 +123,14 @@ def test_batches_of_one_shape_hold_their_examples(order):
 def test_the_order_of_tokens_does_not_depend_on_slabs(monkeypatch):
     orders = []
     for size in (1 << 28, 3000):
-        monkeypatch.setattr("qmoe_jax.compression.slabs.SLAB_BYTES", size)
+        monkeypatch.setattr("qmoe_jax.compression.tokens.slabs.SLAB_BYTES", size)
         order = TokenOrder.of(LENGTHS, CONTEXTS, heads=2, row_bytes=8)
         orders.append(np.concatenate([order.numbers(slab) for slab in order.slabs]))
     np.testing.assert_array_equal(*orders)
 
 
 def test_attention_weights_bound_the_rows_of_a_batch(monkeypatch):
-    monkeypatch.setattr("qmoe_jax.compression.slabs.ATTENTION_BYTES", 4 * 2 * 64 * 64 * 3)
+    monkeypatch.setattr("qmoe_jax.compression.tokens.slabs.ATTENTION_BYTES", 4 * 2 * 64 * 64 * 3)
     order = TokenOrder.of([60] * 7, None, heads=2, row_bytes=8)
     assert [len(batch.examples) for slab in order.slabs for batch in slab.batches] == [3, 3, 1]
     assert {batch.rows for slab in order.slabs for batch in slab.batches} == {3}

@@ -2,18 +2,16 @@
 
 A stage of the walk is an attention pass over all tokens, up to the router of the next layer with experts, and
 a pass over that layer's expert groups. Between the passes the hidden states lie on disk, expert-major
-(`token_store.py`), which is also where an interrupted run goes on: it repeats a layer at most. Without these
+(`tokens/store.py`), which is also where an interrupted run goes on: it repeats a layer at most. Without these
 files the walk begins anew, and finished groups are read from the artifact instead of being quantized.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,18 +21,20 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.selection import expert_ranges
 from qmoe_jax.checkpoints.params import nest, parameter_dtype, to_device
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression.attention import AttentionPass, RoutedSlab, SlabStates
 from qmoe_jax.compression.costs import Kind
-from qmoe_jax.compression.experts import ExpertPass, Job, part_name
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.attention import AttentionPass, RoutedSlab, SlabStates
+from qmoe_jax.compression.passes.experts import ExpertPass, Job
+from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.wave import replicate
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import Scratch
-from qmoe_jax.compression.slabs import Slab, TokenOrder
 from qmoe_jax.compression.steps import Step, steps_of
-from qmoe_jax.compression.token_store import PartWriter, TokenStore, part_names, remove_store
-from qmoe_jax.compression.tokens import Routing, kept_tokens
-from qmoe_jax.compression.wave import replicate
+from qmoe_jax.compression.tokens.group_part import GroupPart, part_name
+from qmoe_jax.compression.tokens.routing import Routing, kept_tokens
+from qmoe_jax.compression.tokens.slabs import Slab, TokenOrder
+from qmoe_jax.compression.tokens.states import StatesOnDisk, routing_of
+from qmoe_jax.compression.tokens.store import PartWriter, TokenStore, part_names
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
@@ -93,16 +93,18 @@ class Walk:
         for number in range(self.begin, len(self.steps)):
             step = self.steps[number]
             attention = self._attention(step)
-            if not self._is_routed(step):
+            if not self.states.is_routed(step):
                 tally.begin(step.name, "attention")
                 self._attend(number, attention, tally)
                 self.hosts.barrier(f"attention {number}")
-                self._remove_states_before(number)
+                if number and self.hosts.first:
+                    self.states.remove(self.steps[number - 1])
             if step.sparse is not None:
                 tally.begin(step.name, "experts")
                 self._run_experts(step, attention, tally)
                 self.hosts.barrier(f"experts {number}")
-                self._remove_routed_data(step)
+                if self.hosts.first:
+                    self.states.remove_routed_data(step)
 
     def shares_done(self) -> dict[tuple[str, Kind], float]:
         """Return the share of the work of each step and kind that an earlier run has done."""
@@ -113,7 +115,7 @@ class Walk:
                 quantized = count - sum(job.quantizes for job in jobs)
                 done |= {(step.name, kind): quantized / count for kind in (Kind.CALIBRATE, Kind.QUANTIZE)}
                 done[step.name, Kind.FORWARD] = 1 - len(jobs) / count
-        if self._is_routed(first := self.steps[self.begin]):
+        if self.states.is_routed(first := self.steps[self.begin]):
             done[first.name, Kind.ATTENTION] = 1.0
         return done
 
@@ -127,6 +129,13 @@ class Walk:
             if not job.finished
             for name in names
         ]
+
+    @cached_property
+    def states(self) -> StatesOnDisk:
+        """Where hidden states lie."""
+        rest = len(self.groups.selection.experts) < self.model.num_experts
+        parts = [part_name(number) for number in range(len(self._ranges) + rest)]
+        return StatesOnDisk(self.scratch.root, self.model.d_model, tuple(parts))
 
     # Where to go on.
 
@@ -142,7 +151,7 @@ class Walk:
             intact += 1
         try:
             for number in reversed(range(min(intact + 1, len(self.steps)))):
-                if (stores := self._stores(number)) is not None:
+                if (stores := self.states.stores(self.steps, number)) is not None:
                     for store in stores:
                         store.verify()
                     return number
@@ -151,63 +160,6 @@ class Walk:
             warnings.warn(str(error.with_remedy(remedy)), stacklevel=2)
         self.scratch.clear()
         return 0
-
-    def _stores(self, number: int) -> list[TokenStore] | None:
-        """Return the hidden states with which step `number` can go on; None where they are not there.
-
-        Raises:
-            CheckpointError: an index is damaged.
-        """
-        step, stores = self.steps[number], []
-        if step.stack == "decoder":
-            if not (names := _host_parts(self._final)):
-                return None
-            stores.append(TokenStore(self._final, names, self.model.d_model))
-        if self._is_routed(step):
-            done = part_names(self._computed(step))
-            return [*stores, self._open_routed(step), self._open_computed(step, done)]
-        if not number or self.steps[number - 1].stack != step.stack:
-            return stores or None
-        earlier = self.steps[number - 1]
-        if set(self._parts()) <= set(part_names(self._computed(earlier))):
-            return [*stores, self._open_computed(earlier)]
-        return None
-
-    def _is_routed(self, step: Step) -> bool:
-        """Return whether the attention pass of a step is done, and its states are still there."""
-        names = _host_parts(self._routed(step))
-        return bool(names) and all((self._routed(step) / name).exists() for name in names)
-
-    # Where things lie.
-
-    def _routed(self, step: Step) -> Path:
-        return self._final if step.sparse is None else self.scratch.root / f"{step.folder}.routed"
-
-    def _computed(self, step: Step) -> Path:
-        return self.scratch.root / f"{step.folder}.computed"
-
-    @property
-    def _final(self) -> Path:
-        return self.scratch.root / "encoder.final"
-
-    def _open_routed(self, step: Step) -> TokenStore:
-        folder = self._routed(step)
-        return TokenStore(folder, _host_parts(folder), self.model.d_model)
-
-    def _open_computed(self, step: Step, names: Sequence[str] | None = None) -> TokenStore:
-        return TokenStore(self._computed(step), self._parts() if names is None else names, self.model.d_model)
-
-    def _remove_states_before(self, number: int) -> None:
-        """Remove the hidden states that step `number` began with."""
-        if self.hosts.first and number and self.steps[number - 1].sparse is not None:
-            for folder in (self._computed, self._routed):
-                remove_store(folder(self.steps[number - 1]))
-
-    def _remove_routed_data(self, step: Step) -> None:
-        """Remove the states in front of the experts; the routing stays, by which those behind are found."""
-        if self.hosts.first:
-            for name in _host_parts(self._routed(step)):
-                (self._routed(step) / name).unlink(missing_ok=True)
 
     # The groups of a layer.
 
@@ -230,16 +182,11 @@ class Walk:
             table[experts.start : experts.stop] = number
         return table
 
-    def _parts(self) -> list[str]:
-        """Return the names of the parts that hold the states behind a layer's experts."""
-        rest = len(self.groups.selection.experts) < self.model.num_experts
-        return [part_name(number) for number in range(len(self._ranges) + rest)]
-
     def _jobs(self, step: Step) -> list[Job]:
         """Return this host's groups of a step's layer, but for those that are done."""
         if step.sparse is None:
             return []
-        done = set() if step.last else set(part_names(self._computed(step)))
+        done = set() if step.last else set(part_names(self.states.computed(step)))
         compressed = step.stack in self.config.compressed_stacks
         jobs = []
         for number in self._own_groups(step):
@@ -289,7 +236,7 @@ class Walk:
         """Run this host's slabs through a step's attention pass, and spill them by expert group."""
         step = self.steps[number]
         read, compute, store = (self.stages[name] for name in ("read", "compute", "store"))
-        folder = self._routed(step)
+        folder = self.states.routed(step)
         writer = PartWriter(folder, f"host-{self.hosts.index}-of-{self.hosts.count}")
         experts: list[np.ndarray] = []
         probabilities: list[np.ndarray] = []
@@ -320,12 +267,12 @@ class Walk:
         step = self.steps[number]
         first = not number or self.steps[number - 1].stack != step.stack
         side = int(step.stack == "decoder")
-        final = self._open_final() if side else None
+        final = self.states.open_final() if side else None
         if first:
             embedding = self.reader.read_finite(EMBEDDING)
         else:
             earlier = self.steps[number - 1]
-            store, routing = self._open_computed(earlier), self._routing_of(self._open_routed(earlier))
+            store, routing = self.states.open_computed(earlier), routing_of(self.states.open_routed(earlier))
         for slab in slabs:
             if first:
                 ids = np.concatenate([self.examples[example][side] for example in slab.examples])
@@ -333,12 +280,6 @@ class Walk:
             else:
                 x = store.read_slab(slab.number, self._group_of[routing[0][slab.start : slab.stop]])
             yield SlabStates(slab, x, None if final is None else self._encoded(slab, final))
-
-    def _routing_of(self, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
-        """Return the expert of every token and its router probability."""
-        parts = [store.arrays[name] for name in _host_parts(store.folder)]
-        expert, probability = (np.concatenate([p[key] for p in parts]) for key in ("expert", "probability"))
-        return expert, probability
 
     @cached_property
     def _decoder_slab(self) -> np.ndarray:
@@ -355,10 +296,6 @@ class Walk:
         rank = np.empty(len(examples), np.int64)
         rank[examples] = np.arange(len(examples))
         return rank
-
-    def _open_final(self) -> TokenStore:
-        """Return the encoder's final states, by the slab of the decoder that attends to them."""
-        return TokenStore(self._final, _host_parts(self._final), self.model.d_model)
 
     def _encoded(self, slab: Slab, final: TokenStore) -> np.ndarray:
         """Return the encoder's states of a slab's examples, in the slab's order."""
@@ -377,36 +314,19 @@ class Walk:
     def _run_experts(self, step: Step, attention: AttentionPass, tally: WorkTally) -> None:
         """Run this host's groups of a layer."""
         assert step.sparse is not None
-        routed, model = self._open_routed(step), self.model
+        routed, model = self.states.open_routed(step), self.model
         keep = kept_tokens(self.examples, step.stack, self.config, model)
         routing = Routing.select(
-            self.orders[step.stack], *self._routing_of(routed), keep, model.num_experts, self.config.token_cap
+            self.orders[step.stack], *routing_of(routed), keep, model.num_experts, self.config.token_cap
         )
         scale = attention.params[f"layers_{step.sparse}"]["pre_mlp_layer_norm"]["scale"]
-        computed = None if step.last else self._computed(step)
+        computed = None if step.last else self.states.computed(step)
         experts = ExpertPass(attention, self.groups, routed, routing, computed, scale, self.stages, tally)
         experts.run(self._jobs(step))
         rest = len(self._ranges)
-        if computed is not None and self.hosts.first and part_name(rest) in self._parts():
-            _copy_part(routed, computed, rest, experts.rows)
-
-
-def _copy_part(routed: TokenStore, folder: Path, group: int, rows: int) -> None:
-    """Copy the states of tokens whose experts are not selected: they pass the layer unchanged."""
-    writer = PartWriter(folder, part_name(group))
-    for slab in routed.slabs(group):
-        for piece in routed.pieces(group, slab, rows):
-            writer.append(slab, group, piece)
-    writer.finish()
-
-
-def _host_parts(folder: Path) -> list[str]:
-    """Return the parts that the hosts of one run wrote, in their order; none unless all of them did."""
-    found: dict[int, set[int]] = {}
-    for name in part_names(folder):
-        if match := re.fullmatch(r"host-(\d+)-of-(\d+)", name):
-            found.setdefault(int(match[2]), set()).add(int(match[1]))
-    for count, indexes in sorted(found.items()):
-        if indexes == set(range(count)):
-            return [f"host-{index}-of-{count}" for index in range(count)]
-    return []
+        if computed is not None and self.hosts.first and part_name(rest) in self.states.parts:
+            part = GroupPart(computed, rest, routed)
+            for slab in routed.slabs(rest):
+                for piece in routed.pieces(rest, slab, experts.rows):
+                    part.append(piece)  # tokens of experts that are not selected pass unchanged
+            part.finish()

@@ -15,9 +15,6 @@ from qmoe_jax.settings import own_settings
 
 T = TypeVar("T")
 
-_POLL = 0.1
-"""Seconds after which a thread that waits looks whether the pipeline was left."""
-
 
 @dataclasses.dataclass
 class Stage:
@@ -32,6 +29,10 @@ class Stage:
     name: str
     busy: float = 0.0
     waited: float = 0.0
+
+    def times(self) -> dict[str, float]:
+        """Return both times, by name."""
+        return {"busy": self.busy, "waited": self.waited}
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -68,31 +69,28 @@ def ahead(items: Iterable[T], producer: Stage, consumer: Stage, depth: int) -> I
         items: made in the thread, in order.
         producer: takes the time of making them.
         consumer: takes the time that the caller waits for one.
-        depth: items that are made before they are taken, at most; one more may be in the making.
+        depth: items that are made, or in the making, before they are taken, at most.
 
     Raises:
         Exception: from the iterator, what making an item raised.
     """
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    left = threading.Event()
-
-    def put(item: object) -> None:
-        with producer.waiting():
-            while not left.is_set():
-                with contextlib.suppress(queue.Full):
-                    ready.put(item, timeout=_POLL)
-                    return
+    ready: queue.Queue[Any] = queue.Queue()
+    room, left = threading.Semaphore(depth), threading.Event()
 
     def make() -> None:
         with own_settings(matmul_precision=True):
             iterator = iter(items)
-            while not left.is_set():
+            while True:
+                with producer.waiting():
+                    room.acquire()
+                if left.is_set():
+                    return
                 try:
                     with producer.working():
                         item = next(iterator, _END)
                 except BaseException as error:
                     item = _Failure(error)
-                put(item)
+                ready.put(item)
                 if item is _END or isinstance(item, _Failure):
                     return
 
@@ -104,6 +102,7 @@ def ahead(items: Iterable[T], producer: Stage, consumer: Stage, depth: int) -> I
                 return
             if isinstance(item, _Failure):
                 raise item.error
+            room.release()
             yield item
 
     thread = threading.Thread(target=make, name=producer.name, daemon=True)
@@ -112,6 +111,7 @@ def ahead(items: Iterable[T], producer: Stage, consumer: Stage, depth: int) -> I
         yield take()
     finally:
         left.set()
+        room.release()
         thread.join()
 
 

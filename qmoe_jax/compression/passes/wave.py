@@ -13,13 +13,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from pallas_kernels.matmul.epilogue import ACTIVATIONS
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.distributed import AXIS, split_over
+from qmoe_jax.distributed import replicated, split, split_over
 from qmoe_jax.models.experts import grouped_hidden, grouped_mlp
 from qmoe_jax.models.layers import RMSNorm
 from qmoe_jax.quantization import (
@@ -59,12 +58,12 @@ def place(mesh: Mesh, parts: Sequence[np.ndarray]) -> Array:
     """Return arrays of one shape, one per device, as one array divided along its first axis."""
     shape = (len(parts) * parts[0].shape[0], *parts[0].shape[1:])
     placed = [jax.device_put(part, device) for part, device in zip(parts, mesh.devices.flat, strict=True)]
-    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P(AXIS)), placed)
+    return jax.make_array_from_single_device_arrays(shape, split(mesh), placed)
 
 
 def replicate(mesh: Mesh, tree: Leaf) -> Leaf:
     """Return a pytree of arrays with a copy of each on every device."""
-    placed: Leaf = jax.device_put(tree, NamedSharding(mesh, P()))
+    placed: Leaf = jax.device_put(tree, replicated(mesh))
     return placed
 
 
@@ -106,8 +105,8 @@ def calibrate(
         The Hessians, and a number per device that is there when they are.
     """
 
-    def local(scale: Array, split: tuple) -> tuple:
-        (first, second), x, expert, wi = split
+    def local(scale: Array, mine: tuple) -> tuple:
+        (first, second), x, expert, wi = mine
         normed = _norm(model, scale, x)
         if first is not None:
             first = add_tokens(first, normed, expert)
@@ -153,8 +152,8 @@ def quantize(
         The result, and its values as they are stored, with levels in float32.
     """
 
-    def local(grid: Grid, split: tuple) -> tuple[Found, Array]:
-        stored, factor = split
+    def local(grid: Grid, mine: tuple) -> tuple[Found, Array]:
+        stored, factor = mine
         w = stored.swapaxes(1, 2)
         if factor is None:
             q = round_to_nearest(w, grid, group_size=group_size)
@@ -168,6 +167,27 @@ def quantize(
 
     result: tuple = split_over(mesh, local)(grid, (stored, factor))
     return result
+
+
+@partial(jax.jit, static_argnames="mesh")
+def restore(
+    mesh: Mesh,
+    digits: UInt8[Array, "expert out in"],
+    levels: Float[Array, "expert out group 2"],
+    group_index: Int32[Array, "expert in"],
+    grid: Grid,
+) -> Float[Array, "expert in out"]:
+    """Return the values that `quantize` gave, from what it found."""
+
+    def local(grid: Grid, mine: tuple) -> Array:
+        digits, levels, group_index = mine
+        pair = levels[..., 0], levels[..., 1]
+        if levels.shape[2] > 1:
+            take = lambda level: jnp.take_along_axis(level, group_index[:, None], axis=2)
+            pair = take(pair[0]), take(pair[1])
+        return grid.value(digits, pair).swapaxes(1, 2)
+
+    return split_over(mesh, local)(grid, (digits, levels, group_index))
 
 
 @partial(jax.jit, static_argnames=("mesh", "model"))
@@ -187,8 +207,8 @@ def forward(
         The states, and whether the sum of squares of each is finite.
     """
 
-    def local(scale: Array, split: tuple) -> tuple[Array, Array]:
-        x, expert, probability, wi, wo = split
+    def local(scale: Array, mine: tuple) -> tuple[Array, Array]:
+        x, expert, probability, wi, wo = mine
         normed = _norm(model, scale, x)
         out = grouped_mlp(normed, jnp.maximum(expert, 0), wi, wo, ACTIVATIONS[model.activation])
         y = x + probability[:, None] * out

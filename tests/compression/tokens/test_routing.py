@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.slabs import TokenOrder
-from qmoe_jax.compression.tokens import Routing, calibrating, keep_decoder, keep_encoder
+from qmoe_jax.compression.tokens.routing import Routing, calibrating, keep_decoder, keep_encoder
+from qmoe_jax.compression.tokens.slabs import TokenOrder
 from qmoe_jax.data import Sentinels
 from qmoe_jax.inference.blockwise.states import HiddenStates, mask_of, plan_batches
 
@@ -29,7 +29,7 @@ def test_an_expert_is_calibrated_by_its_first_tokens_only():
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_the_first_tokens_are_the_same_however_many_are_counted_at_a_time(monkeypatch, block):
-    monkeypatch.setattr("qmoe_jax.compression.tokens.BLOCK", block)
+    monkeypatch.setattr("qmoe_jax.compression.tokens.routing.BLOCK", block)
     rng = np.random.default_rng(0)
     expert, keep = rng.integers(0, 6, 200), rng.random(200) < 0.9
     found = calibrating(expert, keep, 6, 0.8)

@@ -18,19 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array
 
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import LEVEL_DTYPES
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
-from qmoe_jax.compression.attention import AttentionPass
 from qmoe_jax.compression.costs import Kind
-from qmoe_jax.compression.pipeline import Stage, Worker, ahead
-from qmoe_jax.compression.resume import GroupStore, Weights
-from qmoe_jax.compression.token_store import PartWriter, TokenStore
-from qmoe_jax.compression.tokens import GroupTokens, Routing
-from qmoe_jax.compression.wave import (
+from qmoe_jax.compression.passes.attention import AttentionPass
+from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
+from qmoe_jax.compression.passes.wave import (
     Found,
     all_finite,
     calibrate,
@@ -40,15 +37,23 @@ from qmoe_jax.compression.wave import (
     parts_of,
     place,
     quantize,
+    restore,
 )
+from qmoe_jax.compression.resume import GroupStore, Stored, Weights
+from qmoe_jax.compression.tokens.chunks import Chunk, group_rows, side_by_side
+from qmoe_jax.compression.tokens.group_part import GroupPart
+from qmoe_jax.compression.tokens.routing import Routing
+from qmoe_jax.compression.tokens.store import TokenStore
 from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
-from qmoe_jax.inference.blockwise.experts import CHUNK
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, input_matrices
 
 CHUNKS_AHEAD = 2
-"""Chunks of tokens that are read before they are computed on: 68 MB each on every device, for c-2048."""
+"""Chunks of tokens that are read before they are computed on: 34 MB each on every device, for c-2048."""
+
+HIDDEN_BYTES = 1 << 27
+"""Bytes of the float32 activations inside the experts, of one chunk: for c-2048 4,096 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +76,6 @@ class Job:
     def experts(self) -> range:
         """The group's experts."""
         return range(self.key.start, self.key.stop)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Tokens of one shape for each device; those beyond `valid` belong to no expert."""
-
-    x: list[Float32[np.ndarray, "token embed"]]
-    expert: list[Int32[np.ndarray, "token"]]
-    probability: list[Float32[np.ndarray, "token"]]
-    valid: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +111,8 @@ class ExpertPass:
     def rows(self) -> int:
         """Tokens of a chunk: the same for every group of the layer, so that their sums are too."""
         most = int(np.bincount(self.routing.expert).max()) * self.groups.config.experts_per_group
-        return min(CHUNK, max(16, 1 << (most - 1).bit_length()))
+        fitting = 1 << (HIDDEN_BYTES // (4 * self.attention.model.d_ff)).bit_length() - 1
+        return max(16, min(fitting, 1 << (most - 1).bit_length()))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the groups, and quantize those that are to be.
@@ -149,7 +145,7 @@ class ExpertPass:
                 Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
             )
 
-    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights]]:
+    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights | dict[str, Stored]]]:
         """Read the experts of each wave's groups: original, or what an earlier run made of them."""
         for wave in waves:
             yield [
@@ -157,16 +153,16 @@ class ExpertPass:
                 for job in wave
             ]
 
-    def _chunks(self, waves: Sequence[Sequence[Job]]) -> Iterator[_Chunk | None]:
+    def _chunks(self, waves: Sequence[Sequence[Job]]) -> Iterator[Chunk | None]:
         """Yield the chunks of every pass over every wave's tokens, in the order of use; None after each."""
         for wave in waves:
             tokens = [self.routing.of_group(job.experts) for job in wave]
             for calibration in self._passes(wave[0]):
                 chosen = [
-                    self._group_chunks(job.number, mine, calibration)
+                    group_rows(self.routed, job.number, mine, self.rows, calibrating=calibration)
                     for job, mine in zip(wave, tokens, strict=True)
                 ]
-                yield from _side_by_side(chosen, self.rows, self.attention.model.d_model, self.mesh.size)
+                yield from side_by_side(chosen, self.rows, self.attention.model.d_model, self.mesh.size)
                 yield None
 
     def _passes(self, job: Job) -> Iterator[bool]:
@@ -177,35 +173,11 @@ class ExpertPass:
         if self.computed is not None:
             yield False
 
-    def _group_chunks(
-        self, group: int, tokens: GroupTokens, calibration: bool
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield states, expert and probability of a group's tokens, `rows` of them but for the last time."""
-        kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        count = done = 0
-        for slab in self.routed.slabs(group):
-            for x in self.routed.pieces(group, slab, self.rows):
-                part = slice(done, done + len(x))
-                done += len(x)
-                piece = (x, tokens.expert[part], tokens.probability[part])
-                if calibration and not tokens.calibrates[part].all():
-                    chosen = tokens.calibrates[part]
-                    piece = (x[chosen], piece[1][chosen], piece[2][chosen])
-                kept.append(piece)
-                count += len(piece[0])
-                while count >= self.rows:
-                    whole = _joined(kept)
-                    yield tuple(array[: self.rows] for array in whole)  # type: ignore[misc]
-                    kept = [tuple(array[self.rows :] for array in whole)]  # type: ignore[list-item]
-                    count -= self.rows
-        if count:
-            yield _joined(kept)
-
     def _run_wave(
         self,
         wave: Sequence[Job],
-        weights: list[Weights],
-        chunks: Iterator[_Chunk | None],
+        weights: list[Weights | dict[str, Stored]],
+        chunks: Iterator[Chunk | None],
         coder: Worker,
         keeper: Worker,
     ) -> None:
@@ -213,8 +185,11 @@ class ExpertPass:
         matrices = {}
         for name in expert_matrices(self.attention.model):
             parts = [each.pop(name) for each in weights]
-            matrices[name] = place(self.mesh, [*parts, *[np.zeros_like(parts[0])] * idle])
-            del parts
+            parts += [jax.tree.map(np.zeros_like, parts[0])] * idle
+            placed = jax.tree.map(lambda *arrays: place(self.mesh, arrays), *parts)
+            finished = wave[0].finished
+            matrices[name] = restore(self.mesh, *placed, self.groups.config.grid) if finished else placed
+            del parts, placed
         if wave[0].quantizes:
             found = self._quantize(wave, matrices, chunks)
             coder.submit(self._code, wave, found, began)
@@ -223,7 +198,7 @@ class ExpertPass:
             self._forward(wave, matrices, chunks, keeper)
 
     def _quantize(
-        self, wave: Sequence[Job], matrices: dict[str, Array], chunks: Iterator[_Chunk | None]
+        self, wave: Sequence[Job], matrices: dict[str, Array], chunks: Iterator[Chunk | None]
     ) -> dict[str, Found]:
         """Quantize the matrices, which are replaced by what they become."""
         config, model, mesh = self.groups.config, self.attention.model, self.mesh
@@ -259,7 +234,7 @@ class ExpertPass:
         self,
         wave: Sequence[Job],
         matrices: Mapping[str, Array],
-        chunks: Iterator[_Chunk | None],
+        chunks: Iterator[Chunk | None],
         wanted: tuple[bool, bool],
     ) -> tuple[Any, Any]:
         """Return the Hessians of the inputs of `wi` and of `wo`, those that are wanted."""
@@ -341,72 +316,45 @@ class ExpertPass:
         self,
         wave: Sequence[Job],
         matrices: Mapping[str, Array],
-        chunks: Iterator[_Chunk | None],
+        chunks: Iterator[Chunk | None],
         keeper: Worker,
     ) -> None:
         """Run the tokens of a wave through its experts, and store what they become."""
         assert self.computed is not None
         model, mesh = self.attention.model, self.mesh
         wi = tuple(matrices[name] for name in input_matrices(model))
-        outputs = [_Output(self, job, self.computed) for job in wave]
+        parts = [self._part(job) for job in wave]
         while (chunk := next(chunks)) is not None:
             x, fine = forward(
                 mesh, model, self.scale, place(mesh, chunk.x), place(mesh, chunk.expert),
                 place(mesh, chunk.probability), wi, matrices["wo"],
             )  # fmt: skip
-            keeper.submit(_keep, outputs, chunk.valid, x, fine)
+            keeper.submit(_keep, parts, chunk.valid, x, fine)
             self.tally.advance(Kind.FORWARD, sum(chunk.valid))
-        for output in outputs:
-            keeper.submit(output.finish)
+        for part in parts:
+            keeper.submit(part.finish)
+
+    def _part(self, job: Job) -> GroupPart:
+        """Begin the part that holds the tokens behind a group."""
+        assert self.computed is not None
+        numbers, attention = self.routing.of_group(job.experts).numbers, self.attention
+
+        def refuse(row: int) -> CheckpointError:
+            return attention.overflow(f"layer {attention.sparse}, experts", int(numbers[row]))
+
+        return GroupPart(self.computed, job.number, self.routed, refuse)
 
 
-class _Output:
-    """The part that holds the tokens behind one group."""
-
-    def __init__(self, owner: ExpertPass, job: Job, folder: Path):
-        routed = owner.routed
-        self._owner, self._group = owner, job.number
-        self._numbers = owner.routing.of_group(job.experts).numbers
-        self._writer = PartWriter(folder, part_name(job.number))
-        self._left = [(slab, routed.segments[slab, job.number].rows) for slab in routed.slabs(job.number)]
-        self._done = 0
-
-    def append(self, x: Float32[np.ndarray, "token embed"], fine: np.ndarray) -> None:
-        """Write tokens, each to the segment of its slab."""
-        if not fine.all():
-            token = int(self._numbers[self._done + int(fine.argmin())])
-            layer = self._owner.attention.sparse
-            raise self._owner.attention.overflow(f"layer {layer}, experts", token)
-        self._done += len(x)
-        while len(x):
-            slab, rows = self._left[0]
-            self._writer.append(slab, self._group, x[:rows])
-            taken = min(rows, len(x))
-            self._left[0] = (slab, rows - taken)
-            x = x[taken:]
-            if rows == taken:
-                self._left.pop(0)
-
-    def finish(self) -> None:
-        """Write the part's index."""
-        self._writer.finish()
-
-
-def _keep(outputs: Sequence[_Output], valid: Sequence[int], x: Array, fine: Array) -> None:
+def _keep(parts: Sequence[GroupPart], valid: Sequence[int], x: Array, fine: Array) -> None:
     """Hand each device's tokens to the part that they belong to."""
-    for output, count, rows, good in zip(outputs, valid, parts_of(x), parts_of(fine), strict=False):
-        output.append(np.asarray(rows)[:count], np.asarray(good)[:count])
-
-
-def part_name(group: int) -> str:
-    """Return the name of the part that holds the tokens behind a group."""
-    return f"group-{group:05d}"
+    for part, count, rows, good in zip(parts, valid, parts_of(x), parts_of(fine), strict=False):
+        part.append(np.asarray(rows)[:count], np.asarray(good)[:count])
 
 
 def _waves(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     """Yield runs of up to `size` groups of one size and kind of work."""
     wave: list[Job] = []
-    alike = lambda job: (len(job.experts), job.quantizes)
+    alike = lambda job: (len(job.experts), job.quantizes, job.finished)
     for job in jobs:
         if wave and (len(wave) == size or alike(job) != alike(wave[0])):
             yield wave
@@ -414,34 +362,6 @@ def _waves(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
         wave.append(job)
     if wave:
         yield wave
-
-
-def _side_by_side(
-    groups: list[Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]], rows: int, features: int, size: int
-) -> Iterator[_Chunk]:
-    """Yield the chunks of several groups together, until the last of them has no more."""
-    while True:
-        taken = [next(group, None) for group in groups]
-        if all(part is None for part in taken):
-            return
-        chunk = _Chunk([], [], [], [])
-        for part in [*taken, *[None] * (size - len(taken))]:
-            x, expert, probability = part or (
-                np.zeros((0, features), np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-            )  # fmt: skip
-            pad = rows - len(x)
-            chunk.x.append(np.pad(x, ((0, pad), (0, 0))) if pad else x)
-            chunk.expert.append(np.pad(expert, (0, pad), constant_values=-1))
-            chunk.probability.append(np.pad(probability, (0, pad)))
-            chunk.valid.append(len(x))
-        yield chunk
-
-
-def _joined(
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x, expert, probability = zip(*parts, strict=True)
-    return np.concatenate(x), np.concatenate(expert), np.concatenate(probability)
 
 
 def _leaf_parts(found: Found) -> list[list[Array]]:

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
-from qmoe_jax.compression.slabs import Batch, Slab, TokenOrder, row_mask
-from qmoe_jax.compression.wave import parts_of, place, sound
+from qmoe_jax.compression.passes.wave import parts_of, place, sound
+from qmoe_jax.compression.tokens.slabs import Batch, Slab, TokenOrder, row_mask
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.distributed import split_over
 from qmoe_jax.files.errors import CheckpointError

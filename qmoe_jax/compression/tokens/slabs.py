@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float32, Int64
 from qmoe_jax.data.batching import round_up
 from qmoe_jax.inference.blockwise.states import BATCH_TOKENS, LENGTH_MULTIPLE
 
-SLAB_BYTES = 1 << 28
-"""Bytes of hidden states in a slab (256 MiB): split among 128 expert groups, 2 MiB each lie side by side."""
+SLAB_BYTES = 1 << 27
+"""Bytes of hidden states in a slab (128 MiB): split among 128 expert groups, 1 MiB each lie side by side."""
 
 ATTENTION_BYTES = 1 << 28
 """Bytes of float32 attention weights of one batch in one attention layer, at most, beyond its first row."""

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64, UInt16
 
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.slabs import TokenOrder
+from qmoe_jax.compression.tokens.slabs import TokenOrder
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
 
