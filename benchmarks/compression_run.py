@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import qmoe_jax as qj
 from benchmarks import process_meter, true_shape
 
@@ -55,11 +57,14 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Compress, and return the seconds and the figures of the report."""
         samples = true_shape.examples(self.what, self.tokens)
+        compiling = _CompilationClock()
+        jax.monitoring.register_event_duration_secs_listener(compiling)
         began = time.monotonic()
         report = qj.compress(self.checkpoint, self.output, samples, self.config())
         seconds = time.monotonic() - began
         return {
             "seconds": seconds,
+            "compilation_seconds": compiling.seconds,
             "compressed_experts": sum(len(group.routed_tokens) for group in report.groups),
             "encoder_tokens": sum(len(sample.encoder) for sample in samples),
             "decoder_tokens": sum(len(sample.decoder) for sample in samples),
@@ -71,6 +76,7 @@ class Job:
             "output_error": {layer.name: layer.output_error for layer in report.layers},
             "bits_per_parameter": {layer.name: layer.bits_per_parameter for layer in report.layers},
             "fallbacks": len(report.fallbacks),
+            "pipeline": {name: dict(times) for name, times in report.pipeline.items()},
         }
 
     def write(self, path: Path) -> None:
@@ -85,6 +91,17 @@ class Job:
         model = {name: tuple(v) if isinstance(v, list) else v for name, v in what["model"].items()}
         what = true_shape.Slice(**{**what, "model": qj.SwitchConfig(**model)})
         return cls(**{**fields, "what": what})
+
+
+class _CompilationClock:
+    """Sums up the time that XLA compiles."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
 
 
 def measure(job: Job, **environment: str) -> dict[str, Any]:

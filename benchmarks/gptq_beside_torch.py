@@ -27,9 +27,8 @@ SHAPES = ((4, 768, 3072), (2, 3072, 768), (2, 6144, 2080), (1, 2080, 6144))
 def compare(shape: tuple[int, int, int], rounds: int, threads: int) -> dict[str, Any]:
     """Return the speed of both on one shape."""
     import jax
-    import torch
 
-    from benchmarks import torch_peer
+    torch, torch_peer = load_peer()
     from qmoe_jax.quantization import factorize, gptq, ternary_grid
 
     torch.set_num_threads(threads)
@@ -64,6 +63,19 @@ def compare(shape: tuple[int, int, int], rounds: int, threads: int) -> dict[str,
         "ratio_as_in_the_papers": seconds["peer"] / seconds["ours"],
         "digits_equal": equal,
     }
+
+
+def load_peer() -> tuple[Any, Any]:
+    """Return the modules of torch and of the peer; end the program with advice where torch is missing."""
+    try:
+        import torch
+
+        from benchmarks import torch_peer
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise SystemExit("the peer needs torch: pip install 'qmoe-jax[benchmarks]', or --no-peer") from error
+    return torch, torch_peer
 
 
 def line(row: dict[str, Any]) -> str:

@@ -12,13 +12,17 @@ import argparse
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import qmoe_jax as qj
 from qmoe_jax.compression.costs import ExpertStorage, PassCost, TokenCounts, pass_costs
 from qmoe_jax.compression.rates import PRESETS, Rates
 
-PAPER_SAMPLES, PAPER_TOKENS = 160_000, 568
+PAPER = TokenCounts.of_text(160_000, 568)
 """Calibration of switch-c-2048 in the paper: samples, and tokens of each text before it is masked."""
+
+T5X = ExpertStorage(span=256, inflated=True)
+"""Experts as T5X stored those of switch-c-2048."""
 
 _UNITS = {
     "hessian": ("Hessians", "PFLOP", 1e15),
@@ -79,6 +83,12 @@ class Projection:
     hours: float
     rates: Rates
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the projection as JSON's types."""
+        terms = [{**dataclasses.asdict(term), "hours": term.hours} for term in self.terms]
+        rates = dataclasses.asdict(self.rates)
+        return {"terms": terms, "stages": self.stages, "hours": self.hours, "rates": rates}
+
     def __str__(self) -> str:
         stages = ", ".join(f"{name} {hours:.1f}" for name, hours in self.stages.items())
         how = "one after the other on the same cores" if self.rates.shares_cores else "at once, pass by pass"
@@ -133,15 +143,15 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=sorted(qj.PRESETS), default="switch-c-2048")
     parser.add_argument("--machine", choices=sorted(PRESETS), default="h100")
-    parser.add_argument("--samples", type=int, default=PAPER_SAMPLES)
+    parser.add_argument("--samples", type=int, default=PAPER.samples)
     parser.add_argument("--devices", type=int, default=1, help="per host")
     parser.add_argument("--hosts", type=int, default=1)
     options = parser.parse_args()
     projection = project(
         qj.PRESETS[options.preset],
         qj.CompressionConfig(),
-        TokenCounts.of_text(options.samples, PAPER_TOKENS),
-        ExpertStorage(span=256, inflated=True),
+        TokenCounts.of_text(options.samples, 568),
+        T5X,
         PRESETS[options.machine],
         devices=options.devices,
         hosts=options.hosts,

@@ -40,6 +40,9 @@ SHARED_FEATURE = 8.0
 """Value of feature 0 in every row of the embedding: by it a router tells one expert from the others, whatever
 the token."""
 
+ENCODER_LENGTH, DECODER_LENGTH = 512, 128
+"""Tokens of a sample."""
+
 SHARPNESS = 4.0
 """Standard deviation of the logits of a router; large enough that router probabilities are not small."""
 
@@ -133,17 +136,15 @@ def write(folder: Path, what: Slice) -> Path:
     return checkpoint
 
 
-def examples(
-    what: Slice, tokens: int, *, encoder_length: int = 512, decoder_length: int = 128
-) -> list[Example]:
+def examples(what: Slice, tokens: int) -> list[Example]:
     """Return samples of random ids with at least `tokens` encoder tokens in all."""
     rng = np.random.default_rng(what.seed + 1)
     last = min(what.model.vocab_size, 32000)
     start = [what.model.decoder_start_id]
     draw = lambda length: rng.integers(2, last, length, dtype=np.int32)
     return [
-        Example(draw(encoder_length), np.concatenate([start, draw(decoder_length - 1)]).astype(np.int32))
-        for _ in range(-(-tokens // encoder_length))
+        Example(draw(ENCODER_LENGTH), np.concatenate([start, draw(DECODER_LENGTH - 1)]).astype(np.int32))
+        for _ in range(-(-tokens // ENCODER_LENGTH))
     ]
 
 
