@@ -1,7 +1,7 @@
 """A slice of a model: some layers and some experts of each, for a rehearsal of a compression.
 
 The layers that are not selected are not run at all, and tokens of experts that are not selected pass their
-layer unchanged. So a slice costs its own share of the time, shows memory and pace, and is no model: its
+layer unchanged. So a slice costs its own share of the time, shows memory and pace, and is not a model: its
 artifact can be inspected and verified, but not loaded.
 """
 

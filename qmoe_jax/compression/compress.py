@@ -23,20 +23,20 @@ from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import StagingStatistics, staged
 from qmoe_jax.coding import Codebook
-from qmoe_jax.compression.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.passes.pipeline import Stage
 from qmoe_jax.compression.passes.walk import Walk
+from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
+from qmoe_jax.compression.planning.rates import nominal_rates
+from qmoe_jax.compression.planning.work import Work, WorkTally
 from qmoe_jax.compression.producer import this_producer
-from qmoe_jax.compression.rates import nominal_rates
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
-from qmoe_jax.compression.work import Work, WorkTally
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError

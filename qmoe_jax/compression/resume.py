@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.producer import Producer, require_producer
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.parameters import ExpertKernel, expert_matrices
+
+_READERS = 8
+"""Threads that read the records of finished groups: an object store answers several at a time."""
 
 Weights = dict[str, np.ndarray]
 """Matrices of an expert group by name, float32 `[expert, in, out]` as T5X has them."""
@@ -65,7 +69,9 @@ class GroupStore:
         self.kinds, self.codebooks, self.producer = kinds, codebooks, producer
         self.selection = config.selection(reader.config)
         self.finished = FinishedGroups(writer.store, writer.run.digest)
-        self._records = {key: record for key in self.keys() if (record := self._read_record(key))}
+        with ThreadPoolExecutor(_READERS) as pool:
+            records = zip(self.keys(), pool.map(self._read_record, self.keys()), strict=True)
+            self._records = {key: record for key, record in records if record is not None}
         self._reports = self._read_reports()
 
     def require_same_producer(self) -> None:
@@ -75,6 +81,7 @@ class GroupStore:
 
     def complete(self) -> bool:
         """Return whether every group is done, so that none is missing."""
+        self.writer.check_groups(key for key in self.keys() if key in self._reports)
         return all(map(self.done, self.keys()))
 
     def done(self, key: GroupKey) -> bool:

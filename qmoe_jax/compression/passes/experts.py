@@ -24,7 +24,6 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import LEVEL_DTYPES
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, pack_matrix
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
-from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.passes.attention import AttentionPass
 from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.passes.wave import (
@@ -39,12 +38,13 @@ from qmoe_jax.compression.passes.wave import (
     quantize,
     restore,
 )
+from qmoe_jax.compression.planning.costs import Kind
+from qmoe_jax.compression.planning.work import WorkTally
 from qmoe_jax.compression.resume import GroupStore, Stored, Weights
 from qmoe_jax.compression.tokens.chunks import Chunk, group_rows, side_by_side
 from qmoe_jax.compression.tokens.group_part import GroupPart
 from qmoe_jax.compression.tokens.routing import Routing
 from qmoe_jax.compression.tokens.store import TokenStore
-from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, input_matrices

@@ -21,21 +21,21 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.selection import expert_ranges
 from qmoe_jax.checkpoints.params import nest, parameter_dtype, to_device
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression.costs import Kind
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.passes.attention import AttentionPass, RoutedSlab, SlabStates
 from qmoe_jax.compression.passes.experts import ExpertPass, Job
 from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.passes.wave import replicate
+from qmoe_jax.compression.planning.costs import Kind
+from qmoe_jax.compression.planning.steps import Step, steps_of
+from qmoe_jax.compression.planning.work import WorkTally
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import Scratch
-from qmoe_jax.compression.steps import Step, steps_of
 from qmoe_jax.compression.tokens.group_part import GroupPart, part_name
 from qmoe_jax.compression.tokens.routing import Routing, kept_tokens
 from qmoe_jax.compression.tokens.slabs import Slab, TokenOrder
 from qmoe_jax.compression.tokens.states import StatesOnDisk, routing_of
 from qmoe_jax.compression.tokens.store import PartWriter, TokenStore, part_names
-from qmoe_jax.compression.work import WorkTally
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
 from qmoe_jax.distributed import Hosts
@@ -132,7 +132,7 @@ class Walk:
 
     @cached_property
     def states(self) -> StatesOnDisk:
-        """Where hidden states lie."""
+        """The folders of hidden states."""
         rest = len(self.groups.selection.experts) < self.model.num_experts
         parts = [part_name(number) for number in range(len(self._ranges) + rest)]
         return StatesOnDisk(self.scratch.root, self.model.d_model, tuple(parts))

@@ -46,7 +46,7 @@ class Figures(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What quantization found for one matrix of each expert; see `Quantized`."""
+    """The result of quantization for one matrix of each expert; see `Quantized`."""
 
     digits: UInt8[Array, "expert out in"]
     levels: Float[Array, "expert out group 2"]

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.costs import ExpertStorage, Kind, TokenCounts
-from qmoe_jax.compression.rates import H100
-from qmoe_jax.compression.work import TOTAL, Work, WorkTally
+from qmoe_jax.compression.planning.costs import ExpertStorage, Kind, TokenCounts
+from qmoe_jax.compression.planning.rates import H100
+from qmoe_jax.compression.planning.work import TOTAL, Work, WorkTally
 
 MODEL = qj.PRESETS["switch-c-2048"]
 TOKENS = TokenCounts(160_000, 82_000_000, 20_000_000)

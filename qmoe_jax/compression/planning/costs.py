@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping
 
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.rates import Rates
-from qmoe_jax.compression.steps import Step, steps_of
+from qmoe_jax.compression.planning.rates import Rates
+from qmoe_jax.compression.planning.steps import Step, steps_of
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
 from qmoe_jax.data.batching import round_up
 from qmoe_jax.files.tensor import ChunkedTensor
 from qmoe_jax.inference.blockwise.states import LENGTH_MULTIPLE
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, expert_shapes, input_matrices
+
+GZIP_SHARE = 0.92
+"""Bytes of a compressed chunk per decoded byte: gzip finds little in trained float32 weights."""
 
 
 class Kind(enum.Enum):
@@ -62,6 +65,10 @@ class TokenCounts:
         """
         return cls(samples, round(samples * 0.9 * tokens), round(samples * 0.2 * tokens))
 
+    def scaled(self, factor: float) -> TokenCounts:
+        """Return the size of a text that is longer by a factor."""
+        return TokenCounts(*(round(factor * count) for count in dataclasses.astuple(self)))
+
     def in_stack(self, stack: str) -> int:
         """Return the tokens of a stack."""
         return self.encoder if stack == "encoder" else self.decoder
@@ -79,11 +86,15 @@ class ExpertStorage:
         itemsize: bytes per weight once decoded.
         span: experts that one chunk holds parts of; more than 1: they are staged through scratch files.
         inflated: true where chunks are compressed.
+        disk_share: bytes that are read from the disk per decoded byte.
+        columns: columns (of the second axis) that a chunk spans; 0 where it holds single experts.
     """
 
     itemsize: int = 4
     span: int = 1
     inflated: bool = False
+    disk_share: float = 1.0
+    columns: int = 0
 
     @classmethod
     def of(cls, reader: Checkpoint) -> ExpertStorage:
@@ -92,9 +103,17 @@ class ExpertStorage:
         stack = "encoder" if config.encoder_sparse_layers else "decoder"
         name = ExpertKernel(stack, config.sparse_layers(stack)[0], "wo").path
         tensor = reader.tensors[name]
-        span = tensor.rows_per_chunk if isinstance(tensor, ChunkedTensor) else 1
-        compressor = getattr(tensor, "metadata", {}).get("compressor")
-        return cls(tensor.dtype.itemsize, span, compressor is not None)
+        metadata = getattr(tensor, "metadata", {})
+        inflated = metadata.get("compressor") is not None
+        share = GZIP_SHARE if inflated else 1.0
+        if not isinstance(tensor, ChunkedTensor) or tensor.rows_per_chunk == 1:
+            return cls(tensor.dtype.itemsize, 1, inflated, share)
+        columns = metadata.get("chunks", tensor.shape)[1]
+        return cls(tensor.dtype.itemsize, tensor.rows_per_chunk, inflated, share, columns)
+
+
+SINGLE_EXPERTS = ExpertStorage()
+"""Experts in float32, one by one, not compressed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +178,7 @@ def pass_costs(
     model: SwitchConfig,
     config: CompressionConfig,
     tokens: TokenCounts,
-    storage: ExpertStorage = ExpertStorage(),
+    storage: ExpertStorage = SINGLE_EXPERTS,
 ) -> Iterator[PassCost]:
     """Yield the passes of a compression in their order."""
     begun = set()
@@ -223,12 +242,12 @@ def expert_pass(
     if not step.last:
         work[Kind.FORWARD] = Amount(count, {"product": count * float(expert_flops(model))})
         read, written = read + row * count, row * tokens.in_stack(step.stack)
-    blocks = range(experts.start // storage.span, -(-experts.stop // storage.span))
-    decoded = float(storage.itemsize * weights * len(blocks) * storage.span)
-    if storage.span > 1:  # through scratch files
-        read, written = read + storage.itemsize * weights * len(experts), written + decoded
-    if not storage.inflated:
-        read += decoded
+    needed = float(storage.itemsize * weights * len(experts))
+    blocks = -(-experts.stop // storage.span) - experts.start // storage.span
+    decoded = needed if storage.span == 1 else float(storage.itemsize * weights * blocks * storage.span)
+    if storage.span > 1:  # chunks of several experts are decoded whole; what is needed is staged on disk
+        read, written = read + needed, written + needed
+    read += decoded * storage.disk_share
     return PassCost(
         step, "experts", work, inflated=decoded if storage.inflated else 0.0, read=read, written=written,
         encoded=float(weights * len(experts)) if quantizes else 0.0,

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
-from qmoe_jax.compression.costs import ExpertStorage, Kind, PassCost, TokenCounts, pass_costs
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.rates import Rates
+from qmoe_jax.compression.planning.costs import (
+    SINGLE_EXPERTS,
+    ExpertStorage,
+    Kind,
+    PassCost,
+    TokenCounts,
+    pass_costs,
+)
+from qmoe_jax.compression.planning.rates import Rates
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.progress import ProgressCallback
 
@@ -54,7 +62,7 @@ class Work:
         tokens: TokenCounts,
         rates: Rates,
         *,
-        storage: ExpertStorage = ExpertStorage(),  # noqa: B008 (frozen)
+        storage: ExpertStorage = SINGLE_EXPERTS,
         copied_bytes: float = 0.0,
         devices: int = 1,
         hosts: int = 1,
@@ -75,6 +83,7 @@ class Work:
             phase
             for cost in pass_costs(model, config, tokens, storage)
             for phase in _phases(cost, rates, devices, hosts)
+            if phase.units
         ]
         if copied_bytes:
             seconds = copied_bytes / rates.read + copied_bytes / rates.write
@@ -90,7 +99,7 @@ class Work:
         left = []
         for phase in self.phases:
             share = 1 - done.get((phase.step, phase.kind), 0.0)
-            if share > 0:
+            if share > 0 and phase.units:
                 units, seconds = share * phase.units, share * phase.seconds
                 left.append(dataclasses.replace(phase, units=units, seconds=seconds))
         return Work(tuple(left))
@@ -137,20 +146,42 @@ class _Pace:
 
 
 @dataclasses.dataclass
-class _Progress:
-    """The state of a phase.
+class _Open:
+    """A phase of the step under way.
 
     Attributes:
         phase: the phase.
+        expected: units in all: as predicted, then as they turn out to be.
         done: units done.
-        expected: units in all, once known.
-        over: whether the run has gone on to another step.
+        known: whether `expected` was corrected.
     """
 
     phase: Phase
+    expected: float
     done: float = 0.0
-    expected: float | None = None
-    over: bool = False
+    known: bool = False
+
+
+@dataclasses.dataclass
+class _Kind:
+    """The work of one kind in one stack.
+
+    Attributes:
+        ahead: predicted seconds of the steps that have not begun.
+        pace: of what was done.
+        found: units that steps turned out to have.
+        predicted: units that these steps were predicted to have.
+    """
+
+    ahead: float = 0.0
+    pace: _Pace = dataclasses.field(default_factory=_Pace)
+    found: float = 0.0
+    predicted: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Units that steps turned out to have per unit predicted."""
+        return self.found / self.predicted if self.predicted else 1.0
 
 
 class WorkTally:
@@ -163,42 +194,47 @@ class WorkTally:
         """Report to `progress` that nothing is done.
 
         Args:
-            work: what is to be done.
+            work: what is to be done, step by step in this order.
             progress: called with `TOTAL` units.
             clock: returns seconds.
         """
         self._progress, self._clock = progress, clock
-        self._phases = {(phase.step, phase.kind): _Progress(phase) for phase in work.phases}
-        self._paces: dict[tuple[str, Kind], _Pace] = {}
+        self._ahead = deque(work.phases)
+        self._kinds: dict[tuple[str, Kind], _Kind] = {}
+        for phase in work.phases:
+            self._kinds.setdefault((phase.stack, phase.kind), _Kind()).ahead += phase.seconds
+        self._open: dict[Kind, _Open] = {}
         self._began = self._last = clock()
         self._step, self._label, self._reported = "", "", 0
         self._report(0)
 
     def begin(self, step: str, part: str = "") -> None:
-        """Report that a part of a step begins. What was left of other steps' work is not there any more."""
+        """Report that a part of a step begins: the steps before it are over, whatever of them was done."""
         if step != self._step:
-            for progress in self._phases.values():
-                if progress.done and not progress.over and progress.phase.step != step:
-                    progress.over, progress.expected = True, progress.done
-                elif progress.phase.step == self._step:
-                    progress.over = True
+            self._close()
+            if any(phase.step == step for phase in self._ahead):
+                while self._ahead and self._ahead[0].step != step:
+                    self._take()
+                while self._ahead and self._ahead[0].step == step:
+                    phase = self._take()
+                    share = self._kinds[phase.stack, phase.kind].share
+                    self._open[phase.kind] = _Open(phase, share * phase.units)
         self._step, self._label = step, f"{step}, {part}" if part else step
         self._report(self._units())
 
     def expect(self, kind: Kind, units: float) -> None:
         """Correct the predicted units of a kind of work in this step."""
-        if (progress := self._phases.get((self._step, kind))) is not None:
-            progress.expected = max(units, progress.done)
+        if (entry := self._open.get(kind)) is not None:
+            entry.expected, entry.known = max(units, entry.done), True
 
     def advance(self, kind: Kind, units: float) -> None:
         """Report that so many more units of a kind of work are done in this step."""
         now = self._clock()
         taken, self._last = now - self._last, now
-        if (progress := self._phases.get((self._step, kind))) is not None:
-            phase = progress.phase
-            progress.done += units
-            pace = self._paces.setdefault((phase.stack, kind), _Pace())
-            pace.add(taken, phase.seconds * units / phase.units if phase.units else 0.0)
+        if (entry := self._open.get(kind)) is not None:
+            phase = entry.phase
+            entry.done += units
+            self._kinds[phase.stack, kind].pace.add(taken, phase.seconds * units / phase.units)
         self._report(self._units())
 
     def end(self) -> None:
@@ -208,37 +244,38 @@ class WorkTally:
     @property
     def seconds_left(self) -> float:
         """Predicted time of what is left, at the pace so far."""
-        return sum(self._left(progress) for progress in self._phases.values() if not progress.over)
+        left = sum(
+            kind.ahead * kind.share * self._ratio(*key) for key, kind in self._kinds.items() if kind.ahead
+        )
+        for entry in self._open.values():
+            units = max(entry.expected - entry.done, 0.0)
+            phase = entry.phase
+            left += phase.seconds * units / phase.units * self._ratio(phase.stack, phase.kind)
+        return left
 
-    def _left(self, progress: _Progress) -> float:
-        phase = progress.phase
-        if not phase.units:
-            return 0.0
-        expected = progress.expected
-        if expected is None:
-            expected = phase.units * self._found_share(phase.stack, phase.kind)
-        units = max(expected - progress.done, 0.0)
-        return phase.seconds * units / phase.units * self._ratio(phase.stack, phase.kind)
+    def _take(self) -> Phase:
+        """Return the next phase, which is then not ahead any more."""
+        phase = self._ahead.popleft()
+        kind = self._kinds[phase.stack, phase.kind]
+        kind.ahead = max(kind.ahead - phase.seconds, 0.0)
+        return phase
 
-    def _found_share(self, stack: str, kind: Kind) -> float:
-        """Return the units that steps of a stack turned out to have, as a multiple of those predicted."""
-        known = [
-            progress
-            for progress in self._phases.values()
-            if progress.expected is not None and (progress.phase.stack, progress.phase.kind) == (stack, kind)
-        ]
-        predicted = sum(progress.phase.units for progress in known)
-        return sum(progress.expected or 0.0 for progress in known) / predicted if predicted else 1.0
+    def _close(self) -> None:
+        """End the phases of a step, and learn how many units they had."""
+        for entry in self._open.values():
+            if entry.done or entry.known:
+                kind = self._kinds[entry.phase.stack, entry.phase.kind]
+                kind.found += entry.done
+                kind.predicted += entry.phase.units
+        self._open = {}
 
     def _ratio(self, stack: str, kind: Kind) -> float:
         """Return the pace of a kind of work: in the stack, else in the other one, else of all work."""
-        own = self._paces.get((stack, kind))
-        if own is not None and own.ratio is not None:
-            return own.ratio
-        alike = [pace for (_, other), pace in self._paces.items() if other == kind and pace.ratio is not None]
-        known = alike or [pace for pace in self._paces.values() if pace.ratio is not None]
-        predicted = sum(pace.predicted for pace in known)
-        return sum((pace.ratio or 0.0) * pace.predicted for pace in known) / predicted if predicted else 1.0
+        own = self._kinds[stack, kind].pace.ratio
+        if own is not None:
+            return own
+        alike = [each.pace for (_, other), each in self._kinds.items() if other == kind]
+        return _mean_ratio(alike) or _mean_ratio([each.pace for each in self._kinds.values()]) or 1.0
 
     def _units(self) -> int:
         passed, left = self._clock() - self._began, self.seconds_left
@@ -247,3 +284,10 @@ class WorkTally:
     def _report(self, units: int) -> None:
         self._reported = max(units, self._reported)
         self._progress(self._reported, TOTAL, self._label)
+
+
+def _mean_ratio(paces: Sequence[_Pace]) -> float | None:
+    """Return the mean ratio of paces, weighted by predicted time; None where none is known."""
+    known = [(pace.ratio, pace.predicted) for pace in paces if pace.ratio is not None and pace.predicted]
+    total = sum(predicted for _, predicted in known)
+    return sum((ratio or 0.0) * predicted for ratio, predicted in known) / total if total else None
