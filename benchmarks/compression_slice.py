@@ -26,13 +26,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qmoe_jax.compression.machine import measure_rates
-
 import qmoe_jax as qj
 from benchmarks import compression_run, gptq_beside_torch, measuring, true_shape
 from benchmarks.projection import PAPER, T5X, Projection, project
-from qmoe_jax.compression.costs import ExpertStorage, TokenCounts
-from qmoe_jax.compression.rates import H100, Rates
+from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
+from qmoe_jax.compression.planning.machine import measure_rates
+from qmoe_jax.compression.planning.rates import H100, Rates
 
 MEMORY_GOAL = 6e9
 WAITING_GOAL = 0.1

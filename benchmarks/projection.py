@@ -3,7 +3,7 @@
     python -m benchmarks.projection
 
 Prints the table for switch-c-2048 on one H100, from stated rates, in a moment. Amounts are those of
-`qmoe_jax.compression.costs`, which `qmoe compress --dry-run` plans with.
+`qmoe_jax.compression.planning.costs`, which `qmoe compress --dry-run` plans with.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import qmoe_jax as qj
-from qmoe_jax.compression.costs import ExpertStorage, PassCost, TokenCounts, pass_costs
-from qmoe_jax.compression.rates import PRESETS, Rates
+from qmoe_jax.compression.planning.costs import ExpertStorage, PassCost, TokenCounts, pass_costs
+from qmoe_jax.compression.planning.rates import PRESETS, Rates
 
 PAPER = TokenCounts.of_text(160_000, 568)
 """Calibration of switch-c-2048 in the paper: samples, and tokens of each text before it is masked."""
