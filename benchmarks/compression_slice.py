@@ -60,7 +60,7 @@ def show_slice(result: dict[str, Any]) -> None:
         f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,}"
         f" tokens, groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts:"
         f" {seconds:.1f} s, {result['seconds_per_expert']:.2f} s per expert"
-        f" ({result['compilation_seconds']:.1f} s of it compilation; the process {process['seconds']:.1f} s)\n"
+        f" ({result['compilation_seconds']:.1f} s of it compilation; process {process['seconds']:.1f} s)\n"
         f"peak memory {process['peak_bytes'] / 1e9:.2f} GB (goal: below {MEMORY_GOAL / 1e9:.0f}),"
         f" {process['peak_anonymous_bytes'] / 1e9:.2f} GB of it not of files"
     )
