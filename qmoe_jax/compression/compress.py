@@ -30,6 +30,7 @@ from qmoe_jax.compression.passes.pipeline import Stage
 from qmoe_jax.compression.passes.walk import Walk
 from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.planning.rates import nominal_rates
+from qmoe_jax.compression.planning.resources import Limits, Resources
 from qmoe_jax.compression.planning.work import Work, WorkTally
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
@@ -40,6 +41,7 @@ from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.location import local_path
 from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -113,6 +115,10 @@ def compress(
     config.first_sentinel(reader.config)  # raises before any work
     config.selection(reader.config)
     examples = checked_examples(examples, reader.config)
+    tokens, rates, storage = TokenCounts.of(examples), nominal_rates(), ExpertStorage.of(reader)
+    resources = Resources(reader.config, config, tokens, storage, mesh.size, rates.shares_cores)
+    for problem in resources.problems(Limits.here(local_path(output), folder), output=output, scratch=folder):
+        raise problem
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
@@ -145,9 +151,8 @@ def compress(
                 groups.require_same_producer()
             walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
             work = Work.of(
-                reader.config, config, TokenCounts.of(examples), nominal_rates(),
-                storage=ExpertStorage.of(reader), devices=mesh.size, hosts=hosts.count,
-            ).remaining(walk.shares_done())  # fmt: skip
+                reader.config, config, tokens, rates, storage=storage, devices=mesh.size, hosts=hosts.count
+            ).remaining(walk.shares_done())
             tally = WorkTally(work, progress)
             with (
                 staged(reader, place.staging, walk.reads(), staging) as groups.reader,

@@ -41,19 +41,13 @@ from qmoe_jax.compression.passes.wave import (
 from qmoe_jax.compression.planning.costs import Kind
 from qmoe_jax.compression.planning.work import WorkTally
 from qmoe_jax.compression.resume import GroupStore, Stored, Weights
-from qmoe_jax.compression.tokens.chunks import Chunk, group_rows, side_by_side
+from qmoe_jax.compression.tokens.chunks import CHUNKS_AHEAD, Chunk, group_rows, most_rows, side_by_side
 from qmoe_jax.compression.tokens.group_part import GroupPart
 from qmoe_jax.compression.tokens.routing import Routing
 from qmoe_jax.compression.tokens.store import TokenStore
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
 from qmoe_jax.parameters import ExpertKernel, expert_matrices, input_matrices
-
-CHUNKS_AHEAD = 2
-"""Chunks of tokens that are read before they are computed on: 34 MB each on every device, for c-2048."""
-
-HIDDEN_BYTES = 1 << 27
-"""Bytes of the float32 activations inside the experts, of one chunk: for c-2048 4,096 tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +105,7 @@ class ExpertPass:
     def rows(self) -> int:
         """Tokens of a chunk: the same for every group of the layer, so that their sums are too."""
         most = int(np.bincount(self.routing.expert).max()) * self.groups.config.experts_per_group
-        fitting = 1 << (HIDDEN_BYTES // (4 * self.attention.model.d_ff)).bit_length() - 1
-        return max(16, min(fitting, 1 << (most - 1).bit_length()))
+        return min(most_rows(self.attention.model), max(16, 1 << (most - 1).bit_length()))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the groups, and quantize those that are to be.

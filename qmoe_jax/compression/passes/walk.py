@@ -27,10 +27,10 @@ from qmoe_jax.compression.passes.experts import ExpertPass, Job
 from qmoe_jax.compression.passes.pipeline import Stage, Worker, ahead
 from qmoe_jax.compression.passes.wave import replicate
 from qmoe_jax.compression.planning.costs import Kind
-from qmoe_jax.compression.planning.steps import Step, steps_of
 from qmoe_jax.compression.planning.work import WorkTally
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import Scratch
+from qmoe_jax.compression.steps import Step, steps_of
 from qmoe_jax.compression.tokens.group_part import GroupPart, part_name
 from qmoe_jax.compression.tokens.routing import Routing, kept_tokens
 from qmoe_jax.compression.tokens.slabs import Slab, TokenOrder

@@ -1,1 +1,1 @@
-"""The cost of a compression from shapes: steps, flops, bytes, memory and time; before a run and as its progress."""
+"""The cost of a compression from shapes, before a run and as its progress: flops, bytes, memory and time."""

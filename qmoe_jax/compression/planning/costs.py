@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.planning.rates import Rates
-from qmoe_jax.compression.planning.steps import Step, steps_of
+from qmoe_jax.compression.steps import Step, steps_of
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Examples
 from qmoe_jax.data.batching import round_up

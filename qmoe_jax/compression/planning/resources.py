@@ -22,13 +22,12 @@ from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import BLOCKS_PER_MATRIX
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.coding.statistics import entropy_bits
-from qmoe_jax.compression.experts import CHUNKS_AHEAD
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.planning.costs import SINGLE_EXPERTS, ExpertStorage, TokenCounts
-from qmoe_jax.compression.slabs import ATTENTION_BYTES, SLAB_BYTES
+from qmoe_jax.compression.tokens.chunks import CHUNKS_AHEAD, most_rows
+from qmoe_jax.compression.tokens.slabs import ATTENTION_BYTES, SLAB_BYTES
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.inference.blockwise.experts import CHUNK
 from qmoe_jax.inference.blockwise.states import BATCH_TOKENS
 from qmoe_jax.memory import usable_memory
 from qmoe_jax.parameters import EMBEDDING, STACKS, expert_matrices, expert_shapes, is_expert
@@ -273,7 +272,7 @@ class Resources:
     @property
     def _chunk(self) -> int:
         """Tokens of a chunk."""
-        return min(CHUNK, max(16, 1 << (self._most - 1).bit_length()))
+        return min(most_rows(self.model), max(16, 1 << (self._most - 1).bit_length()))
 
     def _states(self, stack: str) -> int:
         return 4 * self.model.d_model * self.tokens.in_stack(stack)

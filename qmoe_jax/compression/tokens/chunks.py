@@ -10,6 +10,13 @@ from jaxtyping import Float32, Int32
 
 from qmoe_jax.compression.tokens.routing import GroupTokens
 from qmoe_jax.compression.tokens.store import TokenStore
+from qmoe_jax.config import SwitchConfig
+
+CHUNKS_AHEAD = 2
+"""Chunks of tokens that are read before they are computed on: 34 MB each on every device, for c-2048."""
+
+HIDDEN_BYTES = 1 << 27
+"""Bytes of the float32 activations inside the experts, of one chunk: for c-2048 4,096 tokens."""
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Hidden states, float32 `[token, embed]`, expert, int32 `[token]`, and router probability of some tokens."""
@@ -30,6 +37,11 @@ class Chunk:
     expert: list[Int32[np.ndarray, "token"]]
     probability: list[Float32[np.ndarray, "token"]]
     valid: list[int]
+
+
+def most_rows(model: SwitchConfig) -> int:
+    """Return the largest number of tokens in a chunk: a power of two whose activations fit `HIDDEN_BYTES`."""
+    return max(16, 1 << (HIDDEN_BYTES // (4 * model.d_ff)).bit_length() - 1)
 
 
 def group_rows(

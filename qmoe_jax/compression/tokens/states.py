@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, UInt16
 
-from qmoe_jax.compression.planning.steps import Step
+from qmoe_jax.compression.steps import Step
 from qmoe_jax.compression.tokens.store import TokenStore, part_names, remove_store
 
 
