@@ -3,9 +3,12 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+from tests.helpers.stores import s3_server
 
 # Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
 # `make test-isa` sets flags of its own, and so runs the golden and parity tests fully optimized.
@@ -65,3 +68,15 @@ def relative():
         return float(np.abs(found - expected).max() / np.abs(expected).max())
 
     return difference
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URL of a bucket on a local S3 server."""
+    yield from s3_server()
+
+
+@pytest.fixture
+def s3_url(s3: str, request: pytest.FixtureRequest) -> str:
+    """A URL of a test's own, below which nothing is."""
+    return f"{s3}/{request.node.name.replace('[', '-').replace(']', '')}"

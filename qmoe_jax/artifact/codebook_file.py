@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from qmoe_jax.coding import Codebook
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.safetensors import lazy_tensors, read_header, render_header
+from qmoe_jax.files.store import File
 from qmoe_jax.files.tensor import read_all
 
 CODEBOOKS = "codebooks.safetensors"
@@ -37,14 +37,14 @@ def render_codebooks(codebooks: Iterable[Codebook]) -> bytes:
     return b"".join([render_header(tensors, metadata), *(array.tobytes() for _, array in tensors)])
 
 
-def read_codebooks(path: Path) -> dict[str, Codebook]:
+def read_codebooks(file: File) -> dict[str, Codebook]:
     """Read the codebooks of a file, by name.
 
     Raises:
         CheckpointError: the file is missing or damaged, or something in it is not a codebook.
     """
-    header = read_header(path)
-    arrays = {name: read_all(tensor) for name, tensor in lazy_tensors(path, header).items()}
+    header = read_header(file)
+    arrays = {name: read_all(tensor) for name, tensor in lazy_tensors(file, header).items()}
     try:
         codebooks = {}
         for index, fields in enumerate(parse_json(header.metadata["codebooks"])):
@@ -54,6 +54,6 @@ def read_codebooks(path: Path) -> dict[str, Codebook]:
             codebooks[fields["name"]] = Codebook.from_arrays(fields["name"], stored)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            "holds something that is not a codebook", path=path, found=repr(error)
+            "holds something that is not a codebook", path=file.path, found=repr(error)
         ) from error
     return codebooks

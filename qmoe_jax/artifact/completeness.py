@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from qmoe_jax.artifact.groups import EXPERTS, GroupFile, GroupKey
 from qmoe_jax.artifact.kinds import Kind, Ternary
 from qmoe_jax.artifact.manifest import Run
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.names import is_stray
+from qmoe_jax.files.store import Store
 from qmoe_jax.parameters import STACKS, ExpertKernel, expert_matrices, expert_shapes
 
 
-def find_groups(root: Path) -> list[GroupKey]:
-    """Return the expert groups on disk, whichever host wrote them; strays (`is_stray`) are passed over.
+def find_groups(store: Store) -> list[GroupKey]:
+    """Return the expert groups that are there, whichever host wrote them, without strays (`is_stray`).
 
     Raises:
         CheckpointError: there is a file among them that is not an expert group.
     """
     keys = []
-    for path in sorted((root / EXPERTS).rglob("*")):
-        if path.is_dir() or any(map(is_stray, path.relative_to(root).parts)):
+    for name in store.names(EXPERTS):
+        if any(map(is_stray, name.split("/"))):
             continue
-        key = GroupKey.from_path(path.relative_to(root).as_posix())
+        key = GroupKey.from_path(name)
         if key is None:
-            raise CheckpointError("is not an expert group", path=path, remedy="remove it")
+            raise CheckpointError("is not an expert group", path=store.path(name), remedy="remove it")
         keys.append(key)
     return keys
 
 
 def check_complete(
-    root: Path, run: Run, files: Mapping[GroupKey, str], dense: Mapping[str, object]
+    store: Store, run: Run, files: Mapping[GroupKey, str], dense: Mapping[str, object]
 ) -> dict[str, Kind]:
     """Check that every expert is there exactly once, and return the packing of each compressed kernel.
 
     Args:
-        root: the artifact.
+        store: the artifact.
         run: architecture and codebooks.
-        files: file of each group, relative to `root`.
+        files: file of each group, relative to the artifact.
         dense: the dense parameters by name; the kernels of an uncompressed layer are among them.
 
     Raises:
@@ -49,35 +49,35 @@ def check_complete(
     }
     for key in sorted(files):
         if (key.stack, key.layer) not in by_layer:
-            raise CheckpointError("is a group of a layer without experts", path=root / key.path)
+            raise CheckpointError("is a group of a layer without experts", path=store.path(key.path))
         by_layer[key.stack, key.layer].append(key)
     kinds: dict[str, Kind] = {}
     for (stack, layer), groups in by_layer.items():
         names = {ExpertKernel(stack, layer, matrix).path for matrix in expert_matrices(run.config)}
         if not groups and names <= dense.keys():
             continue
-        _check_experts(root, run.config.num_experts, f"{stack}/layers_{layer}", groups)
+        _check_experts(store, run.config.num_experts, f"{stack}/layers_{layer}", groups)
         for key in groups:
-            group = GroupFile.open(root, key, files[key])
+            group = GroupFile.open(store, key, files[key])
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
                 if kinds.setdefault(name := ExpertKernel(stack, layer, matrix).path, kind) != kind:
                     raise CheckpointError(
                         "is packed differently from its layer",
-                        path=root / key.path,
+                        path=store.path(key.path),
                         expected=kinds[name],
                         found=kind,
                     )
     return kinds
 
 
-def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupKey]) -> None:
+def _check_experts(store: Store, num_experts: int, layer: str, groups: list[GroupKey]) -> None:
     """Check that the groups, sorted, hold every expert once."""
     position = 0
     for key in groups:
         if key.start != position:
             raise CheckpointError(
                 "experts are missing" if key.start > position else "experts are there twice",
-                path=root / key.path,
+                path=store.path(key.path),
                 key=layer,
                 expected=f"expert {position} first",
                 found=f"experts {key.start} to {key.stop - 1}",
@@ -85,12 +85,16 @@ def _check_experts(root: Path, num_experts: int, layer: str, groups: list[GroupK
         position = key.stop
     if position != num_experts:
         raise CheckpointError(
-            "experts are missing", path=root, key=layer, expected=f"{num_experts} experts", found=position
+            "experts are missing",
+            path=store.root,
+            key=layer,
+            expected=f"{num_experts} experts",
+            found=position,
         )
 
 
 def check_matrices(
-    path: Path, run: Run, matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
+    path: object, run: Run, matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
 ) -> dict[str, Kind]:
     """Check that the matrices of a group (kind and shape of each) fit the run, and return their kinds.
 

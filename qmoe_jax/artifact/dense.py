@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from qmoe_jax.files.errors import CheckpointError, error_number, system_error
 from qmoe_jax.files.finite import require_finite
 from qmoe_jax.files.location import tensorstore_path
 from qmoe_jax.files.space import require_room
+from qmoe_jax.files.store import Store
 from qmoe_jax.files.tensor import LazyTensor, read_all
 
 DENSE = "dense"
@@ -74,6 +76,19 @@ def save_dense(root: Path, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
     return {name: _record_of(array) for name, array in arrays.items()}
 
 
+def save_dense_in(store: Store, tree: Mapping[str, Any]) -> dict[str, ArrayRecord]:
+    """Write the parameters under `dense` of a store, by way of a temporary folder where it is not local."""
+    if isinstance(store.root, Path):
+        return save_dense(store.root, tree)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        records = save_dense(root, tree)
+        store.delete_folder(DENSE)
+        for file in sorted(path for path in (root / DENSE).rglob("*") if path.is_file()):
+            store.write(file.relative_to(root).as_posix(), [file.read_bytes()])
+    return records
+
+
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Keep Orbax's threads from logging the traceback of an error that is raised as well."""
@@ -92,46 +107,49 @@ def remove_leftovers(root: Path) -> None:
         shutil.rmtree(folder)
 
 
-def dense_tensor(root: Path, name: str, record: ArrayRecord) -> LazyTensor:
+def dense_tensor(store: Store, name: str, record: ArrayRecord) -> LazyTensor:
     """Return one array of an artifact's Orbax checkpoint, which is opened only when it is read.
 
     Args:
-        root: the artifact.
+        store: the artifact.
         name: path of the parameter.
         record: its shape and dtype according to the manifest.
     """
     dtype = np.dtype(record.dtype)  # ml_dtypes has registered bfloat16
 
     def read(rows: slice) -> np.ndarray:
-        base = {"driver": "file", "path": os.path.join(tensorstore_path(root), DENSE, "")}
+        spec = store.spec
+        base = {**spec, "path": f"{spec['path']}{DENSE}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
-            store = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()
-            if (store.shape, store.dtype.numpy_dtype) != (record.shape, dtype):
-                found = f"{store.dtype.name} {store.shape}"
-                raise _unreadable(root, name, f"{record.dtype} {record.shape}", found)
-            return (store[rows] if record.shape else store).read().result()
+            array = ts.open(
+                {"driver": "zarr", "kvstore": kvstore}, read=True, open=True, context=store.context
+            ).result()
+            if (array.shape, array.dtype.numpy_dtype) != (record.shape, dtype):
+                found = f"{array.dtype.name} {array.shape}"
+                raise _unreadable(store, name, f"{record.dtype} {record.shape}", found)
+            return (array[rows] if record.shape else array).read().result()
         except (ValueError, OSError) as error:  # missing, truncated, or not what TensorStore's checksums say
-            raise _unreadable(root, name, None, str(error).split("\n", 1)[0]) from error
+            raise _unreadable(store, name, None, str(error).split("\n", 1)[0]) from error
 
     return LazyTensor(record.shape, dtype, read)
 
 
-def stored_record(root: Path, name: str, record: ArrayRecord) -> ArrayRecord:
+def stored_record(store: Store, name: str, record: ArrayRecord) -> ArrayRecord:
     """Return shape, dtype and checksum of an array as it lies on disk.
 
     Raises:
         CheckpointError: it cannot be read, has another shape or dtype than `record`, or holds a number that
             is not finite.
     """
-    array = read_all(dense_tensor(root, name, record))
-    return _record_of(require_finite(array, path=root / DENSE, key=name))
+    array = read_all(dense_tensor(store, name, record))
+    return _record_of(require_finite(array, path=store.path(DENSE), key=name))
 
 
-def _unreadable(root: Path, name: str, expected: str | None, found: str) -> CheckpointError:
+def _unreadable(store: Store, name: str, expected: str | None, found: str) -> CheckpointError:
     return CheckpointError(
         "a dense parameter cannot be read",
-        path=root / DENSE,
+        path=store.path(DENSE),
         key=name,
         expected=expected,
         found=found,

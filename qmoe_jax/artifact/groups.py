@@ -23,8 +23,9 @@ from qmoe_jax.artifact.kinds import PARTS, Kind, kind_from_json, kind_to_json
 from qmoe_jax.artifact.layout import check_layout
 from qmoe_jax.artifact.matrices import PackedExpertMatrix
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import parse_json, read_exactly
+from qmoe_jax.files.reading import parse_json
 from qmoe_jax.files.safetensors import ALIGNMENT, Header, TensorEntry, read_header, render_header
+from qmoe_jax.files.store import File, Place, open_store
 
 FORMAT = "qmoe-experts-1"
 EXPERTS = "experts"
@@ -124,17 +125,22 @@ class StoredPart:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertExtent:
-    """The range of bytes of one expert: one `pread` of `nbytes` at `offset` of `path` reads all of it."""
+    """The range of bytes of one expert: one read of `nbytes` at `offset` of `file` reads all of it."""
 
-    path: Path
+    file: File
     offset: int
     nbytes: int
     group: GroupFile
     expert: int
 
+    @property
+    def path(self) -> Path | str:
+        """Where the file lies."""
+        return self.file.path
+
     def read(self) -> memoryview:
         """Read the expert's bytes. Raises `CheckpointError` where the file is missing or cut short."""
-        return read_exactly(self.path, self.offset, self.nbytes)
+        return self.file.read_exactly(self.offset, self.nbytes)
 
     def parse(self, buffer: bytes | bytearray | memoryview) -> dict[str, PackedExpertMatrix]:
         """Return the expert's matrices as views of its bytes, which the caller has read."""
@@ -146,7 +152,7 @@ class GroupFile:
     """The header of a group file, kept small (8 bytes per tensor), since there may be thousands of them.
 
     Attributes:
-        path: the file.
+        file: the file.
         key: the experts in it.
         run: digest of the run that wrote it.
         matrices: kind and shape (out, in) of each matrix.
@@ -156,7 +162,7 @@ class GroupFile:
             expert, in bytes from the end of the header.
     """
 
-    path: Path
+    file: File
     key: GroupKey
     run: str
     matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
@@ -165,7 +171,7 @@ class GroupFile:
     offsets: np.ndarray
 
     @classmethod
-    def open(cls, root: Path, key: GroupKey, location: str | None = None) -> GroupFile:
+    def open(cls, root: Place, key: GroupKey, location: str | None = None) -> GroupFile:
         """Read a group file's header.
 
         Args:
@@ -177,8 +183,8 @@ class GroupFile:
             CheckpointError: the file is missing, cut short, not a group file, or of a kind unknown here.
         """
         location = location or key.path
-        path = root / location
-        header = read_header(path)
+        file = File(open_store(root), location)
+        path, header = file.path, read_header(file)
         if (found := header.metadata.get("format")) != FORMAT:
             raise CheckpointError(
                 "is not an expert group of this version", path=path, expected=FORMAT, found=found
@@ -203,7 +209,12 @@ class GroupFile:
                 check_layout(kind, shape, {part.part: (part.dtype, part.shape) for part in of_matrix})
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError("has a damaged header", path=path, found=repr(error)) from error
-        return cls(path, key, run, matrices, stored, header.data_begin, offsets)
+        return cls(file, key, run, matrices, stored, header.data_begin, offsets)
+
+    @property
+    def path(self) -> Path | str:
+        """Where the file lies."""
+        return self.file.path
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +225,7 @@ class GroupFile:
         """Return the range of bytes of an expert, given its number within the layer."""
         begins = self.offsets[expert - self.key.start]
         offset = self.data_begin + int(begins[0])
-        return ExpertExtent(self.path, offset, int(begins[-1] - begins[0]), self, expert)
+        return ExpertExtent(self.file, offset, int(begins[-1] - begins[0]), self, expert)
 
     def parse(self, expert: int, buffer: bytes | bytearray | memoryview) -> dict[str, PackedExpertMatrix]:
         """Return the matrices of an expert as views of its bytes."""
@@ -234,7 +245,7 @@ class GroupFile:
         if start >= stop:
             return []
         first, last = self.extent(start), self.extent(stop - 1)
-        data = read_exactly(self.path, first.offset, last.offset + last.nbytes - first.offset)
+        data = self.file.read_exactly(first.offset, last.offset + last.nbytes - first.offset)
         extents = (self.extent(expert) for expert in range(start, stop))
         return [extent.parse(data[extent.offset - first.offset :][: extent.nbytes]) for extent in extents]
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qmoe_jax.artifact.groups import GroupKey
@@ -21,7 +20,7 @@ from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
-from qmoe_jax.files.reading import read_whole
+from qmoe_jax.files.store import File, Place, open_store
 
 FORMAT = "qmoe"
 VERSION = 1
@@ -66,11 +65,12 @@ class Run:
         return json.loads(canonical(dataclasses.asdict(self)))
 
     @classmethod
-    def read(cls, root: Path) -> Run:
+    def read(cls, root: Place) -> Run:
         """Read the run that began an artifact. Raises `CheckpointError` where its file is damaged."""
-        path = root / RUN
+        file = File(open_store(root), RUN)
+        path = file.path
         try:
-            run = cls.from_json(read_canonical(path))
+            run = cls.from_json(read_canonical(file))
             check_run(run)
             return run
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -155,23 +155,24 @@ class Manifest:
         return canonical({"checksum": digest(content), **content})
 
     @classmethod
-    def read(cls, root: Path) -> Manifest:
+    def read(cls, root: Place) -> Manifest:
         """Read and check the manifest of an artifact.
 
         Raises:
             CheckpointError: there is none (an unfinished artifact), it is damaged, or of a version unknown
                 here.
         """
-        path = root / MANIFEST
-        if (root / RUN).exists() and not path.exists():
+        store = open_store(root)
+        path = store.path(MANIFEST)
+        if not store.exists(MANIFEST) and store.exists(RUN):
             raise CheckpointError(
                 "is unfinished",
-                path=root,
+                path=store.root,
                 expected=MANIFEST,
                 found="only the files of an interrupted compression",
                 remedy="run the same compression again: it resumes",
             )
-        content = read_canonical(path)
+        content = read_canonical(File(store, MANIFEST))
         if content.get("format") != FORMAT:
             raise CheckpointError(
                 "is not a qmoe artifact", path=path, expected=FORMAT, found=content.get("format")
@@ -195,7 +196,7 @@ class Manifest:
             raise _damaged(path, "the fields of a manifest", repr(error)) from error
 
     @classmethod
-    def _from_json(cls, content: Mapping[str, Any], path: Path) -> Manifest:
+    def _from_json(cls, content: Mapping[str, Any], path: object) -> Manifest:
         return cls(
             run=Run.from_json(content["run"]),
             kinds={name: kind_from_json(kind, path) for name, kind in content["kinds"].items()},
@@ -206,13 +207,13 @@ class Manifest:
         )
 
 
-def read_canonical(path: Path) -> dict[str, Any]:
+def read_canonical(file: File) -> dict[str, Any]:
     """Read a JSON object and check that the file is its canonical JSON.
 
     Raises:
         CheckpointError: the file is missing or not a JSON object, or differs by as much as a space.
     """
-    data = read_whole(path)
+    path, data = file.path, file.store.read(file.name)
     try:
         content = json.loads(data)
         rendered = canonical(content)
@@ -234,7 +235,7 @@ def _group_from_json(fields: Mapping[str, Any]) -> GroupRecord:
     return GroupRecord(key, fields["path"], FileRecord(fields["bytes"], fields["sha256"]))
 
 
-def _damaged(path: Path, expected: str, found: str) -> CheckpointError:
+def _damaged(path: object, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
         "is damaged", path=path, expected=expected, found=found, remedy="copy the artifact again"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float32
@@ -19,10 +19,15 @@ from qmoe_jax.artifact.manifest import GroupRecord, Manifest
 from qmoe_jax.artifact.matrices import PackedExpertMatrix, check_levels, dequantize
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.coding import pack
+from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.foreign import read_head, recognize
+from qmoe_jax.files.foreign import HEAD_BYTES, recognize
+from qmoe_jax.files.store import File, Place, Store, open_store
 from qmoe_jax.files.tensor import LazyTensor, Shard, Tensor
 from qmoe_jax.parameters import ExpertKernel, expert_shapes
+
+_THREADS = 8
+"""Threads that ask for the sizes of files: an object store answers several at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +35,13 @@ class ExpertLayer:
     """The compressed experts of one layer; a group's header is read with the first of its experts.
 
     Attributes:
-        root: the artifact.
+        store: the artifact.
         run: digest of the run that wrote it.
         groups: of the layer, sorted.
         matrices: kind and shape (out, in) of each matrix, by the manifest.
     """
 
-    root: Path
+    store: Store
     run: str
     groups: tuple[GroupRecord, ...]
     matrices: Mapping[str, tuple[Kind, tuple[int, int]]]
@@ -83,7 +88,7 @@ class ExpertLayer:
     def _open(self, group: GroupRecord) -> GroupFile:
         """Open a group's file and check its header against the manifest."""
         if group.path not in self._opened:
-            file = GroupFile.open(self.root, group.key, group.path)
+            file = GroupFile.open(self.store, group.key, group.path)
             expected, found = (group.record.bytes, self.run), (file.nbytes, file.run)
             if found != expected:
                 raise CheckpointError(
@@ -136,36 +141,38 @@ def expert_tensor(
 class ArtifactReader(Checkpoint):
     """Artifact as a checkpoint, whose expert kernels are dequantized when read, and as packed matrices.
 
-    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped: a file cut short
-    is a `CheckpointError` that names it, with the bytes expected and found.
+    Opening reads the manifest and the codebooks. Experts are read by `pread`, never mapped, or as ranges of
+    objects: a file cut short is a `CheckpointError` that names it, with the bytes expected and found.
 
     Attributes:
+        store: the files.
         manifest: the content of the manifest.
         codebooks: by name.
         layers: the compressed layers, by stack ("encoder" or "decoder") and number.
     """
 
+    store: Store
     manifest: Manifest
     codebooks: Codebooks
     layers: Mapping[tuple[str, int], ExpertLayer]
 
     @classmethod
-    def open(cls, path: str | Path) -> ArtifactReader:
+    def open(cls, path: Place) -> ArtifactReader:
         """Open an artifact.
 
         Raises:
             CheckpointError: it is unfinished, damaged, or of a version or kind unknown here.
         """
-        root = Path(path)
-        manifest = Manifest.read(root)
-        codebooks = read_codebooks(root / CODEBOOKS) if manifest.run.codebooks else {}
+        store = open_store(path)
+        manifest = Manifest.read(store)
+        codebooks = read_codebooks(File(store, CODEBOOKS)) if manifest.run.codebooks else {}
         found = {name: codebook.digest for name, codebook in codebooks.items()}
         if found != manifest.run.codebooks:
             expected = manifest.run.codebooks
-            raise CheckpointError("is damaged", path=root / CODEBOOKS, expected=expected, found=found)
-        layers = _layers(root, manifest)
+            raise CheckpointError("is damaged", path=store.path(CODEBOOKS), expected=expected, found=found)
+        layers = _layers(store, manifest)
         tensors: dict[str, Tensor] = {
-            name: dense_tensor(root, name, record) for name, record in manifest.dense.items()
+            name: dense_tensor(store, name, record) for name, record in manifest.dense.items()
         }
         shapes = expert_shapes(manifest.run.config)
         for (stack, number), layer in layers.items():
@@ -174,11 +181,12 @@ class ArtifactReader(Checkpoint):
                     layer, matrix, shape, codebooks
                 )
         return cls(
-            path=root,
+            path=store.root,
             format="qmoe",
             config=manifest.run.config,
             tensors=tensors,
-            list_shards=lambda: _shards(root, manifest),
+            list_shards=lambda: _shards(store, manifest),
+            store=store,
             manifest=manifest,
             codebooks=codebooks,
             layers=layers,
@@ -225,7 +233,7 @@ class ArtifactReader(Checkpoint):
         return self.layers[stack, layer].extent(expert)
 
 
-def _layers(root: Path, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer]:
+def _layers(store: Store, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer]:
     groups: dict[tuple[str, int], list[GroupRecord]] = {}
     for group in manifest.groups:
         groups.setdefault((group.key.stack, group.key.layer), []).append(group)
@@ -234,20 +242,21 @@ def _layers(root: Path, manifest: Manifest) -> dict[tuple[str, int], ExpertLayer
     for (stack, number), records in groups.items():
         kinds = {matrix: manifest.kinds[ExpertKernel(stack, number, matrix).path] for matrix in shapes}
         matrices = {matrix: (kinds[matrix], shape) for matrix, shape in shapes.items()}
-        layers[stack, number] = ExpertLayer(root, run, tuple(records), matrices)
+        layers[stack, number] = ExpertLayer(store, run, tuple(records), matrices)
     return layers
 
 
-def _shards(root: Path, manifest: Manifest) -> list[Shard]:
+def _shards(store: Store, manifest: Manifest) -> list[Shard]:
     """Return the expert files and the other listed files, checked by size; `verify` checks their content."""
     expected = {group.path: group.record for group in manifest.groups} | dict(manifest.files)
-    shards = []
-    for path, record in expected.items():
-        found = (root / path).stat().st_size if (root / path).is_file() else None
-        problem = None
-        if found != record.bytes:
-            known = recognize(read_head(root / path))
-            problem = f"expected {record.bytes} bytes, found {found or 'no file'}"
-            problem = f"{known}; {problem}" if known else problem
-        shards.append(Shard(path, found, problem))
-    return shards
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda name: _shard(store, name, expected[name]), expected))
+
+
+def _shard(store: Store, name: str, record: FileRecord) -> Shard:
+    found = store.size(name, record.bytes)
+    if found == record.bytes:
+        return Shard(name, found)
+    problem = f"expected {record.bytes} bytes, found {found or 'no file'}"
+    known = recognize(File(store, name).read_exactly(0, min(found, HEAD_BYTES)).tobytes()) if found else None
+    return Shard(name, found, f"{known}; {problem}" if known else problem)

@@ -20,7 +20,8 @@ from qmoe_jax.artifact.report_check import check_group, is_number
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import parse_json, read_whole
+from qmoe_jax.files.reading import parse_json
+from qmoe_jax.files.store import Place, open_store
 
 UNDER_CALIBRATED = 0.1
 """Experts with less than this share of the mean number of calibration tokens are called under-calibrated."""
@@ -180,17 +181,18 @@ class RunReport:
         return tuple(map(dict, dict.fromkeys(tuple(sorted(group.producer.items())) for group in self.groups)))
 
     @classmethod
-    def read(cls, root: str | Path) -> Self:
+    def read(cls, root: Place) -> Self:
         """Read the report of an artifact, finished or not; an empty one without a file.
 
         Raises:
             CheckpointError: the file is damaged, or was written by another version.
         """
-        path = Path(root) / REPORT
-        if not path.exists():
+        store = open_store(root)
+        path = store.path(REPORT)
+        if not store.exists(REPORT):
             return cls()
         try:
-            content = parse_json(read_whole(path))
+            content = parse_json(store.read(REPORT))
             if content.pop("checksum") != digest(content):
                 raise ValueError("another checksum than its own")
             seconds, device = content["seconds"], content["device"]
@@ -256,17 +258,18 @@ class CompressionReport(RunReport):
         sizes: bytes of its files, and the parameters that they hold.
     """
 
-    path: Path = dataclasses.field(kw_only=True)
+    path: Path | str = dataclasses.field(kw_only=True)
     sizes: Sizes = dataclasses.field(kw_only=True)
 
     @classmethod
-    def read(cls, root: str | Path) -> Self:
+    def read(cls, root: Place) -> Self:
         """Read the report of a finished artifact and measure its files.
 
         Raises:
             CheckpointError: the artifact is unfinished or damaged.
         """
-        return cls(**vars(RunReport.read(root)), path=Path(root), sizes=measure(root))
+        store = open_store(root)
+        return cls(**vars(RunReport.read(store)), path=store.root, sizes=measure(store))
 
     @property
     def entropy(self) -> float | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from qmoe_jax.artifact.groups import ExpertExtent, StoredPart
-from qmoe_jax.files.reading import read_into
+from qmoe_jax.files.store import File
 
 Destination = Callable[[StoredPart, int], np.ndarray]
 """Returns the contiguous array that a part of the expert is read into, given its number of elements."""
@@ -20,13 +19,13 @@ class ScatterRead:
     """A range of a file, and the pieces of memory that it fills in order.
 
     Attributes:
-        path: the file.
-        nbytes: size of the whole file; a file of any other size is not the one that was opened.
+        file: the file.
+        nbytes: size of the whole file; a local file of any other size is not the one that was opened.
         offset: beginning of the range in the file, in bytes.
         pieces: writable bytes.
     """
 
-    path: Path
+    file: File
     nbytes: int
     offset: int
     pieces: tuple[memoryview, ...]
@@ -49,7 +48,7 @@ class ScatterRead:
         Raises:
             CheckpointError: the file is missing, of another size than it was, or cannot be read.
         """
-        read_into(self.path, self.offset, self.pieces, file_size=self.nbytes)
+        self.file.store.read_into(self.file.name, self.offset, self.pieces, file_size=self.nbytes)
 
 
 def _cut(pieces: tuple[memoryview, ...], begin: int, end: int) -> Iterator[memoryview]:
@@ -80,4 +79,4 @@ def scatter_read(extent: ExpertExtent, destination: Destination) -> ScatterRead:
                 f"{extent.path}, expert {extent.expert}: expected {expected}, found {len(piece)}"
             )
         pieces.append(piece)
-    return ScatterRead(extent.path, group.nbytes, extent.offset, tuple(pieces))
+    return ScatterRead(extent.file, group.nbytes, extent.offset, tuple(pieces))

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from qmoe_jax.artifact.codebook_file import CODEBOOKS
 from qmoe_jax.artifact.dense import DENSE
@@ -14,6 +13,7 @@ from qmoe_jax.artifact.groups import GroupFile
 from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.artifact.sums import SUMS, listed_files
+from qmoe_jax.files.store import Place, Store, open_store
 
 OVERHEAD = "headers and padding"
 BFLOAT16_BITS = 16
@@ -68,11 +68,16 @@ class Sizes:
         return BFLOAT16_BITS / self.bits_per_parameter
 
 
-def measure(path: str | Path) -> Sizes:
+def measure(path: Place) -> Sizes:
     """Measure an artifact's files. Raises `CheckpointError` as opening it does."""
-    root = Path(path)
-    reader = ArtifactReader.open(root)
-    size = {name: (root / name).stat().st_size for name in [*listed_files(root), SUMS] if name != REPORT}
+    store = open_store(path)
+    reader = ArtifactReader.open(store)
+    known = {group.path: group.record for group in reader.manifest.groups} | dict(reader.manifest.files)
+    size = {
+        name: store.size(name, known[name].bytes if name in known else None) or 0
+        for name in [*listed_files(store), SUMS]
+        if name != REPORT
+    }
     experts = {group.path for group in reader.manifest.groups}
     dense = {name for name in size if name.startswith(f"{DENSE}/")}
     others = size.keys() - experts - dense - {CODEBOOKS}
@@ -82,18 +87,18 @@ def measure(path: str | Path) -> Sizes:
         other_parameters=sum(
             math.prod(reader.shape(name)) for name in reader.names() if name not in compressed
         ),
-        expert_parts=_expert_parts(root, reader),
+        expert_parts=_expert_parts(store, reader),
         codebook_bytes=size.get(CODEBOOKS, 0),
         dense_bytes=sum(size[name] for name in dense),
         other_bytes=sum(size[name] for name in others),
     )
 
 
-def _expert_parts(root: Path, reader: ArtifactReader) -> dict[str, int]:
+def _expert_parts(store: Store, reader: ArtifactReader) -> dict[str, int]:
     """Return the bytes of all expert files by part, from their headers."""
     parts: collections.Counter[str] = collections.Counter()
     for record in reader.manifest.groups:
-        group = GroupFile.open(root, record.key, record.path)
+        group = GroupFile.open(store, record.key, record.path)
         lengths = (group.offsets[:, 1:-1] - group.offsets[:, :-2]).sum(0)
         for stored, length in zip(group.parts, lengths.tolist(), strict=True):
             parts[stored.part] += length

@@ -17,7 +17,7 @@ from typing import Any
 
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
-from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
+from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense_in
 from qmoe_jax.artifact.groups import EXPERTS, Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
     MANIFEST,
@@ -34,56 +34,58 @@ from qmoe_jax.artifact.report import RunReport
 from qmoe_jax.artifact.sums import SUMS, listed_files, render_sums
 from qmoe_jax.coding import Codebook
 from qmoe_jax.config import SwitchConfig
-from qmoe_jax.files.durable import (
-    FileRecord,
-    make_folder,
-    record_of,
-    record_of_pieces,
-    sync_folder,
-    temporary_files,
-    write_durably,
-)
+from qmoe_jax.files.durable import FileRecord, record_of_pieces
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.lock import Lock
 from qmoe_jax.files.names import is_stray
-from qmoe_jax.files.output import output_directory
+from qmoe_jax.files.output import output_store
+from qmoe_jax.files.store import Place, Store, make_hold, readable_record
 
 
-def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path:
-    """Return the local directory in which an artifact can be begun or resumed; nothing is read but names.
+def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path | str:
+    """Return the local directory, or the URL, at which an artifact can be begun or resumed.
+
+    Nothing is read but names; at a URL an empty object is written and removed.
 
     Args:
-        path: a local path or a file URL.
-        inputs: paths of what is read meanwhile.
+        path: a local path or a URL.
+        inputs: paths and URLs of what is read meanwhile.
 
     Raises:
-        CheckpointError: it cannot be written (see `output_directory`), or holds something else.
+        CheckpointError: it cannot be written (see `output_store`), or holds something else.
     """
-    root = output_directory(path, inputs=inputs)
-    found = sorted(name for name in os.listdir(root) if not is_stray(name)) if root.exists() else []
+    return _artifact_store(path, inputs).root
+
+
+def _artifact_store(place: Place, inputs: tuple[object, ...] = ()) -> Store:
+    """Return the store in which an artifact can be begun or resumed. Raises as `artifact_directory` does."""
+    store = place if isinstance(place, Store) else output_store(place, inputs=inputs)
+    found = [name for name in store.entries() if not is_stray(name)]
     if found and not {RUN, MANIFEST, EXPERTS}.intersection(found):
         raise CheckpointError(
             "holds something else",
-            path=root,
+            path=store.root,
             expected="an empty directory, or an artifact of the same run",
             found=", ".join(found[:5]),
             remedy="choose another output directory",
         )
-    return root
+    return store
 
 
 class ArtifactWriter:
     """The writer of one run's artifact, a context manager that holds the directory's lock until it is closed.
 
+    An object store has no lock. There a second process of the same run makes the same objects, which is no
+    harm, and other bytes than these are an error that names the object.
+
     Attributes:
-        root: the directory.
+        store: the files.
         run: everything that decides the bytes.
         host: number of this host; host 0 also writes the files that all share.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: Place,
         *,
         config: SwitchConfig,
         options: Mapping[str, Any],
@@ -94,7 +96,7 @@ class ArtifactWriter:
         """Begin an artifact, or resume an interrupted one.
 
         Args:
-            path: a directory that is missing, empty, or of the same run.
+            path: a directory or URL where nothing is, or the same run.
             config: the architecture.
             options: options of the compression, as JSON values.
             source: digests of the checkpoint and of the calibration data, as JSON values: with the options,
@@ -109,7 +111,7 @@ class ArtifactWriter:
         """
         codebooks = list(codebooks)
         digests = {codebook.name: codebook.digest for codebook in codebooks}
-        self.root, self.host = artifact_directory(path), host
+        self.store, self.host = _artifact_store(path), host
         self.run = Run(config, options, source, digests)
         self._digest = self.run.digest
         self._groups: dict[GroupKey, FileRecord] = {}
@@ -117,8 +119,7 @@ class ArtifactWriter:
         self._files: dict[str, FileRecord] = {}
         self._dense: dict[str, ArrayRecord] | None = None
         self._require_ours()
-        make_folder(self.root)
-        self._lock = Lock(self.root / f".lock-{host}")
+        self._release = self.store.lock(f".lock-{host}")
         try:
             self._clean()
             self.attach(RUN, canonical(self.run.to_json()))
@@ -136,12 +137,17 @@ class ArtifactWriter:
 
     def close(self) -> None:
         """Release the lock. Whatever has been written stays."""
-        self._lock.release()
+        self._release()
+
+    @property
+    def root(self) -> Path | str:
+        """The directory, or the URL."""
+        return self.store.root
 
     @property
     def finished(self) -> bool:
         """True once the manifest exists, which makes the artifact complete."""
-        return (self.root / MANIFEST).exists()
+        return self.store.exists(MANIFEST)
 
     def has_group(self, stack: str, layer: int, start: int, stop: int) -> bool:
         """Return whether experts `start` to `stop - 1` are written, after checking every byte of their file.
@@ -152,7 +158,7 @@ class ArtifactWriter:
         key = GroupKey(stack, layer, start, stop)
         if key in self._groups:
             return True
-        if not (self.root / key.path).exists():
+        if not self.store.exists(key.path):
             return False
         self._groups[key] = self._check_group(key)
         return True
@@ -164,17 +170,20 @@ class ArtifactWriter:
 
         Raises:
             CheckpointError: they are not this model's, need a codebook that the run lacks, or cannot be
-                written.
+                written; or, where nobody can be locked out, the file is there, whole but with other bytes.
             ValueError: they are not all packed in one way.
         """
         key = GroupKey(stack, layer, start, start + len(experts))
         matrices = {name: (matrix.kind, matrix.shape) for name, matrix in experts[0].items()}
-        check_matrices(self.root / key.path, self.run, matrices)
+        check_matrices(self.store.path(key.path), self.run, matrices)
         pieces = render_group(key, experts, self._digest)
         record = record_of_pieces(pieces)
-        if not _holds(self.root / key.path, record):
+        found = readable_record(self.store, key.path)
+        if found != record:
+            if found is not None and not self.store.exclusive:
+                self._require_damaged(key, record)
             self._reopen()
-            write_durably(self.root / key.path, pieces, host=self.host)
+            self.store.write(key.path, pieces, over=found, host=self.host)
         self._groups[key] = record
         return record
 
@@ -203,21 +212,22 @@ class ArtifactWriter:
         self, stack: str, layer: int, start: int, stop: int
     ) -> list[dict[str, PackedExpertMatrix]]:
         """Read the experts of a group that was written before."""
-        return GroupFile.open(self.root, GroupKey(stack, layer, start, stop)).read(start, stop)
+        return GroupFile.open(self.store, GroupKey(stack, layer, start, stop)).read(start, stop)
 
     def write_dense(self, tree: Mapping[str, Any]) -> None:
         """Write every parameter that is in no group, a nested dict of arrays. Every host calls this."""
         self._reopen()
-        self._dense = save_dense(self.root, tree)
+        self._dense = save_dense_in(self.store, tree)
 
     def attach(self, name: str, content: bytes) -> None:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
-        path, record = self.root / name, record_of_pieces([content])
-        if self.host == 0 and not _holds(path, record):
-            if path.exists() or self.finished:
-                warnings.warn(f"{path}: is missing or not this run's; is written again", stacklevel=2)
+        record = record_of_pieces([content])
+        if self.host == 0 and (found := readable_record(self.store, name)) != record:
+            if found is not None or self.store.exists(name) or self.finished:
+                told = f"{self.store.path(name)}: is missing or not this run's; is written again"
+                warnings.warn(told, stacklevel=2)
             self._reopen()
-            write_durably(path, [content])
+            self.store.write(name, [content], over=found)
         self._files[name] = record
 
     def finish(self, summary: Mapping[str, Any] | None = None, report: RunReport | None = None) -> Manifest:
@@ -234,49 +244,53 @@ class ArtifactWriter:
             CheckpointError: experts or dense parameters are missing, a group is damaged or another run's, or
                 there is a file that does not belong here.
         """
-        for key in find_groups(self.root):
+        for key in find_groups(self.store):
             self.has_group(key.stack, key.layer, key.start, key.stop)
         sources = {key: key for key in self._groups} | self._linked
         groups = tuple(
             GroupRecord(key, source.path, self._groups[source]) for key, source in sorted(sources.items())
         )
         if self._dense is None:
-            raise CheckpointError("has no dense parameters", path=self.root, remedy="call write_dense first")
+            raise CheckpointError(
+                "has no dense parameters", path=self.store.root, remedy="call write_dense first"
+            )
         files = {group.key: group.path for group in groups}
-        kinds = check_complete(self.root, self.run, files, self._dense)
+        kinds = check_complete(self.store, self.run, files, self._dense)
         manifest = Manifest(self.run, kinds, groups, self._dense, self._files, summary or {})
         self._require_no_other_file({group.path for group in groups} | self._files.keys())
         self._reopen()
-        write_durably(self.root / REPORT, [(report or RunReport()).render()])
-        write_durably(self.root / SUMS, [self._render_sums(manifest)])
-        write_durably(self.root / MANIFEST, [manifest.render()])
+        make_hold(self.store, REPORT, [(report or RunReport()).render()])
+        make_hold(self.store, SUMS, [self._render_sums(manifest)])
+        if (problem := self._problem({RUN})) is not None:  # another run began here at the same moment
+            raise problem
+        make_hold(self.store, MANIFEST, [manifest.render()])
         return manifest
 
     def _require_no_other_file(self, known: set[str]) -> None:
         """Raise `CheckpointError` where `verify` would report a file as extra."""
-        for path in listed_files(self.root):
-            if path not in known | {REPORT, MANIFEST} and not path.startswith(f"{DENSE}/"):
+        for name in listed_files(self.store):
+            if name not in known | {REPORT, MANIFEST} and not name.startswith(f"{DENSE}/"):
                 raise CheckpointError(
-                    "is not part of the artifact", path=self.root / path, remedy="remove it"
+                    "is not part of the artifact", path=self.store.path(name), remedy="remove it"
                 )
 
     def _render_sums(self, manifest: Manifest) -> bytes:
         """Return the checksum file; files that this process has written or checked are not read again."""
         sums = {group.path: group.record.sha256 for group in manifest.groups}
         sums |= {name: record.sha256 for name, record in self._files.items()}
-        others = (path for path in listed_files(self.root) if path not in sums)
-        sums |= {path: record_of(self.root / path).sha256 for path in others}
+        for name in listed_files(self.store):
+            if name not in sums and (record := self.store.find_record(name)) is not None:
+                sums[name] = record.sha256
         return render_sums(sums | {MANIFEST: record_of_pieces([manifest.render()]).sha256})
 
     def _reopen(self) -> None:
         """Make a finished artifact an unfinished one, before anything in it changes."""
         if self.finished:
-            (self.root / MANIFEST).unlink()
-            sync_folder(self.root)
+            self.store.delete(MANIFEST)
 
     def _check_group(self, key: GroupKey) -> FileRecord:
         """Check that a group's file is this run's, and exactly what its content would be written as."""
-        path, group = self.root / key.path, GroupFile.open(self.root, key)
+        path, group = self.store.path(key.path), GroupFile.open(self.store, key)
         if group.run != self._digest:
             raise CheckpointError(
                 "belongs to another run",
@@ -286,7 +300,7 @@ class ArtifactWriter:
                 remedy="remove the file, or choose another output directory",
             )
         expected = record_of_pieces(render_group(key, group.read(key.start, key.stop), self._digest))
-        if (found := record_of(path)) != expected:
+        if (found := self.store.find_record(key.path)) != expected:
             raise CheckpointError(
                 "is damaged",
                 path=path,
@@ -294,12 +308,28 @@ class ArtifactWriter:
                 found=found,
                 remedy="remove it: the run writes it again",
             )
-        return found
+        return expected
+
+    def _require_damaged(self, key: GroupKey, record: FileRecord) -> None:
+        """Raise `CheckpointError` where a group's file is whole, but not the one of this `record`."""
+        try:
+            group = GroupFile.open(self.store, key)
+            whole = record_of_pieces(render_group(key, group.read(key.start, key.stop), group.run))
+        except (CheckpointError, ValueError):
+            return
+        if self.store.find_record(key.path) == whole:
+            raise CheckpointError(
+                "is there already, with other bytes",
+                path=self.store.path(key.path),
+                expected=f"{record}, run {self._digest}",
+                found=f"{whole}, run {group.run}",
+                remedy="another process or machine has written it: stop that process, or choose another "
+                "location; or remove the object, then run the same command again",
+            )
 
     def _require_ours(self) -> None:
         """Raise `CheckpointError` where the directory holds another run."""
-        entries = self.root.iterdir() if self.root.exists() else ()
-        found = {entry.name for entry in entries if not is_stray(entry.name)}
+        found = {name for name in self.store.entries() if not is_stray(name)}
         if not found:
             return
         problem = self._problem(found)
@@ -311,13 +341,13 @@ class ArtifactWriter:
         if RUN not in found:
             return CheckpointError(
                 "holds something else",
-                path=self.root,
+                path=self.store.root,
                 expected="an empty directory, or an artifact of the same run",
                 found=", ".join(sorted(found)[:5]),
                 remedy="choose another output directory",
             )
         try:
-            differences = self.run.differences(Run.read(self.root))
+            differences = self.run.differences(Run.read(self.store))
         except CheckpointError as error:
             return error.with_remedy("choose another output directory")
         if not differences:
@@ -325,7 +355,7 @@ class ArtifactWriter:
         ours, theirs = zip(*differences.values(), strict=True)
         return CheckpointError(
             "holds an artifact of another run",
-            path=self.root,
+            path=self.store.root,
             expected=_settings(differences, ours),
             found=_settings(differences, theirs),
             remedy="choose another output directory, or the inputs and settings that began this one",
@@ -339,27 +369,18 @@ class ArtifactWriter:
         digests = set()
         if MANIFEST in found:
             with contextlib.suppress(CheckpointError):
-                digests.add(Manifest.read(self.root).run.digest)
-        for file in self.root.glob(f"{EXPERTS}/*/*"):
-            key = GroupKey.from_path(file.relative_to(self.root).as_posix())
+                digests.add(Manifest.read(self.store).run.digest)
+        for name in self.store.names(EXPERTS):
+            key = GroupKey.from_path(name)
             with contextlib.suppress(CheckpointError):
-                digests.add(GroupFile.open(self.root, key).run if key else "a file that is no group")
+                digests.add(GroupFile.open(self.store, key).run if key else "a file that is no group")
         return digests == {self._digest}
 
     def _clean(self) -> None:
         """Remove what a killed run of this host left half-written."""
-        for path in temporary_files(self.root, self.host):
-            path.unlink()
-        if self.host == 0:
-            remove_leftovers(self.root)
-
-
-def _holds(path: Path, record: FileRecord) -> bool:
-    """Return whether a file has the size and checksum of `record`; False where it cannot be read."""
-    try:
-        return path.exists() and record_of(path) == record
-    except CheckpointError:
-        return False
+        self.store.remove_temporary(self.host)
+        if self.host == 0 and isinstance(self.store.root, Path):
+            remove_leftovers(self.store.root)
 
 
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:

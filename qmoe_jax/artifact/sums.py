@@ -7,11 +7,10 @@ Orbax writes times, and the report.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.names import is_stray
-from qmoe_jax.files.reading import read_whole
+from qmoe_jax.files.store import Place, Store, open_store
 
 SUMS = "SHA256SUMS"
 
@@ -19,11 +18,14 @@ FOREIGN = frozenset({"README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTIC
 """Files that people and hubs put beside an artifact; these, and strays at any depth, do not belong to it."""
 
 
-def listed_files(root: Path) -> list[str]:
-    """Return every file of an artifact except `SHA256SUMS`, as sorted relative paths."""
-    files = (file.relative_to(root) for file in root.rglob("*") if not file.is_dir())
-    ours = (file for file in files if not any(map(is_stray, file.parts)) and file.as_posix() not in FOREIGN)
-    return sorted(file.as_posix() for file in ours if file != Path(SUMS))
+def listed_files(store: Store) -> list[str]:
+    """Return every file of an artifact except `SHA256SUMS`, as sorted relative paths.
+
+    Where files cannot be listed (http), those that `SHA256SUMS` lists.
+    """
+    names = store.names() if store.can_list else sorted(read_sums(store))
+    ours = (name for name in names if not any(map(is_stray, name.split("/"))))
+    return [name for name in ours if name not in FOREIGN and name != SUMS]
 
 
 def render_sums(sums: Mapping[str, str]) -> bytes:
@@ -31,14 +33,14 @@ def render_sums(sums: Mapping[str, str]) -> bytes:
     return "".join(f"{sums[path]}  {path}\n" for path in sorted(sums)).encode()
 
 
-def read_sums(root: Path) -> dict[str, str]:
+def read_sums(artifact: Place) -> dict[str, str]:
     """Read the checksums by relative path.
 
     Raises:
         CheckpointError: the file is missing, or differs in any way from what `render_sums` writes.
     """
-    path = root / SUMS
-    data = read_whole(path)
+    store = open_store(artifact)
+    path, data = store.path(SUMS), store.read(SUMS)
     lines = [line.partition("  ") for line in data.decode(errors="replace").splitlines()]
     sums = {name: sha256 for sha256, _, name in lines}
     if render_sums(sums) != data:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from qmoe_jax.artifact.dense import DENSE, stored_record
 from qmoe_jax.artifact.kinds import Codebooks
@@ -15,8 +15,9 @@ from qmoe_jax.artifact.matrices import unpack_digits
 from qmoe_jax.artifact.reader import ArtifactReader, ExpertLayer
 from qmoe_jax.artifact.sums import SUMS, listed_files, read_sums
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.files.durable import FileRecord, record_of
+from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.store import Place, Store, open_store
 from qmoe_jax.progress import ProgressCallback, Tally, no_progress
 from qmoe_jax.settings import own_settings
 
@@ -49,42 +50,44 @@ class Verification:
 
 
 @own_settings()
-def verify(
-    checkpoint: str | os.PathLike[str] | Checkpoint, *, progress: ProgressCallback = no_progress
-) -> Verification:
+def verify(checkpoint: Place | Checkpoint, *, progress: ProgressCallback = no_progress) -> Verification:
     """Read every file of an artifact and check sizes, checksums, dense arrays and the codes of each expert.
 
     A file that is missing, or that is not listed, is a problem too (README, LICENSE and hidden files apart).
 
     Args:
-        checkpoint: the artifact, by path or opened.
+        checkpoint: the artifact, by path or URL, or opened.
         progress: called with the number of bytes whose checksum is checked, file by file.
     """
-    root = Path(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
+    if isinstance(checkpoint, ArtifactReader):
+        store = checkpoint.store
+    else:
+        store = open_store(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     try:
-        manifest, sums = Manifest.read(root), read_sums(root)
+        manifest, sums = Manifest.read(store), read_sums(store)
     except CheckpointError as error:
         return Verification(False, (str(error),))
-    found = listed_files(root)
+    found = listed_files(store)
     problems = [*_missing(manifest, sums, found), *_extra(manifest, sums, found)]
-    files, more = _check_files(root, manifest, sums, [name for name in found if name in sums], progress)
-    problems += [*more, *_check_dense(root, manifest), *_check_experts(root)]
+    files, more = _check_files(store, manifest, sums, [name for name in found if name in sums], progress)
+    problems += [*more, *_check_dense(store, manifest), *_check_experts(store)]
     return Verification(not problems, tuple(problems), len(files), sum(record.bytes for record in files))
 
 
-def damaged_files(root: Path) -> tuple[str, ...]:
+def damaged_files(root: Place) -> tuple[str, ...]:
     """Return the files of a finished artifact that are missing or damaged, and how they differ.
 
     Files that do not belong there are left to `verify`, and so are the codes of each expert: if they do not
     decode, the program that wrote them is wrong, not the disk.
     """
+    store = open_store(root)
     try:
-        manifest, sums = Manifest.read(root), read_sums(root)
+        manifest, sums = Manifest.read(store), read_sums(store)
     except CheckpointError as error:
         return (str(error),)
-    found = listed_files(root)
+    found = listed_files(store)
     missing = _missing(manifest, sums, found)
-    _, problems = _check_files(root, manifest, sums, [name for name in found if name in sums], no_progress)
+    _, problems = _check_files(store, manifest, sums, [name for name in found if name in sums], no_progress)
     return (*missing, *problems)
 
 
@@ -109,15 +112,16 @@ def _extra(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iterat
 
 
 def _check_files(
-    root: Path, manifest: Manifest, sums: dict[str, str], names: list[str], progress: ProgressCallback
+    store: Store, manifest: Manifest, sums: dict[str, str], names: list[str], progress: ProgressCallback
 ) -> tuple[list[FileRecord], list[str]]:
     """Hash the files, several at a time, and compare; return their records and the problems."""
-    sizes = [(root / name).stat().st_size for name in names]
-    tally = Tally(progress, sum(sizes))
     recorded = {group.path: group.record for group in manifest.groups} | dict(manifest.files)
     problems, records = [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda name: _record(root / name), names)
+        expected = {name: recorded[name].bytes for name in names if name in recorded}
+        sizes = list(pool.map(lambda name: store.size(name, expected.get(name)) or 0, names))
+        tally = Tally(progress, sum(sizes))
+        found = pool.map(functools.partial(_record, store), names)
         for name, size, record in zip(names, sizes, found, strict=True):
             tally.begin(name)
             tally.advance(size)
@@ -132,18 +136,19 @@ def _check_files(
     return records, problems
 
 
-def _record(path: Path) -> FileRecord | CheckpointError:
+def _record(store: Store, name: str) -> FileRecord | CheckpointError:
     try:
-        return record_of(path)
+        found = store.find_record(name)
+        return found or CheckpointError("is missing", path=store.path(name))
     except CheckpointError as error:
         return error
 
 
-def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
+def _check_dense(store: Store, manifest: Manifest) -> Iterator[str]:
     """Yield a problem for each dense array whose content, read as a model reads it, is not the one listed."""
     for name, expected in manifest.dense.items():
         try:
-            content = stored_record(root, name, expected)
+            content = stored_record(store, name, expected)
         except CheckpointError as error:
             yield str(error)
             continue
@@ -151,19 +156,24 @@ def _check_dense(root: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{DENSE}: {name}: expected SHA-256 {expected.sha256}, found {content.sha256}"
 
 
-def _check_experts(root: Path) -> Iterator[str]:
-    """Yield a problem for each expert whose codes do not decode to exactly the width of its matrices."""
+def _check_experts(store: Store) -> list[str]:
+    """Return a problem for each group with an expert whose codes do not decode to its matrices' width.
+
+    Several groups are decoded at a time, the problems in the order of the groups. Memory: a group as it is
+    stored and the digits of one matrix (a byte each) per thread.
+    """
     try:
-        reader = ArtifactReader.open(root)
+        reader = ArtifactReader.open(store)
     except CheckpointError as error:
-        yield str(error)
-        return
-    for layer in reader.layers.values():
-        for group in layer.groups:
-            yield from _check_group(layer, group, reader.codebooks)
+        return [str(error)]
+    groups = [(layer, group) for layer in reader.layers.values() for group in layer.groups]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda each: _problem_of_group(each[0], each[1], reader.codebooks), groups)
+        return [problem for problem in found if problem is not None]
 
 
-def _check_group(layer: ExpertLayer, group: GroupRecord, codebooks: Codebooks) -> Iterator[str]:
+def _problem_of_group(layer: ExpertLayer, group: GroupRecord, codebooks: Codebooks) -> str | None:
+    """Return what is wrong with the first expert of a group that does not decode; None if they all do."""
     number = group.key.start
     try:
         for expert in layer.read(slice(group.key.start, group.key.stop)):
@@ -171,4 +181,5 @@ def _check_group(layer: ExpertLayer, group: GroupRecord, codebooks: Codebooks) -
                 unpack_digits(matrix, codebooks)
             number += 1
     except (CheckpointError, ValueError) as error:
-        yield f"{group.path}: expert {number}: {error}"
+        return f"{group.path}: expert {number}: {error}"
+    return None

@@ -27,8 +27,8 @@ from qmoe_jax.cli.samples import (
     TokenizerFile,
     load_tokenizer,
 )
-from qmoe_jax.data import find_tokenizer
 from qmoe_jax.files.output import output_directory
+from qmoe_jax.inference.tokenizer import tokenizer_file
 
 
 def compare(
@@ -98,7 +98,7 @@ def compare(
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed, at_most=128)
     with working(f"reading {original}, {compressed} and the text"):
         checkpoints = open_model(original), open_model(compressed)
-        found = tokenizer or next(filter(None, (find_tokenizer(each.path) for each in checkpoints)), None)
+        found = tokenizer or next(filter(None, (tokenizer_file(each) for each in checkpoints)), None)
         tokens = load_tokenizer(checkpoints[0], found, extra_ids)
         examples = options.read(text, tokens)
     note(f"{len(examples):,} samples; tokenizer {tokens.path}")

@@ -12,11 +12,11 @@ import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import warn
 from qmoe_jax.cli.models import CheckpointPath, open_model
-from qmoe_jax.data import find_tokenizer
 from qmoe_jax.data.sentinels import SIDE_FILES
 from qmoe_jax.files.durable import write_durably
 from qmoe_jax.files.output import new_output_directory, output_directory
 from qmoe_jax.files.reading import read_whole
+from qmoe_jax.inference.tokenizer import tokenizer_file
 
 TOKENIZER_NAMES = {"t5x": "tokenizer.model", "huggingface": "spiece.model"}
 """Not for upstream, whose loader takes every file of a directory but a few for torch's."""
@@ -71,9 +71,7 @@ def convert(
     try:
         with qj.ProgressBar(f"writing {to}", "parameters") as progress:
             written = qj.convert(checkpoint, directory, to, dtype=dtype, step=step or 1, progress=progress)
-        tokenizer = (
-            _copy_tokenizer(checkpoint.path, directory / TOKENIZER_NAMES[to]) if to != "upstream" else None
-        )
+        tokenizer = _copy_tokenizer(checkpoint, directory / TOKENIZER_NAMES[to]) if to != "upstream" else None
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(f"{output} is incomplete: remove it before you run the command again") from None
     if to == "huggingface" and checkpoint.config.gated:
@@ -86,12 +84,12 @@ def convert(
     return Answer(fields, (Text(f"{written}: {to}, from {path} ({checkpoint.format}){beside}"),))
 
 
-def _copy_tokenizer(checkpoint: Path | str, target: Path) -> Path | None:
+def _copy_tokenizer(checkpoint: qj.Checkpoint, target: Path) -> Path | None:
     """Copy the checkpoint's tokenizer, and the files beside it that may name its sentinels.
 
     Nothing is copied over another file; return None where `target` exists, or nothing is there to copy.
     """
-    source = find_tokenizer(checkpoint)
+    source = tokenizer_file(checkpoint)
     if source is None or target.exists():
         return None
     for name in SIDE_FILES:

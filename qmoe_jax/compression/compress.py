@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
@@ -29,6 +30,8 @@ from qmoe_jax.compression.source import read_dense, source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, checked_examples
+from qmoe_jax.files.durable import make_folder
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
@@ -43,6 +46,7 @@ def compress(
     config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
     *,
     attachments: Mapping[str, bytes] | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     allow_mixed: bool = False,
     progress: ProgressCallback = no_progress,
 ) -> CompressionReport:
@@ -58,11 +62,14 @@ def compress(
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
-        output: the artifact's directory: missing, empty, or that of the same compression.
+        output: the artifact's directory or URL (gs://, s3://): missing, empty, or that of the same
+            compression.
         examples: calibration samples, (encoder ids, decoder ids beginning with the model's start token).
             Padding at the encoder's end does not count.
         config: the options.
         attachments: files to carry in the artifact, by name, such as the tokenizer's model.
+        scratch: a local folder for files that are needed meanwhile; the output's own by default, so it is
+            required where that is a URL.
         allow_mixed: resume a run that other software or another machine began. Each digit may then differ
             from what either of them alone gives; the report says which groups come from which.
         progress: called with the number of experts done; a dense layer counts as one.
@@ -77,6 +84,13 @@ def compress(
     began = time.monotonic()
     inputs = (checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint,)
     output = artifact_directory(output, inputs=inputs)
+    if isinstance(output, str) and scratch is None:
+        raise CheckpointError(
+            "a compression to a URL needs a local folder for its scratch files",
+            path=output,
+            remedy="name one (scratch, --scratch) on a disk with room for the hidden states",
+        )
+    folder = Path(scratch or output)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
     examples = checked_examples(examples, reader.config)
@@ -89,14 +103,15 @@ def compress(
     with ArtifactWriter(
         output, config=reader.config, options=options, source=source, codebooks=codebooks.values()
     ) as writer:
-        remove_scratch(writer.root)
+        make_folder(folder)
+        remove_scratch(folder)
         if writer.finished:
-            if not (damaged := damaged_files(writer.root)):
-                remove_records(writer.root)
+            if not (damaged := damaged_files(writer.store)):
+                remove_records(writer.store)
                 progress(1, 1, "finished before")
                 return CompressionReport.read(output)
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
-        require_room(writer.root, sum(part.nbytes for part in dense.values()), wanted=writer.root)
+        require_room(folder, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
@@ -109,11 +124,11 @@ def compress(
         else:
             if not allow_mixed:
                 groups.require_same_producer()
-            walk = Walk(reader.config, dense, groups, examples, config, writer.root)
+            walk = Walk(reader.config, dense, groups, examples, config, folder)
             reads = groups.reads(walk.stacks)
-            with staged_beside(writer.root, reader, reads) as groups.reader, blas_on_one_thread():
+            with staged_beside(folder, reader, reads) as groups.reader, blas_on_one_thread():
                 walk.run(progress)
         writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
-        remove_records(writer.root)
+        remove_records(writer.store)
     return CompressionReport.read(output)

@@ -10,8 +10,6 @@ not agree in every byte is not finished.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -20,9 +18,9 @@ from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.manifest import canonical, digest, read_canonical
 from qmoe_jax.artifact.report import GroupReport
 from qmoe_jax.compression.exact import Levels
-from qmoe_jax.files.durable import FileRecord, record_of_pieces, write_durably
+from qmoe_jax.files.durable import FileRecord, record_of_pieces
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.reading import read_whole
+from qmoe_jax.files.store import File, Place, Store, make_hold, open_store
 
 FOLDER = ".exact-levels"
 
@@ -54,9 +52,9 @@ class GroupRecord:
         return canonical({"checksum": digest(content), **content})
 
     @classmethod
-    def read(cls, path: Path) -> GroupRecord:
+    def read(cls, file: File) -> GroupRecord:
         """Read a record. Raises `CheckpointError` where it is missing, or differs in any byte."""
-        content = read_canonical(path)
+        content = read_canonical(file)
         try:
             if content.pop("checksum") != digest(content):
                 raise ValueError("another checksum")
@@ -67,15 +65,16 @@ class GroupRecord:
                 GroupReport.from_json(content["report"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError("is damaged", path=path, found=repr(error)) from error
+            raise CheckpointError("is damaged", path=file.path, found=repr(error)) from error
 
 
 class FinishedGroups:
     """The records and levels of an unfinished artifact's groups."""
 
-    def __init__(self, root: Path, run: str):
-        """Use the folder in the artifact `root`; `run` is the digest of its run."""
-        self.root, self.run = root, run
+    def __init__(self, artifact: Place, run: str):
+        """Use the folder in an artifact; `run` is the digest of its run."""
+        self.store: Store = open_store(artifact)
+        self.run = run
 
     def read(self, key: GroupKey) -> GroupRecord | None:
         """Return the record of a group; None where there is none.
@@ -83,39 +82,45 @@ class FinishedGroups:
         Raises:
             CheckpointError: it is damaged, or another run's.
         """
-        path = self._record(key)
-        if not path.exists():
+        file = File(self.store, _record_name(key))
+        if not self.store.exists(file.name):
             return None
-        record = GroupRecord.read(path)
+        record = GroupRecord.read(file)
         if record.run != self.run:
-            raise CheckpointError("belongs to another run", path=path, expected=self.run, found=record.run)
+            raise CheckpointError(
+                "belongs to another run", path=file.path, expected=self.run, found=record.run
+            )
         return record
 
     def read_levels(self, key: GroupKey, record: GroupRecord) -> Levels:
         """Return the levels of a group. Raises `CheckpointError` where they are not what its record names."""
-        path = self._levels(key)
-        data = read_whole(path)
+        name = _levels_name(key)
+        data = self.store.read(name)
         if (found := record_of_pieces([data])) != record.levels:
-            raise CheckpointError("is damaged", path=path, expected=record.levels, found=found)
+            raise CheckpointError(
+                "is damaged", path=self.store.path(name), expected=record.levels, found=found
+            )
         return load(data)
 
     def write_levels(self, key: GroupKey, levels: Levels) -> FileRecord:
         """Write the levels of a group, before its record."""
         content = save({name: np.ascontiguousarray(part) for name, part in levels.items()})
-        return write_durably(self._levels(key), [content])
+        return make_hold(self.store, _levels_name(key), [content])
 
     def write(self, key: GroupKey, group: FileRecord, levels: FileRecord, report: GroupReport) -> None:
         """Write the record of a group, once its levels and the group itself are on disk."""
         record = GroupRecord(self.run, group, levels, report)
-        write_durably(self._record(key), [record.render()])
-
-    def _levels(self, key: GroupKey) -> Path:
-        return self.root / FOLDER / key.path
-
-    def _record(self, key: GroupKey) -> Path:
-        return (self.root / FOLDER / key.path).with_suffix(".json")
+        make_hold(self.store, _record_name(key), [record.render()])
 
 
-def remove_records(root: Path) -> None:
+def _levels_name(key: GroupKey) -> str:
+    return f"{FOLDER}/{key.path}"
+
+
+def _record_name(key: GroupKey) -> str:
+    return f"{FOLDER}/{key.path.removesuffix('.safetensors')}.json"
+
+
+def remove_records(artifact: Place) -> None:
     """Remove records and levels, once the artifact is finished."""
-    shutil.rmtree(root / FOLDER, ignore_errors=True)
+    open_store(artifact).delete_folder(FOLDER)

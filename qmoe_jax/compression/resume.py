@@ -52,14 +52,14 @@ class GroupStore:
         """
         self.reader, self.writer, self.config = reader, writer, config
         self.kinds, self.codebooks, self.producer = kinds, codebooks, producer
-        self.finished = FinishedGroups(writer.root, writer.run.digest)
+        self.finished = FinishedGroups(writer.store, writer.run.digest)
         self._records = {key: record for key in self._keys() if (record := self._read_record(key))}
         self._reports = self._read_reports()
 
     def require_same_producer(self) -> None:
         """Raise `CheckpointError` where finished groups were made by other software or another machine."""
         made = [report.producer for report in self._reports.values()]
-        require_producer(self.producer, made, self.writer.root)
+        require_producer(self.producer, made, self.writer.store.root)
 
     def complete(self) -> bool:
         """Return whether every group is on disk, intact and with its figures, so that none is missing."""
@@ -141,7 +141,7 @@ class GroupStore:
     def _read_reports(self) -> dict[GroupKey, GroupReport]:
         """Return the figures of groups: of an artifact that was finished before, then those on record."""
         try:
-            earlier = RunReport.read(self.writer.root).groups
+            earlier = RunReport.read(self.writer.store).groups
         except CheckpointError as error:
             remedy = "none needed: groups whose figures are lost are quantized again"
             warnings.warn(str(error.with_remedy(remedy)), stacklevel=2)
@@ -167,7 +167,7 @@ class GroupStore:
         try:
             if not self.writer.has_group(key.stack, key.layer, key.start, key.stop):
                 if record is not None:
-                    raise CheckpointError("is missing", path=self.writer.root / key.path)
+                    raise CheckpointError("is missing", path=self.writer.store.path(key.path))
                 return False
         except CheckpointError as error:
             _warn(key, error)

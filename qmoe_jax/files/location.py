@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,23 @@ from qmoe_jax.files.errors import CheckpointError, printable
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 
 
+_REFUSED = "check the credentials, and that they may read, write, list and delete there"
+_UNREACHABLE = "check the network and the address of the server, then run the same command again"
+
 # Statuses of tensorstore with which a server or the system does not give out what may be there.
-_WITHHELD = (
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "RESOURCE_EXHAUSTED",
-    "ABORTED",
-)
+_WITHHELD = {
+    "PERMISSION_DENIED": _REFUSED,
+    "UNAUTHENTICATED": _REFUSED,
+    "UNAVAILABLE": _UNREACHABLE,
+    "DEADLINE_EXCEEDED": _UNREACHABLE,
+    "ABORTED": _UNREACHABLE,
+    "RESOURCE_EXHAUSTED": "the server limits requests: run the same command again later",
+}
+_REMEDIES = {
+    **_WITHHELD,
+    "NoSuchBucket": "make the bucket, or correct its name",
+    "UNIMPLEMENTED": "choose a location that can be written and listed, such as gs:// or s3://",
+}
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 
 
@@ -53,19 +62,23 @@ class Location:
     def of(cls, path: str | os.PathLike[str]) -> Location:
         """Return the directory at a local path (`~` is the home) or URL (gs, s3, http, https, file).
 
-        Nothing is read, so a local path need not exist.
+        Nothing is read, so a local path need not exist. Credentials are found as the driver finds them; for
+        s3, `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` names another server than Amazon's.
 
         Raises:
             CheckpointError: no driver opens the URL, or it is a file URL that `local_path` refuses.
         """
-        context = ts.Context({f"{driver}_request_retries": _RETRIES for driver in ("http", "gcs", "s3")})
+        context = _context(os.environ)
         if (local := local_path(path)) is None:
             text = os.fspath(path)
             match = _URL.match(text)
             assert match is not None
             url = match[0].lower() + text[match.end() :].rstrip("/") + "/"
             try:
-                store = ts.KvStore.open(url, context=context).result()
+                spec: str | dict[str, Any] = url
+                if url.startswith("s3:"):
+                    spec = {**ts.KvStore.Spec(url).to_json(), **_s3_endpoint(os.environ)}
+                store = ts.KvStore.open(spec, context=context).result()
             except ValueError as error:
                 raise CheckpointError(
                     f"no driver opens {match[1]}:// URLs",
@@ -106,8 +119,7 @@ class Location:
         try:
             result = self.store.read(key).result()
         except (ValueError, OSError) as error:
-            kind = Unreadable if any(status in str(error) for status in _WITHHELD) else CheckpointError
-            raise kind("cannot be read", path=f"{self.path}/{key}", found=first_line(error)) from error
+            raise driver_error("cannot be read", f"{self.path}/{key}", error) from error
         return result.value if result.state == "value" else None
 
     def directories(self) -> list[str]:
@@ -177,6 +189,31 @@ def tensorstore_path(directory: str | os.PathLike[str]) -> str:
 @functools.cache
 def _descriptor(path: str, device: int, inode: int) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _context(environment: Mapping[str, str]) -> ts.Context:
+    """Return what the drivers share: how often they try again, and where the credentials for s3 are."""
+    resources: dict[str, Any] = {f"{name}_request_retries": _RETRIES for name in ("http", "gcs", "s3")}
+    if environment.get("AWS_ACCESS_KEY_ID"):  # by default tensorstore logs that there are no files of AWS's
+        resources["aws_credentials"] = {"type": "environment"}
+    return ts.Context(resources)
+
+
+def _s3_endpoint(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the members of an s3 spec that AWS's programs take from these variables, and tensorstore not."""
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    # Without a region tensorstore asks the server for the bucket's.
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    found = {"endpoint": (endpoint or "").rstrip("/"), "aws_region": region if endpoint else None}
+    return {name: value for name, value in found.items() if value}
+
+
+def driver_error(problem: str, path: object, error: Exception, *, key: str | None = None) -> CheckpointError:
+    """Return the error for what a driver of tensorstore could not do: its words, and a remedy if known."""
+    text = str(error)
+    kind = Unreadable if any(status in text for status in _WITHHELD) else CheckpointError
+    remedy = next((remedy for status, remedy in _REMEDIES.items() if status in text), None)
+    return kind(problem, path=path, key=key, found=first_line(error), remedy=remedy)
 
 
 def first_line(error: Exception) -> str:

@@ -14,9 +14,13 @@ from pathlib import Path
 from qmoe_jax.files.errors import CheckpointError, system_error
 from qmoe_jax.files.location import local_path
 from qmoe_jax.files.names import is_stray
+from qmoe_jax.files.store import Store, open_store
 
 # A URL, of which a Path has already dropped the second slash, or `host:/path`.
 _REMOTE = re.compile(r"[^/]+:/")
+_PROBE = ".write-check"
+"""Name of the object by which writing is tried: hidden, so that one that stays is nobody's."""
+
 _LONGEST_NAME = 100
 """Bytes by which the longest path of what is written exceeds that of its directory, at most."""
 
@@ -43,6 +47,39 @@ def output_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...]
     except OSError as error:
         raise system_error("cannot be written", directory, error) from error
     return directory
+
+
+def output_store(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Store:
+    """Return the local directory that `output_directory` accepts, or the objects below a URL, to write into.
+
+    At a URL an empty object is written and removed, since nothing else tells that this is allowed.
+
+    Raises:
+        CheckpointError: as `output_directory`; or the server, or the kind of URL, does not let this process
+            write there.
+    """
+    if not _is_object_url(path):
+        return open_store(output_directory(path, inputs=inputs))
+    store = open_store(path)
+    for entry in inputs:
+        if isinstance(entry, str) and f"{store.root}/".startswith(f"{entry.rstrip('/')}/"):
+            raise CheckpointError(
+                "lies within the input", path=store.root, expected="a location outside of what is read",
+                found=entry, remedy="choose another location",
+            )  # fmt: skip
+    if not store.can_list:
+        raise CheckpointError(
+            "cannot be written: URLs of this kind are only read", path=store.root,
+            expected="a local directory, or gs:// or s3://", remedy="choose another location",
+        )  # fmt: skip
+    store.names(_PROBE)  # a missing bucket is told by its name
+    store.write(_PROBE, [])
+    store.delete(_PROBE)
+    return store
+
+
+def _is_object_url(path: str | os.PathLike[str]) -> bool:
+    return isinstance(path, str) and "\0" not in path and bool(path) and local_path(path) is None
 
 
 def new_output_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path:

@@ -118,7 +118,7 @@ def unreadable(path: Path, error: OSError, key: str | None = None) -> Checkpoint
     return system_error("cannot be read", path, error, key=key)
 
 
-def truncated(path: Path, *, expected: int, found: int, key: str | None = None) -> CheckpointError:
+def truncated(path: object, *, expected: int, found: int, key: str | None = None) -> CheckpointError:
     """Return the error for a file that ends too early; sizes in bytes."""
     return CheckpointError(
         "is cut short",
@@ -130,7 +130,7 @@ def truncated(path: Path, *, expected: int, found: int, key: str | None = None) 
     )
 
 
-def wrong_size(path: Path, *, expected: int, found: int) -> CheckpointError:
+def wrong_size(path: object, *, expected: int, found: int) -> CheckpointError:
     """Return the error for a file that must have exactly `expected` bytes."""
     if found < expected:
         return truncated(path, expected=expected, found=found)

@@ -22,7 +22,8 @@ import numpy as np
 from qmoe_jax.files.durable import FileRecord, write_durably
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.foreign import foreign_error
-from qmoe_jax.files.reading import parse_json, read_array, read_exactly, unreadable, wrong_size
+from qmoe_jax.files.reading import parse_json, wrong_size
+from qmoe_jax.files.store import File
 from qmoe_jax.files.tensor import LazyTensor
 
 DTYPES = {
@@ -160,35 +161,34 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     return lazy_tensors(path, read_header(path))
 
 
-def lazy_tensors(path: Path, header: Header) -> dict[str, LazyTensor]:
+def lazy_tensors(file: Path | File, header: Header) -> dict[str, LazyTensor]:
     """Return the tensors of a file by name, in the order of their bytes, by its header."""
-    return {entry.name: _tensor(path, entry, header.data_begin) for entry in header.tensors}
+    file = File.at(file) if isinstance(file, Path) else file
+    return {entry.name: _tensor(file, entry, header.data_begin) for entry in header.tensors}
 
 
-def _tensor(path: Path, entry: TensorEntry, data_begin: int) -> LazyTensor:
+def _tensor(file: File, entry: TensorEntry, data_begin: int) -> LazyTensor:
     row_shape = entry.shape[1:]
     row_bytes = math.prod(row_shape) * entry.dtype.itemsize
 
     def read(rows: slice) -> np.ndarray:
         array = np.empty((rows.stop - rows.start, *row_shape) if entry.shape else (), entry.dtype)
         skipped = rows.start * row_bytes if entry.shape else 0
-        return read_array(path, data_begin + entry.begin + skipped, array, entry.name)
+        return file.read_array(data_begin + entry.begin + skipped, array, entry.name)
 
     return LazyTensor(entry.shape, entry.dtype, read)
 
 
-def read_header(path: Path) -> Header:
+def read_header(file: Path | File) -> Header:
     """Read and check the header of a file, and check that the file has exactly the bytes that it promises.
 
     Raises:
         CheckpointError: the file is missing, cut short or too long, its header is damaged or leaves a gap, or
             a dtype is unknown.
     """
-    length = int.from_bytes(read_exactly(path, 0, 8), "little")
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise unreadable(path, error) from error
+    file = File.at(file) if isinstance(file, Path) else file
+    path = file.path
+    length = int.from_bytes(file.read_exactly(0, 8), "little")
     if length > MAX_HEADER:
         raise foreign_error(path) or CheckpointError(
             "is not a safetensors file",
@@ -196,10 +196,8 @@ def read_header(path: Path) -> Header:
             expected=f"a header of at most {MAX_HEADER:,} bytes",
             found=f"one of {length:,} bytes",
         )
-    if 8 + length > found:
-        raise wrong_size(path, expected=8 + length, found=found)
     try:
-        parsed = parse_json(bytes(read_exactly(path, 8, length)))
+        parsed = parse_json(bytes(file.read_exactly(8, length)))
     except ValueError as error:
         raise CheckpointError("the header is not valid JSON", path=path, found=error) from error
     metadata = parsed.pop("__metadata__", {}) if isinstance(parsed, dict) else None
@@ -211,12 +209,12 @@ def read_header(path: Path) -> Header:
     tensors = tuple(sorted(entries, key=lambda entry: (entry.begin, entry.end)))
     _require_no_gap(path, tensors)
     expected = 8 + length + (tensors[-1].end if tensors else 0)
-    if found != expected:
+    if (found := file.size(expected) or 0) != expected:
         raise wrong_size(path, expected=expected, found=found)
     return Header(tensors, metadata, 8 + length)
 
 
-def _parse_entry(path: Path, name: str, fields: Any) -> TensorEntry:
+def _parse_entry(path: Path | str, name: str, fields: Any) -> TensorEntry:
     try:
         begin, end = map(_whole_number, fields["data_offsets"])
         dtype, shape = str(fields["dtype"]), tuple(map(_whole_number, fields["shape"]))
@@ -251,7 +249,7 @@ def _whole_number(value: Any) -> int:
     return value
 
 
-def _require_no_gap(path: Path, tensors: Sequence[TensorEntry]) -> None:
+def _require_no_gap(path: Path | str, tensors: Sequence[TensorEntry]) -> None:
     position = 0
     for entry in tensors:
         if entry.begin != position:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qmoe_jax.artifact.scatter import ScatterRead
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.store import File
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def file(tmp_path_factory):
 
 def scattered(file, offset, sizes):
     arrays = [np.zeros(size, np.uint8) for size in sizes]
-    return arrays, ScatterRead(file, 1000, offset, tuple(array.data for array in arrays))
+    return arrays, ScatterRead(File.at(file), 1000, offset, tuple(array.data for array in arrays))
 
 
 @settings(deadline=None, max_examples=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from pallas_kernels.backend import platform
 from qmoe_jax.artifact.kinds import runs_packed
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import narrow_dtype, parameter_dtype
+from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.disk import smallest_cache
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.memory import available_memory
@@ -52,7 +54,25 @@ def plan_placement(
     """Fill in unspecified options (None) from the memory that is available now.
 
     Memory is measured only if an option depends on it. Reads no more than the manifest and file headers.
+
+    Raises:
+        CheckpointError: experts are to be kept on disk, or fit nowhere else, and the artifact is not on one.
     """
+    plan = _plan(reader, dtype, placement, expert_cache)
+    if plan.placement == "disk" and not isinstance(reader.path, Path):
+        raise CheckpointError(
+            "experts cannot be read from a URL when tokens are routed to them",
+            path=reader.path,
+            expected="an artifact on a local disk",
+            found=plan.reason,
+            remedy="copy the artifact to a local disk, or load it with experts='host' or 'device'",
+        )
+    return plan
+
+
+def _plan(
+    reader: ArtifactReader, dtype: DTypeLike, placement: Placement | None, expert_cache: int | None
+) -> PlacementPlan:
     experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
     sizes = f"experts {_gb(experts)}, dense parameters {_gb(dense)}"
