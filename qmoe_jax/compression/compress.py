@@ -18,7 +18,6 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
 from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.artifact.verify import damaged_files
-from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.options import CompressionConfig
@@ -26,14 +25,13 @@ from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import remove_scratch, staged_beside
-from qmoe_jax.compression.source import read_dense, source_digests
+from qmoe_jax.compression.source import source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.files.durable import make_folder
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.space import require_room
-from qmoe_jax.parameters import expert_kernels
+from qmoe_jax.parameters import expert_kernels, is_expert
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
 
@@ -57,8 +55,7 @@ def compress(
 
     Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the
     hidden states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
-    `experts_per_group * d_ff**2` floats, about three times. With `skip`, at the end, all expert kernels of
-    that stack at once, and their compressed chunks.
+    `experts_per_group * d_ff**2` floats, about three times.
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
@@ -97,8 +94,9 @@ def compress(
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
-    dense, attachments = read_dense(reader), attachments or {}
-    source = source_digests(reader, dense, examples, attachments)
+    dense = {name: reader.read_finite(name) for name in reader.names() if not is_expert(name)}
+    attachments = attachments or {}
+    source = source_digests(reader, examples, attachments)
     options = dataclasses.asdict(config)
     with ArtifactWriter(
         output, config=reader.config, options=options, source=source, codebooks=codebooks.values()
@@ -111,13 +109,13 @@ def compress(
                 progress(1, 1, "finished before")
                 return CompressionReport.read(output)
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
-        require_room(folder, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
-        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
-        for name in skipped:
-            reader.read_finite(name)  # raises before any work, for they are copied at the end
+        kept = [name for name in reader.names() if name not in compressed]
+        experts = [(name, range(reader.shape(name)[0])) for name in kept if is_expert(name)]
+        with staged_beside(folder, reader, experts) as ahead:
+            writer.write_dense({name: ahead.tensors[name] for name in kept}, source=reader.path)
         groups = GroupStore(reader, writer, config, kinds, codebooks, this_producer())
         if groups.complete():
             progress(1, 1, "all groups were finished before")
@@ -128,7 +126,6 @@ def compress(
             reads = groups.reads(walk.stacks)
             with staged_beside(folder, reader, reads) as groups.reader, blas_on_one_thread():
                 walk.run(progress)
-        writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
         writer.finish(report=groups.report(time.monotonic() - began))
         remove_records(writer.store)
     return CompressionReport.read(output)
