@@ -52,7 +52,7 @@ def save_dense(
 
     Locally the folder is whole or absent. In an object store Orbax's metadata, without which it is no
     checkpoint, are written last. With several hosts, one calls this. Memory: two ranges of `RANGE_BYTES`, or
-    of one row where it is larger, and their compressed bytes.
+    of as many rows as a chunk spans where these are larger, and the compressed bytes of one.
 
     Args:
         store: the artifact.
@@ -121,6 +121,8 @@ class _Database:
                 part = stored[rows.start : rows.stop] if tensor.shape else stored
                 part.write(array, can_reference_source_data_indefinitely=True).copy.result()
             self._bytes += array.nbytes
+            if self._bytes > RANGE_BYTES // 2:
+                self._begin_commit()
         return ArrayRecord(tuple(tensor.shape), tensor.dtype.name, sha256.hexdigest())
 
     def commit(self) -> None:

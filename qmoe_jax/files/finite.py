@@ -61,7 +61,7 @@ def require_finite(
     """
     if (place := first_not_finite(array)) is None:
         return array
-    where = (place[0] + row, *place[1:]) if place else place
+    where = (place[0] + row, *place[1:]) if place and first is None else place
     raise CheckpointError(
         "holds a number that is not finite",
         path=path,
