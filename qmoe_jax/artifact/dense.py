@@ -153,7 +153,8 @@ class _Database:
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
             # The transaction that creates the array need not be in the store yet.
-            **({"create": True} if create else {"open": True, "assume_metadata": True}),
+            "open": True,
+            **({"create": True} if create else {"assume_metadata": True}),
         }
         return ts.open(spec, write=True, context=self._context, transaction=self._transaction).result()
 

@@ -59,7 +59,7 @@ def store(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Store:
 
 @pytest.mark.usefixtures("small")
 def test_arrays_are_read_as_they_were_written(store: Store) -> None:
-    arrays = {**ARRAYS, "empty": np.zeros((0, 5), np.float32)}
+    arrays = {**ARRAYS, "empty": np.zeros((0, 5), np.float32), "flat": np.zeros((5, 0), np.int8)}
     records = save_dense(store, tensors(arrays))
     assert list(records) == list(arrays)
     for name, array in arrays.items():
