@@ -9,10 +9,14 @@ from qmoe_jax.artifact.verify import Verification as Verification
 from qmoe_jax.artifact.verify import verify as verify
 from qmoe_jax.checkpoints import Checkpoint as Checkpoint
 from qmoe_jax.compression import CompressionConfig as CompressionConfig
+from qmoe_jax.compression import CompressionPlan as CompressionPlan
 from qmoe_jax.compression import CompressionReport as CompressionReport
+from qmoe_jax.compression import TokenCounts as TokenCounts
 from qmoe_jax.compression import compress as compress
+from qmoe_jax.compression import plan as plan
 from qmoe_jax.config import PRESETS as PRESETS
 from qmoe_jax.config import SwitchConfig as SwitchConfig
+from qmoe_jax.distributed import device_mesh as device_mesh
 from qmoe_jax.evaluation import Comparison as Comparison
 from qmoe_jax.evaluation import Evaluation as Evaluation
 from qmoe_jax.evaluation import compare as compare

@@ -45,6 +45,13 @@ def usable_memory(root: Path = ROOT) -> int:
     return min([_machine_total(root), *(group.limit for group in _groups(root)), *own])
 
 
+def resident_memory(root: Path = ROOT) -> int:
+    """Return the bytes of memory that this process has now; where the system does not tell, its peak."""
+    if (kibibytes := _fields(root / "proc/self/status").get("VmRSS")) is not None:
+        return 1024 * kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
 def _machine_available(root: Path) -> int:
     fields = _fields(root / "proc/meminfo")
     if "MemAvailable" in fields:

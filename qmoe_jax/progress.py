@@ -1,25 +1,33 @@
-"""Progress of long work: one kind of callback, and a bar for the terminal that is one."""
+"""Progress of long work: one kind of callback, and a bar that is one; without a terminal it writes lines."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
+
+from qmoe_jax.memory import resident_memory
 
 ProgressCallback = Callable[[int, int, str], object]
 """`progress(done, total, label)`: units of work done, units in all, and the current step in a few words.
+
+Units take about the same time each, so that `total - done` tells the time left: experts, bytes or, where work
+is of several kinds, millionths of the time that the whole is predicted to take, at the pace so far.
 
 Functions that take one call it from the thread they were called in: first with `done` = 0, then with growing
 `done`, at last with `done` = `total`.
@@ -76,53 +84,170 @@ class _Quiet:
                 self._gone = True
 
 
+SECONDS_PER_LINE = 60
+"""Seconds between the lines of a log."""
+
+
+class ProgressMeter:
+    """The state of long work as a progress callback hears of it: share done, rate, time passed and left."""
+
+    def __init__(self, title: str, unit: str, clock: Callable[[], float] = time.monotonic):
+        """Begin to count.
+
+        Args:
+            title: the work, in front of the current step.
+            unit: name of the units of work, in the plural; "bytes" are scaled, "work" is shown in percent.
+            clock: returns seconds.
+        """
+        self._title, self._unit, self._clock = title, unit, clock
+        self._began = self._heard = clock()
+        self._first: int | None = None
+        self.done, self.total, self.label = 0, 0, ""
+
+    def update(self, done: int, total: int, label: str) -> None:
+        """Take what a progress callback is called with."""
+        self._heard = self._clock()
+        if self._first is None:
+            self._first, self._began = done, self._heard
+        self.done, self.total, self.label = done, total, label
+
+    @property
+    def description(self) -> str:
+        """The work and the current step."""
+        return f"{self._title} · {self.label}" if self.label else self._title
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first call."""
+        return self._clock() - self._began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that are left if the rest goes as what is done; None while nothing is."""
+        if not (done := self.done - (self._first or 0)):
+            return None
+        at_last_call = (self._heard - self._began) * (self.total - self.done) / done
+        return max(at_last_call - (self._clock() - self._heard), 0.0)
+
+    @property
+    def rate(self) -> str:
+        """Units per second since the first call; empty while nothing is done."""
+        done, seconds = self.done - (self._first or 0), self._heard - self._began
+        if not done or not seconds:
+            return ""
+        if self._unit == "work":
+            return f"{360_000 * done / seconds / self.total:,.3g} %/h"
+        return f"{decimal(int(done / seconds))}/s" if self._unit == "bytes" else (
+            f"{done / seconds:,.1f} {self._unit}/s"
+        )  # fmt: skip
+
+    @property
+    def line(self) -> str:
+        """All of it in one line, with the memory of this process."""
+        parts = [
+            f"{100 * self.done / self.total:.1f} %" if self.total else "",
+            self.rate,
+            f"elapsed {_hours(self.seconds)}",
+            "" if self.seconds_left is None else f"left {_hours(self.seconds_left)}",
+            f"memory {decimal(resident_memory())}",
+        ]
+        return f"{self.description}: {', '.join(filter(None, parts))}"
+
+
+def _hours(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+class _LeftColumn(ProgressColumn):
+    """The time that a meter says is left."""
+
+    def __init__(self, meter: ProgressMeter):
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:
+        """Return the time, or dashes where it is not known."""
+        left = self._meter.seconds_left
+        return Text("-:--:--" if left is None else _hours(left), style="progress.remaining")
+
+
 class ProgressBar:
-    """A progress callback that draws a bar with the step, units done, rate and time left.
+    """A progress callback that draws a bar with the step, what is done, the rate and the time left.
 
-    Used as a context manager, which also removes the bar after an error; without one, the bar ends when all
-    is done. Draws nothing where output is not a terminal, and stops drawing where that is closed.
+    Where output is not a terminal it writes one line per minute instead; it stops drawing where a terminal is
+    closed. Used as a context manager, which also removes the bar after an error; without one, the bar ends
+    when all is done.
 
-        with ProgressBar("compressing", "experts") as progress:
+        with ProgressBar("compressing", "work") as progress:
             qj.compress(path, output, examples, progress=progress)
     """
 
-    def __init__(self, title: str, unit: str = "experts", console: Console | None = None):
+    def __init__(
+        self,
+        title: str,
+        unit: str = "experts",
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Prepare a bar; it appears at the first call.
 
         Args:
             title: the work, in front of the current step.
-            unit: name of the units of work, in the plural; "bytes" are scaled.
+            unit: name of the units of work, in the plural; "bytes" are scaled, "work" is shown in percent.
             console: where to draw; standard error by default.
+            clock: returns seconds.
         """
-        console = console or Console(stderr=True)
-        console.file = cast(IO[str], _Quiet(console.file))
-        self._title, self._unit = title, unit
-        amount = [MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}")]
+        self._console = console or Console(stderr=True)
+        self._console.file = cast(IO[str], _Quiet(self._console.file))
+        self._meter, self._clock = ProgressMeter(title, unit, clock), clock
+        self._next_line: float | None = None
+        amounts: dict[str, list[ProgressColumn]] = {
+            "bytes": [DownloadColumn()],
+            "work": [TextColumn("{task.percentage:.1f} %")],
+        }
+        amount = amounts.get(unit, [MofNCompleteColumn(), TextColumn(unit)])
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            *([DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else amount),
+            *amount,
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            _LeftColumn(self._meter),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
 
     def __call__(self, done: int, total: int, label: str) -> None:
         """Draw `done` of `total` units, with the current step."""
+        meter = self._meter
+        meter.update(done, total, label)
+        if not self._console.is_terminal:
+            self._write_line()
+            return
         if not self._bar.task_ids:
             self._bar.start()
-            self._bar.add_task(self._title, total=total, completed=done, rate="")
-        task = self._bar.tasks[0]
+            self._bar.add_task(meter.description, total=total, completed=done, rate="")
         self._bar.update(
-            task.id,
+            self._bar.tasks[0].id,
             total=total,
             completed=done,
-            description=f"{self._title} · {label}" if label else self._title,
-            rate=f"{task.speed:,.1f} {self._unit}/s" if task.speed else "",
+            description=meter.description,
+            rate=meter.rate,
         )
         if done >= total:
             self._bar.stop()
+
+    def _write_line(self) -> None:
+        """Write a line if the last one, or the first call, was a minute ago."""
+        now = self._clock()
+        if self._next_line is not None and now >= self._next_line:
+            self._console.print(self._meter.line, soft_wrap=True, markup=False, highlight=False)
+            self._next_line = None
+        if self._next_line is None:
+            self._next_line = now + SECONDS_PER_LINE
 
     def __enter__(self) -> Self:
         """Return the bar itself."""

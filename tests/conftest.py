@@ -1,4 +1,7 @@
-"""Fixtures of all tests: the golden data, and the relative difference of two arrays."""
+"""Fixtures of all tests: the golden data, and the relative difference of two arrays.
+
+Tests marked `devices` run in a session of eight devices (`tests/helpers/devices.py`).
+"""
 
 import os
 import pathlib
@@ -8,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.helpers import devices
 from tests.helpers.stores import s3_server
 
 # Most of the suite's time is XLA compiling small programs: without LLVM's optimizations, a quarter less.
@@ -44,6 +48,9 @@ FAST = (
     "test_progress.py",
     "test_style.py",
 )
+
+pytest_configure = devices.pytest_configure
+pytest_runtest_protocol = devices.pytest_runtest_protocol
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

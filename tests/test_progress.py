@@ -1,11 +1,12 @@
-"""The bar draws what its callback is told, and leaves the terminal alone otherwise."""
+"""The bar draws what its callback is told; without a terminal it writes a line per minute."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from qmoe_jax.progress import ProgressBar
+from qmoe_jax.progress import ProgressBar, ProgressMeter
+from tests.helpers.clock import Clock
 
 
 def console(terminal: bool) -> Console:
@@ -26,6 +27,42 @@ def test_nothing_is_drawn_where_output_is_not_a_terminal():
     with ProgressBar("compressing", console=screen) as progress:
         progress(0, 8, "encoder layer 0")
     assert screen.file.getvalue().strip() == ""
+
+
+def test_without_a_terminal_there_is_one_line_per_minute():
+    log, clock = console(terminal=False), Clock()
+    with ProgressBar("compressing", "work", log, clock=clock) as progress:
+        for second in range(200):
+            clock.now = float(second)
+            progress(second, 1000, "encoder layer 0, experts")
+    lines = log.file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(
+        "compressing · encoder layer 0, experts: 6.0 %, 360 %/h, elapsed 0:01:00, left 0:15:40, memory "
+    )
+    assert lines[2].startswith("compressing · encoder layer 0, experts: 18.0 %")
+
+
+def test_work_is_shown_in_percent():
+    screen = console(terminal=True)
+    with ProgressBar("compressing", "work", screen) as progress:
+        progress(0, 1_000_000, "encoder layer 0")
+        progress(625_000, 1_000_000, "encoder layer 0")
+    assert "62.5 %" in screen.file.getvalue()
+
+
+def test_time_left_runs_on_between_calls():
+    clock = Clock()
+    meter = ProgressMeter("compressing", "experts", clock)
+    assert meter.seconds_left is None
+    meter.update(0, 8, "")
+    clock.now = 10.0
+    meter.update(2, 8, "")
+    assert (meter.seconds_left, meter.rate) == (30.0, "0.2 experts/s")
+    clock.now = 25.0
+    assert meter.seconds_left == 15.0
+    clock.now = 60.0
+    assert meter.seconds_left == 0.0
 
 
 def test_an_error_ends_the_bar():

@@ -35,6 +35,8 @@ def check_complete(
 ) -> dict[str, Kind]:
     """Check that every expert is there exactly once, and return the packing of each compressed kernel.
 
+    Of a slice only the experts that it selects must be there.
+
     Args:
         store: the artifact.
         run: architecture and codebooks.
@@ -44,8 +46,12 @@ def check_complete(
     Raises:
         CheckpointError: an expert is missing or there twice, or groups of one layer are packed differently.
     """
+    selection = run.selection
     by_layer: dict[tuple[str, int], list[GroupKey]] = {
-        (stack, layer): [] for stack in STACKS for layer in run.config.sparse_layers(stack)
+        (stack, layer): []
+        for stack in STACKS
+        for layer in run.config.sparse_layers(stack)
+        if layer in selection.layers[stack]
     }
     for key in sorted(files):
         if (key.stack, key.layer) not in by_layer:
@@ -56,7 +62,7 @@ def check_complete(
         names = {ExpertKernel(stack, layer, matrix).path for matrix in expert_matrices(run.config)}
         if not groups and names <= dense.keys():
             continue
-        _check_experts(store, run.config.num_experts, f"{stack}/layers_{layer}", groups)
+        _check_experts(store, selection.experts, f"{stack}/layers_{layer}", groups)
         for key in groups:
             group = GroupFile.open(store, key, files[key])
             for matrix, kind in check_matrices(group.path, run, group.matrices).items():
@@ -70,9 +76,9 @@ def check_complete(
     return kinds
 
 
-def _check_experts(store: Store, num_experts: int, layer: str, groups: list[GroupKey]) -> None:
-    """Check that the groups, sorted, hold every expert once."""
-    position = 0
+def _check_experts(store: Store, experts: range, layer: str, groups: list[GroupKey]) -> None:
+    """Check that the groups, sorted, hold each of `experts` once."""
+    position = experts.start
     for key in groups:
         if key.start != position:
             raise CheckpointError(
@@ -83,13 +89,13 @@ def _check_experts(store: Store, num_experts: int, layer: str, groups: list[Grou
                 found=f"experts {key.start} to {key.stop - 1}",
             )
         position = key.stop
-    if position != num_experts:
+    if position != experts.stop:
         raise CheckpointError(
             "experts are missing",
             path=store.root,
             key=layer,
-            expected=f"{num_experts} experts",
-            found=position,
+            expected=f"experts {experts.start} to {experts.stop - 1}",
+            found=f"none from {position} on",
         )
 
 

@@ -39,6 +39,9 @@ RANGE_BYTES = 1 << 27
 """Bytes of rows that are read, checked and written at a time (128 MiB): a transaction of the database and two
 synced files each, so large enough that these cost little, and small beside a group of experts."""
 
+METADATA = "_METADATA"
+"""Orbax's description of the tree, written when all arrays are."""
+
 _PARTIAL = f".{DENSE}.partial"
 """Folder that is renamed when it is complete."""
 
@@ -50,8 +53,8 @@ def save_dense(
 ) -> dict[str, ArrayRecord]:
     """Write parameters under `dense`, replacing what is there, in the order in which they are given.
 
-    Locally the folder is whole or absent. In an object store Orbax's metadata, without which it is no
-    checkpoint, are written last. With several hosts, one calls this. Memory: two ranges of `RANGE_BYTES`, or
+    Locally the folder is whole or absent. In an object store the metadata without which Orbax restores
+    nothing are written last. With several hosts, one calls this. Memory: two ranges of `RANGE_BYTES`, or
     of as many rows as a chunk spans where these are larger, and the compressed bytes of one.
 
     Args:
@@ -80,7 +83,7 @@ def save_dense(
         }
         database.commit()
         store.write(f"{folder}/_CHECKPOINT_METADATA", [_json({"item_handlers": _HANDLER, "metrics": {}})])
-        store.write(f"{folder}/_METADATA", [_json(_tree_metadata(list(tensors)))])
+        store.write(f"{folder}/{METADATA}", [_json(_tree_metadata(list(tensors)))])
         if local:
             _put_in_place(Path(store.path(folder)), Path(path))
         else:  # Orbax looks for it where nothing can be renamed
@@ -153,8 +156,7 @@ class _Database:
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
             # The transaction that creates the array need not be in the store yet.
-            "open": True,
-            **({"create": True} if create else {"assume_metadata": True}),
+            **({"create": True} if create else {"open": True, "assume_metadata": True}),
         }
         return ts.open(spec, write=True, context=self._context, transaction=self._transaction).result()
 

@@ -135,7 +135,7 @@ class ExpertExtent:
 
     @property
     def path(self) -> Path | str:
-        """Where the file lies."""
+        """The path or URL of the file."""
         return self.file.path
 
     def read(self) -> memoryview:
@@ -213,7 +213,7 @@ class GroupFile:
 
     @property
     def path(self) -> Path | str:
-        """Where the file lies."""
+        """The path or URL of the file."""
         return self.file.path
 
     @property

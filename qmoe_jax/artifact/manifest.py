@@ -16,6 +16,7 @@ from typing import Any
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.kinds import Kind, kind_from_json, kind_to_json
 from qmoe_jax.artifact.manifest_check import check_manifest, check_run
+from qmoe_jax.artifact.selection import Selection
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.files.durable import FileRecord
 from qmoe_jax.files.errors import CheckpointError
@@ -59,6 +60,11 @@ class Run:
     options: Mapping[str, Any]
     source: Mapping[str, Any]
     codebooks: Mapping[str, str]
+
+    @property
+    def selection(self) -> Selection:
+        """The layers and experts that the options select. Raises `ValueError` where they are none."""
+        return Selection.of(self.config, self.options.get("layers"), self.options.get("experts"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values (tuples become lists)."""

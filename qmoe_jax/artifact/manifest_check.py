@@ -73,6 +73,7 @@ def check_manifest(manifest: Manifest) -> None:
 def _check_groups(manifest: Manifest, kernels: set[str]) -> None:
     """Check that the groups of each layer follow one another from its first expert to its last."""
     layer_of: Callable[[GroupRecord], tuple[str, int]] = lambda group: (group.key.stack, group.key.layer)
+    experts = manifest.run.selection.experts
     layers = [(layer, list(groups)) for layer, groups in itertools.groupby(manifest.groups, key=layer_of)]
     _require(len(dict(layers)) == len(layers), "experts", "the groups of a layer together", "apart")
     for (stack, number), groups in layers:
@@ -80,10 +81,10 @@ def _check_groups(manifest: Manifest, kernels: set[str]) -> None:
         of_layer = {kernel for kernel in kernels if kernel.startswith(f"{name}/")}
         _require(bool(of_layer) and of_layer <= manifest.kinds.keys(), "experts", "a layer with kinds", name)
         bounds = [bound for group in groups for bound in (group.key.start, group.key.stop)]
-        ends = [0, *bounds, manifest.run.config.num_experts]
+        ends = [experts.start, *bounds, experts.stop]
         gapless = all(map(_is_count, bounds)) and ends[::2] == ends[1::2]
         filled = gapless and all(group.key.start < group.key.stop for group in groups)
-        _require(filled, f"experts of {name}", f"0 to {manifest.run.config.num_experts}", bounds)
+        _require(filled, f"experts of {name}", f"{experts.start} to {experts.stop}", bounds)
         for group in groups:
             _check_file(group.path, group.record)
 

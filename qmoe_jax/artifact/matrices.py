@@ -128,6 +128,12 @@ def dequantize(matrix: PackedExpertMatrix, codebooks: Codebooks) -> Float32[np.n
     return np.asarray(kind.grid.value(unpack_digits(matrix, codebooks), (first, second)))
 
 
+def column_groups(matrix: PackedExpertMatrix) -> Int[np.ndarray, "in"]:
+    """Return the group of each column of a packed matrix, int32."""
+    index = matrix.parts.get("column_group", _natural_groups(matrix.kind, matrix.shape[1]))
+    return index.astype(np.int32)
+
+
 def _natural_groups(kind: Kind, width: int) -> Int[np.ndarray, "in"]:
     """Return the group of each column where groups follow the columns."""
     return np.arange(width) // (kind.group_size or width)

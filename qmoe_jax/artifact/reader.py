@@ -192,6 +192,19 @@ class ArtifactReader(Checkpoint):
             layers=layers,
         )
 
+    def require_whole(self) -> None:
+        """Raise `CheckpointError` where files are missing or damaged, or it is a slice of a model."""
+        super().require_whole()
+        options = self.manifest.run.options
+        if not self.manifest.run.selection.whole:
+            raise CheckpointError(
+                "is a slice for rehearsal, not a model",
+                path=self.path,
+                expected="an artifact of all layers and experts",
+                found=f"layers {options.get('layers', 'all')}, experts {options.get('experts', 'all')}",
+                remedy="compress without layers and experts (--layers, --experts)",
+            )
+
     def kind(self, name: str) -> Kind | None:
         """Return the packing of an expert kernel; None for a parameter that is not compressed."""
         self.shape(name)

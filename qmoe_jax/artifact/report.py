@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from qmoe_jax.artifact.manifest import REPORT, digest
-from qmoe_jax.artifact.report_check import check_group, is_number
+from qmoe_jax.artifact.report_check import check_group, check_pipeline, is_number
 from qmoe_jax.artifact.sizes import Sizes, measure
 from qmoe_jax.coding import entropy_bits
 from qmoe_jax.files.errors import CheckpointError
@@ -161,11 +161,15 @@ class RunReport:
             figures.
         seconds: duration of the run that finished the artifact; None before.
         device: name of the device that the run computed on.
+        pipeline: of the stages that worked at once in that run, on the host that finished the artifact:
+            seconds at work ("busy") and seconds that it waited for another stage ("waited"); and of staging
+            the bytes that were "needed" and those that were "read" in chunks.
     """
 
     groups: tuple[GroupReport, ...] = ()
     seconds: float | None = None
     device: str | None = None
+    pipeline: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def render(self) -> bytes:
         """Return the bytes of the file."""
@@ -198,12 +202,13 @@ class RunReport:
             seconds, device = content["seconds"], content["device"]
             if not (seconds is None or is_number(seconds)) or not (device is None or isinstance(device, str)):
                 raise ValueError(f"seconds {seconds!r}, device {device!r}")
+            check_pipeline(pipeline := content.get("pipeline", {}))
             producers = content["producers"]
             groups = tuple(
                 GroupReport.from_json({**group, "producer": producers[group["producer"]]})
                 for group in content["groups"]
             )
-            return cls(groups, seconds, device)
+            return cls(groups, seconds, device, pipeline)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "is damaged, or was written by another version",

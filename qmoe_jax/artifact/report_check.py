@@ -57,3 +57,10 @@ def _check_each(name: str, values: tuple[Any, ...], fits: Callable[[Any], bool],
 def _require(fits: bool, name: str, found: Any) -> None:
     if not fits:
         raise ValueError(f"{name}: found {found!r}")
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Check the times of stages, by stage and name. Raises `ValueError`."""
+    stages = pipeline.values() if isinstance(pipeline, Mapping) else [None]
+    if not all(isinstance(stage, Mapping) and all(map(is_number, stage.values())) for stage in stages):
+        raise ValueError(f"pipeline {pipeline!r}")

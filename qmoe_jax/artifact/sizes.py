@@ -14,6 +14,7 @@ from qmoe_jax.artifact.manifest import REPORT
 from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.artifact.sums import SUMS, listed_files
 from qmoe_jax.files.store import Place, Store, open_store
+from qmoe_jax.parameters import expert_shapes
 
 OVERHEAD = "headers and padding"
 BFLOAT16_BITS = 16
@@ -82,8 +83,11 @@ def measure(path: Place) -> Sizes:
     dense = {name for name in size if name.startswith(f"{DENSE}/")}
     others = size.keys() - experts - dense - {CODEBOOKS}
     compressed = {name for name in reader.names() if reader.kind(name) is not None}
+    parameters = sum(math.prod(shape) for shape in expert_shapes(reader.config).values())
     return Sizes(
-        expert_parameters=sum(math.prod(reader.shape(name)) for name in compressed),
+        expert_parameters=sum(
+            (group.key.stop - group.key.start) * parameters for group in reader.manifest.groups
+        ),
         other_parameters=sum(
             math.prod(reader.shape(name)) for name in reader.names() if name not in compressed
         ),

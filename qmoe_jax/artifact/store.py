@@ -18,6 +18,7 @@ from typing import Any
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
 from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
+from qmoe_jax.artifact.group_check import check_group, check_groups, require_damaged
 from qmoe_jax.artifact.groups import EXPERTS, Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
     MANIFEST,
@@ -75,8 +76,8 @@ def _artifact_store(place: Place, inputs: tuple[object, ...] = ()) -> Store:
 class ArtifactWriter:
     """The writer of one run's artifact, a context manager that holds the directory's lock until it is closed.
 
-    An object store has no lock. There a second process of the same run makes the same objects, which is no
-    harm, and other bytes than these are an error that names the object.
+    An object store has no lock. There a second process of the same run makes the same objects, which is
+    harmless, and other bytes than these are an error that names the object.
 
     Attributes:
         store: the files.
@@ -161,8 +162,13 @@ class ArtifactWriter:
             return True
         if not self.store.exists(key.path):
             return False
-        self._groups[key] = self._check_group(key)
+        self._groups[key] = check_group(self.store, key, self._digest)
         return True
+
+    def check_groups(self, keys: Iterable[GroupKey]) -> None:
+        """Check the files of many groups, several at a time: `has_group` knows the intact ones then."""
+        missing = [key for key in keys if key not in self._groups]
+        self._groups |= check_groups(self.store, missing, self._digest)
 
     def write_group(self, stack: str, layer: int, start: int, experts: Sequence[Expert]) -> FileRecord:
         """Write the experts from `start` on, and return their file's record; they are durable then.
@@ -182,7 +188,7 @@ class ArtifactWriter:
         found = readable_record(self.store, key.path)
         if found != record:
             if found is not None and not self.store.exclusive:
-                self._require_damaged(key, record)
+                require_damaged(self.store, key, record)
             self._reopen()
             self.store.write(key.path, pieces, over=found, host=self.host)
         self._groups[key] = record
@@ -223,6 +229,10 @@ class ArtifactWriter:
         self._reopen()
         self._dense = save_dense(self.store, tensors, source=source)
         return self._dense
+
+    def keep_dense(self, records: Mapping[str, ArrayRecord]) -> None:
+        """Take over what `write_dense` returned to an interrupted process of this run, instead of writing."""
+        self._dense = dict(records)
 
     def attach(self, name: str, content: bytes) -> None:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
@@ -293,45 +303,6 @@ class ArtifactWriter:
         if self.finished:
             self.store.delete(MANIFEST)
 
-    def _check_group(self, key: GroupKey) -> FileRecord:
-        """Check that a group's file is this run's, and exactly what its content would be written as."""
-        path, group = self.store.path(key.path), GroupFile.open(self.store, key)
-        if group.run != self._digest:
-            raise CheckpointError(
-                "belongs to another run",
-                path=path,
-                expected=f"run {self._digest}",
-                found=f"run {group.run}",
-                remedy="remove the file, or choose another output directory",
-            )
-        expected = record_of_pieces(render_group(key, group.read(key.start, key.stop), self._digest))
-        if (found := self.store.find_record(key.path)) != expected:
-            raise CheckpointError(
-                "is damaged",
-                path=path,
-                expected=expected,
-                found=found,
-                remedy="remove it: the run writes it again",
-            )
-        return expected
-
-    def _require_damaged(self, key: GroupKey, record: FileRecord) -> None:
-        """Raise `CheckpointError` where a group's file is whole, but not the one of this `record`."""
-        try:
-            group = GroupFile.open(self.store, key)
-            whole = record_of_pieces(render_group(key, group.read(key.start, key.stop), group.run))
-        except (CheckpointError, ValueError):
-            return
-        if self.store.find_record(key.path) == whole:
-            raise CheckpointError(
-                "is there already, with other bytes",
-                path=self.store.path(key.path),
-                expected=f"{record}, run {self._digest}",
-                found=f"{whole}, run {group.run}",
-                remedy="another process or machine has written it: stop that process, or choose another "
-                "location; or remove the object, then run the same command again",
-            )
-
     def _require_ours(self) -> None:
         """Raise `CheckpointError` where the directory holds another run."""
         found = {name for name in self.store.entries() if not is_stray(name)}
@@ -378,7 +349,7 @@ class ArtifactWriter:
         for name in self.store.names(EXPERTS):
             key = GroupKey.from_path(name)
             with contextlib.suppress(CheckpointError):
-                digests.add(GroupFile.open(self.store, key).run if key else "a file that is no group")
+                digests.add(GroupFile.open(self.store, key).run if key else "a file of another kind")
         return digests == {self._digest}
 
     def _clean(self) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as the model's parameter tree, on the default device."""
+"""A checkpoint's tensors as the model's parameter tree, on the default device or where a sharding says."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def nest(arrays: dict[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def to_device(array: np.ndarray, dtype: DTypeLike) -> jax.Array:
-    """Return an array on the default device, cast to `dtype`.
+def to_device(
+    array: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None = None
+) -> jax.Array:
+    """Return an array on the default device, or as `sharding` says, cast to `dtype`.
 
     A CPU uses arrays in place if they begin at a multiple of 64 bytes, so a copy that does is made. NumPy
     asks for large pages for it, on which a matrix that is read whole in every step is faster.
@@ -52,7 +54,7 @@ def to_device(array: np.ndarray, dtype: DTypeLike) -> jax.Array:
     begin = -buffer.ctypes.data % ALIGNMENT
     aligned = buffer[begin : begin + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
     np.copyto(aligned, array, casting="unsafe")
-    return jax.device_put(aligned)
+    return jax.device_put(aligned, sharding)
 
 
 def read_params(
@@ -61,6 +63,7 @@ def read_params(
     dtype: DTypeLike = jnp.float32,
     *,
     narrow: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
     progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Read parameters as nested dicts of device arrays. Memory: the result, and a tensor twice at a time.
@@ -70,6 +73,7 @@ def read_params(
         names: the parameters; None: all.
         dtype: what the model computes in; parameters are cast by `parameter_dtype`.
         narrow: cast by `narrow_dtype` instead.
+        sharding: of every parameter; None: on the default device.
         progress: counts parameters; its label is the name of the next one.
 
     Raises:
@@ -81,6 +85,6 @@ def read_params(
         kept = parameter_dtype(name, dtype)
         if narrow:
             kept = narrow_dtype(name, dtype, checkpoint.dtype(name), tied=checkpoint.config.tied)
-        arrays[name] = to_device(checkpoint.read_finite(name, dtype=kept), kept)
+        arrays[name] = to_device(checkpoint.read_finite(name, dtype=kept), kept, sharding)
     progress(len(chosen), len(chosen), "")
     return nest(arrays)

@@ -82,7 +82,7 @@ def staged(
         statistics: to which the work is added.
 
     Raises:
-        CheckpointError: a name is no parameter. Reading raises what staging met: a damaged chunk, a full
+        CheckpointError: a name is not a parameter. Reading raises what staging met: a damaged chunk, a full
             disk.
         ValueError: `reads` names an expert twice, or one that does not exist. Reading after the end of the
             context.

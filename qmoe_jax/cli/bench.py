@@ -13,7 +13,8 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import working
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
+from qmoe_jax.cli.models import CheckpointPath, Devices, Dtype, ExpertCache, Experts, load, open_model
+from qmoe_jax.distributed import mesh_of
 from qmoe_jax.evaluation.throughput import Generator, Throughput
 
 
@@ -28,6 +29,7 @@ def bench(
     dtype: Dtype = None,
     experts: Experts = None,
     expert_cache: ExpertCache = None,
+    devices: Devices = None,
 ) -> Answer:
     """Measure how fast a model reads prompts and generates tokens here.
 
@@ -39,12 +41,13 @@ def bench(
     Examples:
         $ qmoe bench mini-ternary
         $ qmoe bench c2048-ternary --experts disk --expert-cache 4GB --batch-size 1
+        $ qmoe bench c2048-ternary --devices 8 --batch-size 64
         $ qmoe bench base-ternary --json | jq '.runs[].writing.tokens_per_second'
     """
     began = time.monotonic()
     with working(f"loading {path}"):
         checkpoint = open_model(path)
-        model, params = load(checkpoint, dtype, experts, expert_cache)
+        model, params = load(checkpoint, dtype, experts, expert_cache, devices)
     loading = time.monotonic() - began
     runs: list[tuple[int, Throughput]] = []
     with qj.ProgressBar("measuring", "rounds") as progress:
@@ -55,10 +58,11 @@ def bench(
                 drawn = np.random.default_rng(seed)
                 prompts = drawn.integers(2, checkpoint.config.vocab_size, generator.shape, np.int32)
                 runs.append((seed, generator.measure(prompts)))
-    statistics = qj.expert_statistics(params)
+    statistics, mesh = qj.expert_statistics(params), mesh_of(params)
     fields = {
         "path": path,
         "device": jax.devices()[0].device_kind,
+        "devices": 1 if mesh is None else mesh.size,
         "dtype": model.dtype,
         "experts": "device" if statistics is None else statistics.placement,
         "loading_seconds": loading,
@@ -66,7 +70,8 @@ def bench(
         "new_tokens": new_tokens,
         "runs": [_as_json(seed, found) for seed, found in runs],
     }
-    return Answer(fields, (_table(runs, f"experts on {fields['experts']}, {fields['device']}"),))
+    where = fields["device"] if mesh is None else f"{mesh.size} x {fields['device']}"
+    return Answer(fields, (_table(runs, f"experts on {fields['experts']}, {where}"),))
 
 
 def _as_json(seed: int, found: Throughput) -> dict[str, Any]:

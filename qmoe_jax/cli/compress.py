@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -18,8 +19,12 @@ from qmoe_jax.artifact.report import UNDER_CALIBRATED, Fallback
 from qmoe_jax.artifact.store import artifact_directory
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.config_options import config_options
-from qmoe_jax.cli.console import note, warnings_shown, working
+from qmoe_jax.cli.console import note, stderr, warnings_shown, working
+from qmoe_jax.cli.failures import FAILED, OK, describe, message
+from qmoe_jax.cli.hosts import Distributed, join_hosts, of_host
 from qmoe_jax.cli.models import CheckpointPath, open_model
+from qmoe_jax.cli.plan_table import plan_table
+from qmoe_jax.cli.run_log import RunLog, log_path
 from qmoe_jax.cli.samples import (
     TEXT,
     ExtraIds,
@@ -31,6 +36,7 @@ from qmoe_jax.cli.samples import (
     TokenizerFile,
     load_tokenizer,
 )
+from qmoe_jax.compression.planning.rates import PRESETS
 
 NAMED = 8
 """Number of experts that a line of the table names; --json names them all."""
@@ -80,6 +86,52 @@ def compress(
             "their digits, and the report says which come from which.",
         ),
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Folder for hidden states and staged experts, best on a fast local disk; for several hosts "
+            "on one that all of them see. --dry-run tells its size.",
+            show_default="in OUTPUT",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of devices to use on each host.",
+            show_default="all of them",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    distributed: Distributed = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Measure this machine shortly, print what the compression needs and how long it takes, and "
+            "write nothing.",
+            rich_help_panel="Plan",
+        ),
+    ] = False,
+    hosts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --dry-run: plan for so many hosts.",
+            show_default=False,
+            rich_help_panel="Plan",
+        ),
+    ] = None,
+    assume: Annotated[
+        Literal["h100"] | None,
+        typer.Option(
+            help="With --dry-run: plan for another machine, from stated rates, instead of this one.",
+            show_default=False,
+            rich_help_panel="Plan",
+        ),
+    ] = None,
     config: qj.CompressionConfig,
 ) -> Answer:
     """Compress a checkpoint's experts into an artifact.
@@ -87,28 +139,48 @@ def compress(
     Layer by layer, one group of experts at a time, the experts are calibrated,
     quantized, coded and written. A finished group is safe on disk: after
     Ctrl-C or a power failure the same command resumes there, and gives the
-    same bytes. The tokenizer's model is stored in the artifact.
+    same bytes. The tokenizer's model is stored in the artifact. OUTPUT.log beside
+    it tells the course of the run, a line per layer and minute.
 
     Examples:
         $ qmoe compress experiments/switch_mini mini-ternary \\
                 --calibration experiments/switch_mini/calibration.jsonl.xz --segment 127
         $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz
+        $ qmoe compress switch-base-128 base-ternary --calibration c4.json.gz --dry-run
         $ qmoe compress switch-base-128 base-2bit --bits 2 --group-size 128 \\
                 --calibration c4.json.gz --samples 20000
     """
     artifact_directory(output, inputs=(path,))  # raises before anything is read
+    join_hosts(distributed)
+    if not dry_run and (hosts or assume):
+        raise typer.BadParameter("--hosts and --assume are for plans: give --dry-run too")
     options = SampleOptions(samples, max_tokens, segment, split, seed, at_most=10_000)
     default_platform()  # refuses one that jax cannot start before the text is read
     with working(f"reading {path} and the text"):
         checkpoint = open_model(path)
         pieces = load_tokenizer(checkpoint, tokenizer, extra_ids)
-        examples = options.read(calibration, pieces)
         config = config.with_sentinels(pieces)
+        if dry_run:
+            counts = options.count_tokens(calibration, pieces)
+            rates = None if assume is None else PRESETS[assume]
+            return plan_answer(
+                qj.plan(
+                    checkpoint, counts, config,
+                    output=output, scratch=scratch, devices=devices, hosts=hosts or 1, rates=rates,
+                )
+            )  # fmt: skip
+        examples = options.read(calibration, pieces)
     tokens = sum(len(encoder) + len(decoder) for encoder, decoder in examples)
     note(f"{len(examples):,} calibration samples of {tokens:,} tokens; tokenizer {pieces.path}")
     attachments = pieces.files()
     try:
-        with raise_interrupts(), warnings_shown(), qj.ProgressBar("compressing") as progress:
+        facts = {"options": config, "samples": f"{len(examples):,} of {tokens:,} tokens"}
+        with (
+            raise_interrupts(),
+            warnings_shown(),
+            qj.ProgressBar("compressing", "work") as bar,
+            RunLog(of_host(log_path(output, scratch)), facts, bar) as progress,
+        ):
             report = qj.compress(
                 checkpoint,
                 output,
@@ -116,12 +188,21 @@ def compress(
                 config,
                 attachments=attachments,
                 allow_mixed=allow_mixed,
+                scratch=scratch,
+                devices=devices,
                 progress=progress,
             )
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["qmoe", *sys.argv[1:]])
         raise type(interrupt)(f"Finished groups are safe in {output}; to resume:\n  {again}") from None
     return Answer(_fields(report, len(examples), tokens), (result_table(report),))
+
+
+def plan_answer(plan: qj.CompressionPlan) -> Answer:
+    """Return a plan as an answer, and print what does not fit to standard error."""
+    for problem in plan.problems:
+        stderr().print(message(describe(problem)), style="red", soft_wrap=True)
+    return Answer(plan.to_json(), (plan_table(plan),), FAILED if plan.problems else OK)
 
 
 def _fields(report: qj.CompressionReport, samples: int, tokens: int) -> dict[str, Any]:

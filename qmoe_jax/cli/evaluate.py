@@ -11,7 +11,7 @@ from rich.table import Table
 import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import working
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
+from qmoe_jax.cli.models import CheckpointPath, Devices, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.cli.samples import (
     ExtraIds,
     HeldOutText,
@@ -23,6 +23,7 @@ from qmoe_jax.cli.samples import (
     TokenizerFile,
     load_tokenizer,
 )
+from qmoe_jax.distributed import mesh_of
 
 
 def evaluate(
@@ -42,6 +43,7 @@ def evaluate(
     dtype: Dtype = None,
     experts: Experts = None,
     expert_cache: ExpertCache = None,
+    devices: Devices = None,
 ) -> Answer:
     """Measure a model's loss on held-out text.
 
@@ -53,6 +55,7 @@ def evaluate(
     Examples:
         $ qmoe evaluate mini-ternary --text validation.jsonl.xz --segment 127
         $ qmoe evaluate switch-base-128 --text c4-validation.json.gz --samples 128
+        $ qmoe evaluate c2048-ternary --text c4-validation.json.gz --devices 8 --batch-size 64
         $ qmoe evaluate mini-ternary --text books/ --segment 127 --json | jq .loss
     """
     began, options = time.monotonic(), SampleOptions(samples, max_tokens, segment, split, seed)
@@ -60,10 +63,11 @@ def evaluate(
         checkpoint = open_model(path)
         examples = options.read(text, load_tokenizer(checkpoint, tokenizer, extra_ids))
     with working(f"loading {path}"):
-        model, params = load(checkpoint, dtype, experts, expert_cache)
+        model, params = load(checkpoint, dtype, experts, expert_cache, devices)
     with qj.ProgressBar("evaluating", "samples") as progress:
         result = qj.evaluate(model, params, examples, batch_size=batch_size, progress=progress)
     seconds, statistics = time.monotonic() - began, qj.expert_statistics(params)
+    mesh = mesh_of(params)
     fields = {
         "path": path,
         "format": checkpoint.format,
@@ -74,6 +78,7 @@ def evaluate(
         "perplexity": result.perplexity,
         "accuracy": result.accuracy,
         "seconds": seconds,
+        "devices": 1 if mesh is None else mesh.size,
         "experts": None if statistics is None else statistics.to_json(),
     }
     table = Table.grid(padding=(0, 2))

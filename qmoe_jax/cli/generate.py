@@ -14,7 +14,7 @@ import qmoe_jax as qj
 from qmoe_jax.cli.command import Answer
 from qmoe_jax.cli.console import Verbatim, stderr, working
 from qmoe_jax.cli.lines import Line, argument_line, file_lines
-from qmoe_jax.cli.models import CheckpointPath, Dtype, ExpertCache, Experts, load, open_model
+from qmoe_jax.cli.models import CheckpointPath, Devices, Dtype, ExpertCache, Experts, load, open_model
 from qmoe_jax.cli.samples import ExtraIds, TokenizerFile, load_tokenizer
 from qmoe_jax.data.infill import Infill
 from qmoe_jax.data.seed import check_seed
@@ -67,6 +67,7 @@ def generate(
     dtype: Dtype = None,
     experts: Experts = None,
     expert_cache: ExpertCache = None,
+    devices: Devices = None,
     stats: Annotated[
         bool,
         typer.Option("--stats", help="Print timing, tokens per second and expert I/O statistics to stderr."),
@@ -104,7 +105,7 @@ def generate(
                 Infill.parse(line.text).encode(pieces)
             except ValueError as error:
                 raise ValueError(f"{line.place}{error}") from error
-        model, params = load(checkpoint, dtype, experts, expert_cache)
+        model, params = load(checkpoint, dtype, experts, expert_cache, devices)
     with qj.ProgressBar("filling", "texts") as progress:
         filled = qj.fill_blanks(
             model, params, pieces, [line.text for line in lines], max_new_tokens=max_new_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
+import jax
 import typer
 
 import qmoe_jax as qj
@@ -49,6 +50,15 @@ ExpertCache = Annotated[
         show_default="half of the free memory",
     ),
 ]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Devices that share each layer's experts and each batch; every one holds all other parameters.",
+        show_default="all GPUs where the experts are kept on them; 1 on a CPU",
+    ),
+]
 
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -66,17 +76,26 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None,
     experts: Literal["device", "host", "disk"] | None,
     expert_cache: str | None,
+    devices: int | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a model, with packed experts if its checkpoint is compressed.
 
     Raises:
-        ValueError: the checkpoint cannot have its experts kept or cached so.
-        typer.BadParameter: a cache is given for experts that are not on disk.
+        ValueError: the checkpoint cannot have its experts kept or cached so, or there are fewer devices.
+        typer.BadParameter: a cache is given for experts that are not on disk, or devices for experts that are
+            not on them.
     """
     dtype = dtype or ("float32" if default_platform() == "cpu" else "bfloat16")
     cache = None if expert_cache is None else parse_size(expert_cache)
     if cache is not None and experts in ("device", "host"):
         raise typer.BadParameter(f"--expert-cache is for experts on disk: it does not apply to {experts}")
+    if devices is not None and devices > 1 and (experts in ("host", "disk") or cache is not None):
+        raise typer.BadParameter(
+            f"--devices {devices} spreads experts over the memory of devices: it does not apply to experts "
+            f"{'on the host' if experts == 'host' else 'on disk'}"
+        )
+    every = jax.local_device_count() if default_platform() != "cpu" and cache is None else 1
+    mesh = qj.device_mesh(devices or every)
     if checkpoint.format not in COMPRESSED_FORMATS:
         if experts not in (None, "device"):
             raise ValueError(
@@ -86,16 +105,23 @@ def load(
             raise ValueError(
                 f"--expert-cache: {checkpoint.path} is not compressed; its experts are not cached"
             )
-        return qj.load_model(checkpoint, dtype)
+        return qj.load_model(checkpoint, dtype, mesh=mesh if mesh.size > 1 else None)
     if isinstance(checkpoint, ArtifactReader):
-        plan = plan_placement(checkpoint, dtype, experts, cache)
+        plan = plan_placement(checkpoint, dtype, experts, cache, mesh.size)
+        if plan.placement != "device" and devices is not None and devices > 1:
+            raise ValueError(
+                f"--devices {devices}: {checkpoint.path} does not fit on them: {plan.reason}; give more "
+                "devices, or leave out --devices to keep experts in host memory or on disk"
+            )
         experts, cache = plan.placement, plan.expert_cache
-        note(f"experts: {experts} ({plan.reason})")
+        over = f" over {mesh.size} devices" if experts == "device" and mesh.size > 1 else ""
+        note(f"experts: {experts}{over} ({plan.reason})")
     elif cache is not None:
         raise ValueError(
             f"--expert-cache: {checkpoint.path} is upstream QMoE's, whose experts cannot be kept on disk"
         )
-    return qj.load_compressed(checkpoint, dtype, experts, expert_cache=cache)
+    spread = mesh if mesh.size > 1 and experts in (None, "device") else None
+    return qj.load_compressed(checkpoint, dtype, experts, expert_cache=cache, mesh=spread)
 
 
 def parse_size(text: str) -> int:

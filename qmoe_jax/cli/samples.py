@@ -12,10 +12,18 @@ import typer
 
 import qmoe_jax as qj
 from qmoe_jax.cli.console import warn
+from qmoe_jax.compression import TokenCounts
 from qmoe_jax.data import Example, Tokenizer, samples
 from qmoe_jax.data.seed import check_seed
+from qmoe_jax.data.text_files import text_files
 
 _panel = "Text"
+
+SMALL_TEXT = 1 << 20
+"""Bytes of files up to which a plan reads the text whole (1 MiB)."""
+
+PROBE = 256
+"""Documents that stand for all of a larger text in a plan."""
 
 TEXT = ".txt, .jsonl or .parquet (.gz, .bz2, .xz or .zst too), a file, a folder, or - for standard input"
 """The texts that are read, in the help of options."""
@@ -110,6 +118,25 @@ class SampleOptions:
         """
         limit = None if self.count else self.at_most
         return samples(files, tokenizer, **vars(self) | {"at_most": limit})
+
+    def count_tokens(self, files: Sequence[str], tokenizer: Tokenizer) -> TokenCounts:
+        """Return the size of the samples: counted in texts of up to `SMALL_TEXT` bytes, else estimated.
+
+        Of segments each is taken to be whole; of documents the first `PROBE` stand for all. The text may then
+        turn out to hold fewer samples than asked for.
+
+        Raises:
+            TextError: as `read`, as far as the text is read.
+        """
+        wanted = self.count or self.at_most
+        paths = [file.path for name in files for file in text_files(name)]
+        small = all(path.is_file() for path in paths) and sum(p.stat().st_size for p in paths) <= SMALL_TEXT
+        if wanted is None or small:
+            return TokenCounts.of(self.read(files, tokenizer))
+        if self.segment:
+            return TokenCounts.of_text(wanted, self.segment)
+        probed = dataclasses.replace(self, count=None, at_most=min(PROBE, wanted)).read(files, tokenizer)
+        return TokenCounts.of(probed).scaled(wanted / PROBE if len(probed) == PROBE else 1.0)
 
 
 def load_tokenizer(checkpoint: qj.Checkpoint, path: Path | None, extra_ids: int | None) -> Tokenizer:

@@ -7,33 +7,48 @@ finished groups instead of quantizing them again: hidden states, experts and man
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
 from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.artifact.verify import damaged_files
 from qmoe_jax.checkpoints.reader import Checkpoint
+from qmoe_jax.checkpoints.staging import StagingStatistics, staged
+from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.finished import remove_records
+from qmoe_jax.compression.kept import write_kept
 from qmoe_jax.compression.options import CompressionConfig
-from qmoe_jax.compression.plan import fitted_codebooks, packing_kinds
+from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
+from qmoe_jax.compression.passes.pipeline import Stage
+from qmoe_jax.compression.passes.walk import Walk
+from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
+from qmoe_jax.compression.planning.rates import nominal_rates
+from qmoe_jax.compression.planning.resources import Limits, Resources
+from qmoe_jax.compression.planning.work import Work, WorkTally
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
-from qmoe_jax.compression.scratch import remove_scratch, staged_beside
+from qmoe_jax.compression.scratch import FOLDER as SCRATCH
+from qmoe_jax.compression.scratch import Scratch
 from qmoe_jax.compression.source import source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
-from qmoe_jax.compression.walk import Walk
 from qmoe_jax.data import Examples, checked_examples
-from qmoe_jax.files.durable import make_folder
+from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.parameters import expert_kernels, is_expert
+from qmoe_jax.files.location import local_path
+from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
+
+STAGES = ("read", "compute", "code", "store")
+"""The stages that work at once: reading weights and tokens, the devices, coding and writing groups, and
+storing tokens."""
 
 
 @own_settings(matmul_precision=True)
@@ -44,8 +59,9 @@ def compress(
     config: CompressionConfig = CompressionConfig(),  # noqa: B008 (frozen)
     *,
     attachments: Mapping[str, bytes] | None = None,
-    scratch: str | os.PathLike[str] | None = None,
     allow_mixed: bool = False,
+    scratch: str | os.PathLike[str] | None = None,
+    devices: int | None = None,
     progress: ProgressCallback = no_progress,
 ) -> CompressionReport:
     """Compress a checkpoint's experts into an artifact; the same call again resumes an interrupted run.
@@ -53,9 +69,13 @@ def compress(
     Of a finished artifact the checksums are checked. Files that are damaged or missing, of a finished or an
     interrupted run, are made again, after a warning that names them.
 
-    Memory: the parameters outside the experts as they are stored, and those of one layer in float32; the
-    hidden states (in a file beyond an eighth of the machine's memory); one expert group with its Hessians,
-    `experts_per_group * d_ff**2` floats, about three times.
+    The experts are divided among the devices of this process. With several processes (hosts), each joined by
+    `jax.distributed.initialize` before, all call this with the same arguments and share the work; if one
+    dies, start them again, in any number. The bytes are the same for any number of devices and hosts.
+
+    Memory: the parameters of one layer outside its experts in float32; slabs of hidden states of 256 MiB, a
+    few at a time; per token 7 bytes; and on every device one expert group with its Hessians,
+    `experts_per_group * (d_model**2 + 3 * d_ff**2)` floats. Disk: see `scratch`.
 
     Args:
         checkpoint: a checkpoint of any dense format, by path or URL, or opened.
@@ -65,11 +85,13 @@ def compress(
             Padding at the encoder's end does not count.
         config: the options.
         attachments: files to carry in the artifact, by name, such as the tokenizer's model.
-        scratch: a local folder for files that are needed meanwhile; the output's own by default, so it is
-            required where that is a URL.
         allow_mixed: resume a run that other software or another machine began. Each digit may then differ
             from what either of them alone gives; the report says which groups come from which.
-        progress: called with the number of experts done; a dense layer counts as one.
+        scratch: folder for the hidden states between layers, twice `4 * d_model` bytes per token, and for
+            staged experts. By default inside the artifact, so it is required where that is at a URL; with
+            several hosts on a file system that all of them share.
+        devices: number of this process's devices to use; by default all of them.
+        progress: called with units of work.
 
     Raises:
         CheckpointError: the checkpoint or the output cannot be used, or finished groups come from other
@@ -78,7 +100,7 @@ def compress(
             groups before them stay.
         ValueError: the examples or the options do not fit the model.
     """
-    began = time.monotonic()
+    began, hosts, mesh = time.monotonic(), Hosts.current(), device_mesh(devices)
     inputs = (checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint,)
     output = artifact_directory(output, inputs=inputs)
     if isinstance(output, str) and scratch is None:
@@ -87,23 +109,24 @@ def compress(
             path=output,
             remedy="name one (scratch, --scratch) on a disk with room for the hidden states",
         )
-    folder = Path(scratch or output)
+    folder = Path(output) / SCRATCH if scratch is None else Path(scratch)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
+    config.selection(reader.config)
     examples = checked_examples(examples, reader.config)
+    tokens, rates, storage = TokenCounts.of(examples), nominal_rates(), ExpertStorage.of(reader)
+    resources = Resources(reader.config, config, tokens, storage, mesh.size, rates.shares_cores)
+    for problem in resources.problems(Limits.here(local_path(output), folder), output=output, scratch=folder):
+        raise problem
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
-    dense = {name: reader.read_finite(name) for name in reader.names() if not is_expert(name)}
     attachments = attachments or {}
     source = source_digests(reader, examples, attachments)
-    options = dataclasses.asdict(config)
-    with ArtifactWriter(
-        output, config=reader.config, options=options, source=source, codebooks=codebooks.values()
-    ) as writer:
-        make_folder(folder)
-        remove_scratch(folder)
+    with _writer(hosts, output, reader, config, source, list(codebooks.values())) as writer:
         if writer.finished:
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
             if not (damaged := damaged_files(writer.store)):
                 remove_records(writer.store)
                 progress(1, 1, "finished before")
@@ -112,20 +135,62 @@ def compress(
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
-        kept = [name for name in reader.names() if name not in compressed]
-        experts = [(name, range(reader.shape(name)[0])) for name in kept if is_expert(name)]
-        with staged_beside(folder, reader, experts) as ahead:
-            writer.write_dense({name: ahead.tensors[name] for name in kept}, source=reader.path)
-        groups = GroupStore(reader, writer, config, kinds, codebooks, this_producer())
-        if groups.complete():
+        producer = this_producer()
+        place = Scratch.of(folder, writer.run.digest, producer, hosts)
+        if hosts.first:
+            kept = [name for name in reader.names() if name not in compressed]
+            write_kept(writer, reader, kept, place.staging)
+        stages, staging = {name: Stage(name) for name in STAGES}, StagingStatistics()
+        groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
+        if place.agreed("complete", lambda: int(groups.complete())):
             progress(1, 1, "all groups were finished before")
         else:
             if not allow_mixed:
                 groups.require_same_producer()
-            walk = Walk(reader.config, dense, groups, examples, config, folder)
-            reads = groups.reads(walk.stacks)
-            with staged_beside(folder, reader, reads) as groups.reader, blas_on_one_thread():
-                walk.run(progress)
-        writer.finish(report=groups.report(time.monotonic() - began))
-        remove_records(writer.store)
+            walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
+            work = Work.of(
+                reader.config, config, tokens, rates, storage=storage, devices=mesh.size, hosts=hosts.count
+            ).remaining(walk.shares_done())
+            tally = WorkTally(work, progress)
+            with (
+                staged(reader, place.staging, walk.reads(), staging) as groups.reader,
+                blas_on_one_thread(),
+            ):
+                walk.run(tally)
+            tally.end()
+        if hosts.first:
+            times = {stage.name: stage.times() for stage in stages.values()} | {
+                "staging": {
+                    "busy": staging.staging_seconds,
+                    "needed": staging.needed_bytes,
+                    "read": staging.read_bytes,
+                }
+            }
+            report = groups.report(time.monotonic() - began, times)
+            writer.finish(report=report)
+            remove_records(writer.store)
+            place.clear()
+            if scratch is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        hosts.barrier("finished")
     return CompressionReport.read(output)
+
+
+def _writer(
+    hosts: Hosts,
+    output: Path | str,
+    reader: Checkpoint,
+    config: CompressionConfig,
+    source: Mapping[str, Any],
+    codebooks: Sequence[Codebook],
+) -> ArtifactWriter:
+    """Return this host's writer of the artifact, which the first host begins."""
+    if not hosts.first:
+        hosts.barrier("begun")
+    writer = ArtifactWriter(
+        output, config=reader.config, options=config.to_json(), source=source, codebooks=codebooks,
+        host=hosts.index,
+    )  # fmt: skip
+    if hosts.first:
+        hosts.barrier("begun")
+    return writer

@@ -10,6 +10,7 @@ not agree in every byte is not finished.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -17,12 +18,14 @@ from safetensors.numpy import load, save
 from qmoe_jax.artifact.groups import GroupKey
 from qmoe_jax.artifact.manifest import canonical, digest, read_canonical
 from qmoe_jax.artifact.report import GroupReport
-from qmoe_jax.compression.exact import Levels
 from qmoe_jax.files.durable import FileRecord, record_of_pieces
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.store import File, Place, Store, make_hold, open_store
 
 FOLDER = ".exact-levels"
+
+Levels = Mapping[str, np.ndarray]
+"""Levels of each matrix of a group, float32 `[expert, out, group, 2]`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+from qmoe_jax.artifact.selection import Selection
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.data import Tokenizer
 from qmoe_jax.parameters import STACKS
@@ -40,6 +41,9 @@ class CompressionConfig:
         codebook: code of ternary digits: tunstall-N (N-bit codewords, 2 to 16, fitted to the model) or
             upstream.
         level_dtype: dtype that levels are stored in.
+        layers: rehearse on these layers alone, such as 0-3,7 or encoder:0-1,decoder:0; the artifact can be
+            inspected and verified, but not loaded as a model.
+        experts: rehearse on these experts of each layer alone, such as 0-15.
     """
 
     bits: Literal["ternary", 2, 3, 4] = "ternary"
@@ -55,6 +59,8 @@ class CompressionConfig:
     experts_per_group: int = 16
     codebook: str = "tunstall-8"
     level_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    layers: str | None = None
+    experts: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises `ValueError` for one that is out of range."""
@@ -72,6 +78,15 @@ class CompressionConfig:
             if (value := getattr(self, name)) is not None and not least <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least {least}, found {value}")
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the options as an artifact names them; `layers` and `experts` only where they select."""
+        fields = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in ("layers", "experts")
+        }
+
     @property
     def grid(self) -> Grid:
         """Grid of the digits."""
@@ -81,6 +96,22 @@ class CompressionConfig:
     def compressed_stacks(self) -> tuple[str, ...]:
         """Stacks whose experts are quantized."""
         return tuple(stack for stack in STACKS if stack != self.skip)
+
+    def selection(self, model: SwitchConfig) -> Selection:
+        """Return the layers and experts to compress.
+
+        Raises:
+            ValueError: `layers` or `experts` cannot be read, or names what the model does not have, or no
+                experts are left to compress.
+        """
+        selection = Selection.of(model, self.layers, self.experts)
+        sparse = {stack: set(model.sparse_layers(stack)) for stack in self.compressed_stacks}
+        if not any(sparse[stack].intersection(selection.layers[stack]) for stack in sparse):
+            raise ValueError(
+                f"layers: expected a layer with experts among {self.layers or 'all'}, found none in the "
+                f"{' and '.join(self.compressed_stacks)}"
+            )
+        return selection
 
     def with_sentinels(self, tokenizer: Tokenizer) -> CompressionConfig:
         """Return the options with `sentinel_start` from the tokenizer.

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.data import Examples, batches, checked_examples
+from qmoe_jax.distributed import mesh_of, split_rows
 from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.models import SwitchTransformer
@@ -71,6 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on held-out examples; all batches have one shape, so the step compiles once.
 
+    Parameters on a mesh of devices split each batch over them, filled up to as many rows for each.
+
     Args:
         model: the module.
         params: its parameters.
@@ -87,14 +90,12 @@ def evaluate(
     """
     examples = checked_examples(examples, model.config, min_decoder=2)
     sums, correct = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
-    tally = Tally(progress, len(examples))
+    tally, mesh = Tally(progress, len(examples)), mesh_of(params)
     for batch in batches(examples, min(batch_size, len(examples)), model.config.pad_id):
         part = slice(batch.start, min(batch.start + len(batch.lengths), len(examples)))
         with raise_store_errors(params):
-            losses, hits = map(
-                np.asarray,
-                score(model, params, batch.encoder, batch.decoder, batch.encoder_mask, batch.lengths),
-            )
+            inputs = split_rows(mesh, batch.encoder, batch.decoder, batch.encoder_mask, batch.lengths)
+            losses, hits = map(np.asarray, score(model, params, *inputs))
             if not np.isfinite(losses).all():
                 raise ValueError(
                     describe_overflow(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from qmoe_jax.data.batching import round_up
+from qmoe_jax.distributed import mesh_of, split, split_rows
 from qmoe_jax.inference.generate import decode_tokens, encode_prompt, written_lengths
 from qmoe_jax.inference.placement import ExpertStatistics, expert_statistics, raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
@@ -93,24 +95,34 @@ class Generator:
 
         Args:
             model: the module.
-            params: its parameters.
+            params: its parameters; those on a mesh of devices split the rows over them.
             shape: rows and length of the prompts.
             new_tokens: tokens to write per row.
             sampling: how they are drawn.
         """
         self.params, self.shape, self.new_tokens = params, shape, new_tokens
         self._key, self._eos_id = jax.random.key(0), model.config.eos_id
-        tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+        self._mesh = mesh_of(params)
+        rows, length = shape
+        if self._mesh is not None:
+            rows = round_up(rows, self._mesh.size)
+        tokens, mask = self._struct((rows, length), jnp.int32), self._struct((rows, length), jnp.bool_)
         encoded = jax.eval_shape(lambda *inputs: encode_prompt(model, *inputs), params, tokens, mask)
         self._read = encode_prompt.lower(model, params, tokens, mask).compile()
+        encoded = self._struct(encoded.shape, encoded.dtype)
         self._write = decode_tokens.lower(
             model, params, encoded, mask, self._key, new_tokens, sampling
         ).compile()
+
+    def _struct(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Return the form of an argument whose first axis counts rows."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=None if self._mesh is None else split(self._mesh))
 
     @own_settings()
     def measure(self, prompts: Int[np.ndarray, "b n"]) -> Throughput:
         """Generate and measure. Raises `CheckpointError` where experts on disk cannot be read."""
         tokens, mask = jnp.asarray(prompts, jnp.int32), jnp.ones(prompts.shape, bool)
+        tokens, mask = split_rows(self._mesh, tokens, mask)
         with raise_store_errors(self.params):
             encoded, seconds, experts = self._timed(lambda: self._read(self.params, tokens, mask))
             reading = Phase(prompts.size, seconds, experts)
@@ -118,7 +130,7 @@ class Generator:
                 lambda: self._write(self.params, encoded, mask, self._key)
             )
         rows, length = prompts.shape
-        new = int(written_lengths(np.asarray(written), self._eos_id).sum())
+        new = int(written_lengths(np.asarray(written)[:rows], self._eos_id).sum())
         return Throughput(rows, length, reading, Phase(new, seconds, experts))
 
     def _timed(self, run: Callable[[], jax.Array]) -> tuple[jax.Array, float, ExpertStatistics | None]:

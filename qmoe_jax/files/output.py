@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import tempfile
+import uuid
 from pathlib import Path
 
 from qmoe_jax.files.errors import CheckpointError, system_error
@@ -19,7 +20,7 @@ from qmoe_jax.files.store import Store, open_store
 # A URL, of which a Path has already dropped the second slash, or `host:/path`.
 _REMOTE = re.compile(r"[^/]+:/")
 _PROBE = ".write-check"
-"""Name of the object by which writing is tried: hidden, so that one that stays is nobody's."""
+"""Beginning of the name of an object that is written to try: hidden, so one that stays is nobody's."""
 
 _LONGEST_NAME = 100
 """Bytes by which the longest path of what is written exceeds that of its directory, at most."""
@@ -73,8 +74,9 @@ def output_store(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = (
             expected="a local directory, or gs:// or s3://", remedy="choose another location",
         )  # fmt: skip
     store.names(_PROBE)  # a missing bucket is told by its name
-    store.write(_PROBE, [])
-    store.delete(_PROBE)
+    probe = f"{_PROBE}-{uuid.uuid4().hex}"  # several hosts may try at once
+    store.write(probe, [])
+    store.delete(probe)
     return store
 
 

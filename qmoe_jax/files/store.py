@@ -44,7 +44,7 @@ class Store(Protocol):
 
     @property
     def context(self) -> ts.Context | None:
-        """What tensorstore opens arrays below it with; None for its default."""
+        """The context to open arrays below it with; None for the default one."""
         ...
 
     @property
@@ -167,7 +167,7 @@ class File:
 
     @property
     def path(self) -> Path | str:
-        """Where it lies."""
+        """The path or URL."""
         return self.store.path(self.name)
 
     def size(self, expected: int | None = None) -> int | None:

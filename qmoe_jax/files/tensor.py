@@ -67,7 +67,9 @@ def read_all(tensor: Tensor) -> np.ndarray:
 
 
 def row_ranges(tensor: Tensor, nbytes: int, multiple: int = 1) -> Iterator[slice]:
-    """Yield ranges of rows that make up the tensor, each of `nbytes` at most; of a scalar, one.
+    """Yield ranges of rows that make up the tensor, each of `nbytes` at most.
+
+    A scalar has one, and a tensor without elements none.
 
     Args:
         tensor: the tensor.
@@ -76,9 +78,10 @@ def row_ranges(tensor: Tensor, nbytes: int, multiple: int = 1) -> Iterator[slice
     """
     if not tensor.shape:
         yield slice(0, 0)
+    if not math.prod(tensor.shape) or not tensor.shape:
         return
     count, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    rows = max(1, nbytes // max(1, row_bytes * multiple)) * multiple
+    rows = max(1, nbytes // (row_bytes * multiple)) * multiple
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.data.seed import check_seed
+from qmoe_jax.distributed import mesh_of, split_rows
 from qmoe_jax.inference.overflow import describe_overflow
 from qmoe_jax.inference.placement import raise_store_errors
 from qmoe_jax.inference.sampling import Sampling
@@ -93,6 +94,9 @@ def generate(
 ) -> Int[Array, "b new"]:
     """Generate up to `max_new_tokens` tokens for every row, greedily unless `sampling` says otherwise.
 
+    Parameters on a mesh of devices split the rows over them; the last row is repeated where they do not
+    divide evenly.
+
     Args:
         model: a model with `capacity` None (cached steps drop no tokens), its experts dense, packed or
             placed.
@@ -116,6 +120,8 @@ def generate(
         raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
     tokens = jnp.asarray(encoder_input_tokens, jnp.int32)
     mask = tokens != model.config.pad_id if encoder_mask is None else jnp.asarray(encoder_mask)
+    rows = len(tokens)
+    tokens, mask = split_rows(mesh_of(params), tokens, mask)
     with raise_store_errors(params):
         encoded = encode_prompt(model, params, tokens, mask)
         key = jax.random.key(seed)
@@ -124,7 +130,7 @@ def generate(
             start = jnp.full((len(tokens), 1), model.config.decoder_start_id, jnp.int32)
             told = jnp.concatenate([start, jnp.maximum(written, 0)], axis=1)
             raise ValueError(describe_overflow(model, params, tokens, told, mask))
-        return written
+        return written[:rows]
 
 
 def written_lengths(tokens: Int[np.ndarray, "b new"], eos_id: int) -> Int[np.ndarray, "b"]:

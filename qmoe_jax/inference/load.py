@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pallas_kernels import PackedMatrix
@@ -18,6 +19,7 @@ from qmoe_jax.artifact.reader import ArtifactReader
 from qmoe_jax.checkpoints.params import read_params
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.upstream.reader import UpstreamReader
+from qmoe_jax.distributed import check_mesh, replicated
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement import (
     DiskExperts,
@@ -29,9 +31,11 @@ from qmoe_jax.inference.placement import (
     PlacementPlan,
     plan_placement,
     read_host_experts,
+    read_sharded_experts,
 )
 from qmoe_jax.inference.placement.store import LayerKey
 from qmoe_jax.models import CapacityRule, SwitchTransformer
+from qmoe_jax.models.experts import PlacedExperts
 from qmoe_jax.parameters import ExpertKernel, is_expert
 from qmoe_jax.settings import own_settings
 
@@ -42,6 +46,7 @@ def load_model(
     dtype: DTypeLike = "float32",
     *,
     capacity: CapacityRule | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a checkpoint of any format with dense experts; a compressed one is dequantized.
 
@@ -49,15 +54,20 @@ def load_model(
         checkpoint: a T5X, Hugging Face, upstream-QMoE or qmoe directory, by path or opened.
         dtype: dtype of the computation and of all parameters except the router's.
         capacity: rule for tokens beyond an expert's capacity; None drops none.
+        mesh: devices that share the experts, as `load_compressed` takes it.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.
 
     Raises:
         CheckpointError: no readable checkpoint is there.
+        ValueError: the mesh has other axes than `device_mesh` makes.
     """
     reader = open_checkpoint(checkpoint)
-    return SwitchTransformer(reader.config, capacity, dtype), read_params(reader, dtype=dtype)
+    model = SwitchTransformer(reader.config, capacity, dtype)
+    if mesh is not None:
+        return model, _sharded_params(reader, dtype, mesh, packed=False)
+    return model, read_params(reader, dtype=dtype)
 
 
 @own_settings()
@@ -68,6 +78,7 @@ def load_compressed(
     *,
     expert_cache: int | None = None,
     capacity: CapacityRule | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SwitchTransformer, dict[str, Any]]:
     """Load a compressed model with its experts packed; also opens upstream QMoE's compressed directories.
 
@@ -76,6 +87,10 @@ def load_compressed(
     are dequantized. In host memory or on disk, the tree holds an `expert/placed` per layer, which calls the
     store that holds the experts; the outputs are the same, also under jit.
     `qmoe_jax.expert_statistics(params)` returns the store's counters.
+
+    Over a mesh, each device holds its share of every layer's experts and all other parameters. `evaluate` and
+    `generate` split their batches over the same devices; in each sparse layer tokens travel to the device of
+    their expert. A program of the caller's own, `jax.jit(model.apply)`, does the same.
 
     Args:
         checkpoint: an artifact, or a compressed directory of upstream QMoE, by path or opened.
@@ -87,6 +102,7 @@ def load_compressed(
         expert_cache: bytes of host memory for experts read from disk; by default a share of the available
             memory.
         capacity: rule for tokens beyond an expert's capacity; None drops none.
+        mesh: devices that share the experts, from `device_mesh`; None: one device.
 
     Returns:
         The linen module and its parameters, nested dicts with T5X's names.
@@ -95,7 +111,8 @@ def load_compressed(
         CheckpointError: no readable artifact is there, it is not compressed, or its experts cannot be placed
             so.
         ValueError: the cache is too small for one expert, no number of bytes, or given for experts that are
-            not on disk.
+            not on disk; or a mesh is given for experts that are not on the device, or has other axes than
+            `device_mesh` makes.
     """
     if experts not in (None, *get_args(Placement)):
         raise ValueError(f"experts: expected one of {get_args(Placement)} or None, found {experts!r}")
@@ -103,6 +120,11 @@ def load_compressed(
         raise ValueError(f"expert_cache: expected a number of bytes, found {expert_cache}")
     if expert_cache is not None and experts in ("device", "host"):
         raise ValueError(f"expert_cache: expected None unless experts are on disk, found experts={experts!r}")
+    if mesh is not None and experts in ("host", "disk"):
+        raise ValueError(
+            f"experts: expected 'device' or None with a mesh, found {experts!r}: a mesh spreads the experts "
+            "over the memory of its devices; leave out the mesh to keep them elsewhere"
+        )
     reader = open_checkpoint(checkpoint)
     if not isinstance(reader, ArtifactReader | UpstreamReader):
         raise CheckpointError(
@@ -112,6 +134,8 @@ def load_compressed(
             remedy="open it with load_model",
         )
     model = SwitchTransformer(reader.config, capacity, dtype)
+    if mesh is not None:
+        return model, _sharded_params(reader, dtype, mesh, packed=True)
     if isinstance(reader, UpstreamReader):
         return model, _upstream_params(reader, dtype, experts)
     plan = plan_placement(reader, dtype, experts, expert_cache)
@@ -129,7 +153,7 @@ def _params(reader: ArtifactReader, dtype: DTypeLike, plan: PlacementPlan) -> di
         assert plan.expert_cache is not None
         store = DiskExperts(source, activation, plan.expert_cache)
     params = _dense_params(reader, dtype, [name for name in reader.names() if reader.kind(name) is None])
-    return _with_placed(params, store, source.layers)
+    return _with_placed(params, ((key, PlacedLayer(store, key)) for key in source.layers))
 
 
 def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placement | None) -> dict[str, Any]:
@@ -150,7 +174,8 @@ def _upstream_params(reader: UpstreamReader, dtype: DTypeLike, experts: Placemen
         kernel = ExpertKernel.parse(name)
         layers.setdefault((kernel.stack, kernel.layer), {})[kernel.matrix] = reader.packed(name)
     params = _dense_params(reader, dtype, [name for name in reader.names() if name not in packed])
-    return _with_placed(params, HostExperts(layers, reader.config.activation), layers)
+    store = HostExperts(layers, reader.config.activation)
+    return _with_placed(params, ((key, PlacedLayer(store, key)) for key in layers))
 
 
 def _device_params(
@@ -164,15 +189,23 @@ def _device_params(
     return params
 
 
+def _sharded_params(reader: Checkpoint, dtype: DTypeLike, mesh: Mesh, *, packed: bool) -> dict[str, Any]:
+    """Return parameters over a mesh: experts spread, all else on every device."""
+    check_mesh(mesh)
+    # Not narrow: the product that widens weights as it reads them runs on one device.
+    names = [name for name in reader.names() if not is_expert(name)]
+    params = read_params(reader, names, dtype, sharding=replicated(mesh))
+    return _with_placed(params, read_sharded_experts(reader, mesh, dtype, packed=packed))
+
+
 def _dense_params(reader: Checkpoint, dtype: DTypeLike, names: list[str]) -> dict[str, Any]:
     return read_params(reader, names, dtype, narrow=platform() == "cpu")
 
 
-def _with_placed(params: dict[str, Any], store: ExpertStore, layers: Iterable[LayerKey]) -> dict[str, Any]:
-    """Add to the parameters, for each layer, the experts held by a store."""
-    for stack, number in layers:
-        node = _node(params, [stack, f"layers_{number}", "mlp", "expert"])
-        node["placed"] = PlacedLayer(store, (stack, number))
+def _with_placed(params: dict[str, Any], layers: Iterable[tuple[LayerKey, PlacedExperts]]) -> dict[str, Any]:
+    """Add the experts of each layer to the parameters."""
+    for (stack, number), experts in layers:
+        _node(params, [stack, f"layers_{number}", "mlp", "expert"])["placed"] = experts
     return params
 
 

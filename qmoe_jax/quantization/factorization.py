@@ -23,6 +23,9 @@ from pallas_kernels.operands import AnyArray
 # all but zero.
 DAMPING_FLOOR = 1e-6
 
+TOGETHER_BYTES = 1 << 28
+"""Bytes of Hessians that are factored at a time: one of c-2048's wo (151 MB), all of a small model's."""
+
 
 @pytree.register(leaves=("lower", "curvature", "order", "fallback"), static=())
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,9 @@ def factorize(
     *,
     activation_order: bool = False,
 ) -> Factor:
-    """Damp and factor the Hessians of several experts; takes two more arrays of the Hessians' size.
+    """Damp and factor the Hessians of several experts.
+
+    Memory: the factors, and twice as much again for `TOGETHER_BYTES` of Hessians at a time.
 
     Args:
         hessian: XᵀX, symmetric, at any positive scale, not damped.
@@ -69,6 +74,21 @@ def factorize(
         The factors. An expert whose Hessian is zero or has no factor gets the identity and is flagged in
         `fallback`.
     """
+    step = functools.partial(_factorize, damping=damping, activation_order=activation_order)
+    together = max(1, TOGETHER_BYTES // (4 * hessian.shape[-1] ** 2))
+    if together >= hessian.shape[0]:
+        return step(hessian)
+    return lax.map(lambda one: _without_axis(step(one[None])), hessian, batch_size=together)
+
+
+def _without_axis(factor: Factor) -> Factor:
+    """Return the factor of one expert without the axis of experts."""
+    return jax.tree.map(lambda leaf: leaf[0], factor)
+
+
+def _factorize(
+    hessian: Float[AnyArray, "expert in in"], damping: float | Float[Array, ""], activation_order: bool
+) -> Factor:
     identity = jnp.eye(hessian.shape[-1], dtype=jnp.float32)[None]
     damped = jnp.asarray(hessian, jnp.float32)
     damped += damping_term(hessian, damping)[:, None, None] * identity

@@ -192,7 +192,8 @@ def _quantize_columns(
     """Return digits, levels and error, with the columns quantized in the order in which they stand."""
     out, width = w.shape
     size, padding = schedule.block_size, schedule.padded_width - schedule.width
-    lower = jnp.eye(schedule.padded_width, dtype=jnp.float32).at[:width, :width].set(lower)
+    if padding:
+        lower = jnp.eye(schedule.padded_width, dtype=jnp.float32).at[:width, :width].set(lower)
     curvature = jnp.pad(curvature, (0, padding))
     group_index = jnp.arange(schedule.padded_width, dtype=jnp.int32) // schedule.group_size
     # The deviations of the columns that are done, and the weights of the others.

@@ -27,6 +27,7 @@ from typing import Any
 from tests.aot import cubin
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": "0"}  # autotuning would run candidates on the device
 PTX_FOLDER = "JAX_TRITON_DUMP_DIR"  # jax-triton writes the PTX of each kernel that it compiles there
 LAUNCH = re.compile(r"(\S+) grid: \[[\d, ]+\] threads: \[(\d+), 1, 1\] +shared_memory: (\d+) bytes")
 
@@ -174,7 +175,7 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
     import jax
     from jax.sharding import SingleDeviceSharding
 
-    sharding = SingleDeviceSharding(_device(gpu))
+    sharding = SingleDeviceSharding(devices(gpu)[0])
     arguments = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
     known = _ptx_files()
     with absent(gpu):
@@ -182,8 +183,7 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         cache = folder / "kernel_cache"
-        options = {
-            "xla_gpu_autotune_level": "0",  # autotuning would run candidates on the device
+        options = OPTIONS | {
             "xla_dump_to": str(folder),
             "xla_gpu_kernel_cache_file": str(cache),
         }
@@ -198,11 +198,12 @@ def compile_kernels(function: Callable[..., Any], shapes: tuple[Any, ...], gpu: 
 
 
 @functools.cache
-def _device(gpu: Gpu) -> Any:
+def devices(gpu: Gpu, count: int = 1) -> list[Any]:
+    """Return absent devices of one machine, to compile for."""
     from jax.experimental import topologies
 
-    described = {"target_config": gpu.target_config, "topology": "1x1x1"}
-    return topologies.get_topology_desc(platform="cuda", topology_name="", **described).devices[0]
+    described = {"target_config": gpu.target_config, "topology": f"1x1x{count}"}
+    return topologies.get_topology_desc(platform="cuda", topology_name="", **described).devices
 
 
 def _launched(dump: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression import experts
+from qmoe_jax.compression.passes import experts
 
 SENTINELS = 480
 
@@ -21,16 +21,16 @@ def samples(data):
 
 @pytest.fixture(scope="session")
 def compressed(data, samples, tmp_path_factory):
-    """Compress the tiny model once per set of options; `gptq_calls`: (w, hessian, result) of the default."""
+    """Compress the tiny model once per set of options; `gptq_calls`: (w, hessian, found) of the default."""
     made, calls = {}, []
-    factorize, quantize, hessians = experts.factorize, experts._quantize, []
+    factor, quantize, hessians = experts.factor, experts.quantize, []
 
-    def record_hessian(hessian, *arguments, **options):
-        hessians.append(np.array(hessian))
-        return factorize(hessian, *arguments, **options)
+    def record_hessian(mesh, mine, *arguments, **options):
+        hessians.append(np.array(mine.sums))
+        return factor(mesh, mine, *arguments, **options)
 
-    def record_result(stored, *arguments):
-        result = quantize(stored, *arguments)
+    def record_result(mesh, stored, *arguments, **options):
+        result = quantize(mesh, stored, *arguments, **options)
         calls.append((np.array(stored).swapaxes(1, 2), hessians[-1], result[0]))
         return result
 
@@ -41,8 +41,8 @@ def compressed(data, samples, tmp_path_factory):
             config = qj.CompressionConfig(sentinel_start=SENTINELS, **options)
             with pytest.MonkeyPatch.context() as patch:
                 if not options:
-                    patch.setattr(experts, "factorize", record_hessian)
-                    patch.setattr(experts, "_quantize", record_result)
+                    patch.setattr(experts, "factor", record_hessian)
+                    patch.setattr(experts, "quantize", record_result)
                 made[key] = path, qj.compress(data / "hf_tiny_a", path, samples[:16], config)
         return made[key]
 

@@ -1,7 +1,6 @@
 """Compression against upstream's own runs, and its own promises: resumption, reporting, refusal."""
 
 import collections
-import hashlib
 import json
 
 import numpy as np
@@ -10,9 +9,10 @@ from threadpoolctl import threadpool_info
 
 import qmoe_jax as qj
 from qmoe_jax.checkpoints.reader import Checkpoint
-from qmoe_jax.compression import resume
 from qmoe_jax.compression.finished import FOLDER
+from qmoe_jax.compression.passes.experts import ExpertPass
 from qmoe_jax.parameters import is_expert
+from tests.helpers.artifact_bytes import stored_bytes
 from tests.helpers.golden_digits import Problem
 
 SENTINELS = 480
@@ -22,18 +22,14 @@ EQUAL_BEHIND = 0.95  # in those behind it, calibrated on what followed
 LEVEL_ROUNDING = 0.06  # levels rounded to bfloat16 alone move a sample's loss by .03
 
 
-def stored_bytes(path):
-    files = [path / "manifest.json", *sorted(p for p in (path / "experts").rglob("*") if p.is_file())]
-    return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 def test_every_digit_follows_from_its_hessian_and_those_before(compressed):
     compressed()
     assert len(compressed.gptq_calls) == 2 * len(KERNELS)
-    for w, hessian, q in compressed.gptq_calls:
+    for w, hessian, found in compressed.gptq_calls:
+        digits, levels, fallback = map(np.asarray, (found.digits, found.levels, found.figures.fallback))
         for number in range(len(w)):
-            problem = Problem.of(w[number], hessian[number], fallback=bool(q.fallback[number]))
-            expert = problem.replay(q.digits[number], q.levels[number])
+            problem = Problem.of(w[number], hessian[number], fallback=bool(fallback[number]))
+            expert = problem.replay(digits[number], levels[number])
             expert.assert_digits_follow()
             expert.assert_levels_follow()
 
@@ -110,15 +106,15 @@ def test_artifacts_of_every_kind_verify_and_run(samples, compressed, options):
 
 def stop_at_group(monkeypatch, number: int) -> list[tuple]:
     """Interrupt the quantization of the group of this number, once; return the calls, which go on growing."""
-    real, calls = resume.compress_group, []
+    real, calls = ExpertPass._quantize, []
 
-    def compress_group(*arguments):
+    def quantize(*arguments):
         calls.append(arguments)
         if len(calls) == number:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(resume, "compress_group", compress_group)
+    monkeypatch.setattr(ExpertPass, "_quantize", quantize)
     return calls
 
 
@@ -142,7 +138,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(data, samples, compressed, tmp_p
 def test_compressing_again_leaves_a_finished_artifact_unchanged(data, samples, compressed, monkeypatch):
     path, report = compressed()
     before = stored_bytes(path)
-    monkeypatch.setattr(resume, "compress_group", None)
+    monkeypatch.setattr(ExpertPass, "_quantize", None)
     again = qj.compress(data / "hf_tiny_a", path, samples[:16], qj.CompressionConfig(sentinel_start=480))
     assert stored_bytes(path) == before
     assert again.groups == report.groups
@@ -199,19 +195,22 @@ def test_a_decompressed_checkpoint_equals_the_artifact(samples, compressed, tmp_
 
 
 @pytest.mark.parametrize("skip", [None, "encoder", "decoder"])
-def test_compressing_reports_progress_to_the_last_expert(data, samples, tmp_path, skip):
+def test_compressing_reports_progress_in_every_phase(data, samples, tmp_path, skip):
     calls = []
     config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip=skip)
     arguments = data / "hf_tiny_a", tmp_path / "model", samples[:2], config
     qj.compress(*arguments, progress=lambda *call: calls.append(call))
     done, totals, labels = zip(*calls, strict=True)
-    stacks = ["encoder"] if skip == "decoder" else ["encoder", "decoder"]
-    assert set(totals) == {
-        len(stacks) * (2 * 8 + 2)
-    }  # experts of two sparse layers, two dense layers per stack
+    assert len(set(totals)) == 1
     assert (done[0], done[-1]) == (0, totals[0])
     assert list(done) == sorted(done)
-    assert list(dict.fromkeys(labels))[1:] == [f"{stack} layer {i}" for stack in stacks for i in range(4)]
+    stacks = {None: {"encoder": (1, 3), "decoder": (1, 3)}, "encoder": {"encoder": (1, 3), "decoder": (1, 3)},
+              "decoder": {"encoder": (1, 3)}}[skip]  # fmt: skip
+    expected = []
+    for stack, layers in stacks.items():
+        expected += [f"{stack} layer {n}, {part}" for n in layers for part in ("attention", "experts")]
+        expected += ["encoder's end, attention"] * (stack == "encoder" and len(stacks) == 2)
+    assert list(dict.fromkeys(labels))[1:] == expected
     calls.clear()
     qj.compress(*arguments, progress=lambda *call: calls.append(call))
     assert [call[:2] for call in calls] == [(1, 1)]
@@ -228,15 +227,17 @@ def test_blas_has_one_thread_while_experts_are_quantized(data, samples, tmp_path
     assert threads() == before
 
 
-def test_dense_parameters_are_read_once(data, samples, tmp_path, monkeypatch):
+def test_experts_of_a_skipped_stack_are_read_twice_and_others_once(data, samples, tmp_path, monkeypatch):
+    """Those of a skipped stack are checked before any work, and copied."""
     reads, read = collections.Counter(), Checkpoint.read
-    monkeypatch.setattr(
-        Checkpoint,
-        "read",
-        lambda self, name, experts=None: reads.update([name]) or read(self, name, experts),
-    )
-    config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip="decoder")
+
+    def counted(self, name, experts=None):
+        reads.update([name])
+        return read(self, name, experts)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    config = qj.CompressionConfig(sentinel_start=SENTINELS, method="nearest", skip="decoder", bits=2)
     qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:2], config)
-    assert {count for name, count in reads.items() if not is_expert(name)} == {1}
-    # Those of a skipped stack are checked before any work, and copied at the end.
-    assert {count for name, count in reads.items() if is_expert(name) and name.startswith("decoder")} == {2}
+    kernels = {name: count for name, count in reads.items() if is_expert(name)}
+    assert {count for name, count in kernels.items() if name.startswith("encoder")} == {1}
+    assert {count for name, count in kernels.items() if name.startswith("decoder")} == {2}

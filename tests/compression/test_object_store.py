@@ -20,6 +20,23 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing handles it."""
 
 
+GROUP = "experts/decoder.layers_01/experts-00000-00003"
+MOMENTS = (f"{FOLDER}/{GROUP}.safetensors", GROUP, f"{FOLDER}/{GROUP}.json", "dense/", "SHA256SUMS")
+"""Beginnings of the names of objects after which a run is killed, in the order in which they are written."""
+
+
+def kill_after(patch: pytest.MonkeyPatch, moment: str) -> None:
+    write = ObjectStore.write
+
+    def write_and_die(self: ObjectStore, name: str, *arguments: object, **options: object) -> object:
+        result = write(self, name, *arguments, **options)
+        if name.startswith(moment):
+            raise Killed
+        return result
+
+    patch.setattr(ObjectStore, "write", write_and_die)
+
+
 @pytest.fixture(scope="module")
 def run(data, samples):
     def compress(output, **options):
@@ -43,22 +60,15 @@ def contents(place) -> dict[str, bytes]:
 def test_a_killed_compression_resumes_in_an_object_store_to_the_bytes_of_a_local_one(
     run, local: pathlib.Path, s3_url: str, tmp_path: pathlib.Path, samples
 ) -> None:
-    write = ObjectStore.write
-
-    def write_and_die(self: ObjectStore, name: str, *arguments: object, **options: object) -> object:
-        result = write(self, name, *arguments, **options)
-        if name.startswith(f"{FOLDER}/experts/decoder") and name.endswith(".json"):
-            raise Killed
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ObjectStore, "write", write_and_die)
-        with pytest.raises(Killed):
-            run(s3_url, scratch=tmp_path)
     there = open_store(s3_url)
-    kept = set(there.names("experts"))
-    assert kept
-    assert set(contents(s3_url)) < set(contents(local))
+    for moment in MOMENTS:
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(patch, moment)
+            with pytest.raises(Killed):
+                run(s3_url, scratch=tmp_path)
+        assert any(name.startswith(moment) for name in there.names())
+        with pytest.raises(CheckpointError, match="is unfinished"):
+            qj.open_checkpoint(s3_url)
 
     report = run(s3_url, scratch=tmp_path)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression import resume
 from qmoe_jax.compression.finished import FOLDER
+from qmoe_jax.compression.passes.attention import AttentionPass
+from qmoe_jax.compression.passes.experts import ExpertPass
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.files.tensor import in_memory
 
@@ -79,7 +80,7 @@ def content(root: pathlib.Path) -> dict[str, object]:
         if not name.startswith(("dense/", ".lock")) and name not in ("SHA256SUMS", "report.json")
     }
     report = json.loads(files["report.json"].read_bytes())
-    del report["checksum"]
+    del report["checksum"], report["pipeline"]
     for timed in (report, *report["groups"]):
         del timed["seconds"]
     return found | {"report.json": report}
@@ -103,6 +104,10 @@ def test_two_runs_differ_only_in_times(run, undisturbed, tmp_path):
     [
         "/run.json",
         "tokenizer.model",
+        "encoder.layers_01.routed/host-0-of-1.index",
+        "encoder.layers_01.computed/group-00001.index",
+        "encoder.final/host-0-of-1.index",
+        "decoder.layers_03.routed/host-0-of-1.index",
         LEVELS,
         f"model/{GROUP}",
         RECORD,
@@ -120,8 +125,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bytes(
         with pytest.raises(Killed):
             run(path)
     if (path / "run.json").exists():
-        (path / ".staging" / "experts-x").mkdir(parents=True, exist_ok=True)
-        (path / ".hidden-states.1").write_bytes(b"left")
+        (path / ".scratch" / "qmoe-of-another-run" / "staging-0").mkdir(parents=True, exist_ok=True)
     run(path)
     assert content(path) == content(undisturbed)
     assert qj.verify(path).ok
@@ -159,6 +163,7 @@ def test_damage_to_an_unfinished_run_is_named_and_made_good(
     run, undisturbed, unfinished, tmp_path, name, damage
 ):
     path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    shutil.rmtree(path / ".scratch")  # so that the levels are needed
     damage(path / name)
     told = resume_with_warnings(run, path)
     if (name, damage) != (RECORD, pathlib.Path.unlink):  # then it was killed before it wrote the record
@@ -182,12 +187,43 @@ def test_damage_to_a_finished_artifact_is_named_and_made_good(run, undisturbed, 
     assert qj.verify(path).ok
 
 
+def test_a_run_goes_on_from_its_hidden_states(run, undisturbed, unfinished, tmp_path, monkeypatch):
+    path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    flip(path / LEVELS)  # of a layer that is behind it: they are not needed
+    stacks = []
+    attend = AttentionPass.run
+    monkeypatch.setattr(
+        AttentionPass, "run", lambda self, states: stacks.append(self.stack) or attend(self, states)
+    )
+    assert resume_with_warnings(run, path) == ""
+    assert content(path) == content(undisturbed)
+    assert not stacks, "it was killed behind the last attention pass"
+
+
+@damages
+@pytest.mark.parametrize("name", ["host-0-of-1", "host-0-of-1.index"])
+@pytest.mark.parametrize("store", ["encoder.final", "decoder.layers_03.routed"])
+def test_damaged_hidden_states_are_computed_again(
+    run, undisturbed, unfinished, tmp_path, name, store, damage
+):
+    path = pathlib.Path(shutil.copytree(unfinished, tmp_path / "model"))
+    (damaged,) = (path / ".scratch").glob(f"*/{store}/{name}")
+    damage(damaged)
+    told = resume_with_warnings(run, path)
+    if damage not in (
+        pathlib.Path.unlink,
+        DAMAGES["longer"],
+    ):  # what is missing, or beyond the end, is not read
+        assert str(damaged) in told
+    assert content(path) == content(undisturbed)
+
+
 def test_damaged_dense_parameters_are_written_again_without_quantizing(
     run, undisturbed, tmp_path, monkeypatch
 ):
     path = pathlib.Path(shutil.copytree(undisturbed, tmp_path / "model"))
     flip(path / "dense" / "manifest.ocdbt")
-    monkeypatch.setattr(resume, "compress_group", None)
+    monkeypatch.setattr(ExpertPass, "_quantize", None)
     assert "dense/manifest.ocdbt" in resume_with_warnings(run, path)
     assert qj.verify(path).ok
 
@@ -228,7 +264,7 @@ def test_another_producer_is_refused_and_recorded_when_allowed(run, unfinished, 
 def test_a_finished_artifact_is_rid_of_what_a_killed_run_left(run, undisturbed, unfinished, tmp_path):
     path = pathlib.Path(shutil.copytree(undisturbed, tmp_path / "model"))
     shutil.copytree(unfinished / FOLDER, path / FOLDER)
-    (path / ".staging").mkdir()
+    (path / ".scratch" / "qmoe-1").mkdir(parents=True)
     (path / ".manifest.json.0.tmp").write_bytes(b"half")
     run(path)
     assert content(path) == content(undisturbed)

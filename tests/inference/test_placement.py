@@ -221,6 +221,15 @@ def test_memory_is_not_measured_where_no_option_depends_on_it(artifact, monkeypa
     assert (plan.placement, plan.expert_cache) == (placement, cache)
 
 
+def test_experts_that_exceed_one_device_fit_over_two(artifact, monkeypatch):
+    reader = qj.open_checkpoint(artifact[0])
+    experts = sum(group.record.bytes for group in reader.manifest.groups)
+    monkeypatch.setattr(choose, "device_memory", lambda: experts)
+    monkeypatch.setattr(choose, "dense_bytes", lambda reader, dtype: 0)
+    found = [choose.plan_placement(reader, "float32", devices=devices).placement for devices in (1, 2)]
+    assert found == ["host", "device"]
+
+
 def test_experts_that_exceed_device_memory_stay_in_host_memory(artifact, monkeypatch):
     monkeypatch.setattr(choose, "device_memory", lambda: 4 << 20)
     monkeypatch.setattr(choose, "dense_bytes", lambda reader, dtype: 3 << 20)

@@ -69,6 +69,30 @@ def _sound(states: np.ndarray) -> np.ndarray:
         return np.isfinite(np.einsum("...e,...e->...", rows, rows))
 
 
+def overflow_error(
+    dtype: DTypeLike, path: object, stack: str, part: str, example: int, token: int
+) -> CheckpointError:
+    """Return the error for a hidden state that is not finite.
+
+    Args:
+        dtype: dtype of the computation.
+        path: the checkpoint.
+        stack: "encoder" or "decoder".
+        part: the layer and its part that made it.
+        example: number of the example.
+        token: position of the token in it.
+    """
+    return CheckpointError(
+        f"the model overflows in {np.dtype(dtype)}",
+        path=path,
+        key=f"{stack} {part}",
+        expected="numbers whose squares are finite in float32",
+        found=f"others, first for token {token} of example {example}",
+        remedy="the weights of this layer, or of one before it, are too large: the checkpoint is damaged "
+        "or its training diverged; take another copy",
+    )
+
+
 class EncoderLayers:
     """Steps of the encoder's layers over stored hidden states.
 
@@ -182,14 +206,8 @@ class EncoderLayers:
             return
         token = int(tokens[sound.argmin()])
         example = int(np.searchsorted(self.states.offsets, token, side="right")) - 1
-        raise CheckpointError(
-            f"the model overflows in {self.dtype}",
-            path=self.path,
-            key=f"{self.stack} {part}",
-            expected="numbers whose squares are finite in float32",
-            found=f"others, first for token {token - self.states.offsets[example]} of example {example}",
-            remedy="the weights of this layer, or of one before it, are too large: the checkpoint is damaged "
-            "or its training diverged; take another copy",
+        raise overflow_error(
+            self.dtype, self.path, self.stack, part, example, token - int(self.states.offsets[example])
         )
 
 

@@ -1,4 +1,4 @@
-"""Placement of packed experts: on the device as parameters, or in a store in host memory or on disk."""
+"""Placement of experts: on the device as parameters, spread over devices, or in host memory or on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from qmoe_jax.inference.placement.host import read_host_experts as read_host_exp
 from qmoe_jax.inference.placement.layer import PlacedLayer as PlacedLayer
 from qmoe_jax.inference.placement.layer import raise_store_errors as raise_store_errors
 from qmoe_jax.inference.placement.layer import stores_of as stores_of
+from qmoe_jax.inference.placement.sharded import ShardedExperts as ShardedExperts
+from qmoe_jax.inference.placement.shares import read_sharded_experts as read_sharded_experts
 from qmoe_jax.inference.placement.source import PlacedSource as PlacedSource
 from qmoe_jax.inference.placement.statistics import ExpertStatistics as ExpertStatistics
 from qmoe_jax.inference.placement.store import ExpertStore as ExpertStore

@@ -18,6 +18,7 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.placement.disk import smallest_cache
 from qmoe_jax.inference.placement.source import PlacedSource
 from qmoe_jax.memory import available_memory
+from qmoe_jax.models.exchange import ExpertRanges
 
 Placement = Literal["device", "host", "disk"]
 """A place for packed experts."""
@@ -50,15 +51,18 @@ def plan_placement(
     dtype: DTypeLike,
     placement: Placement | None = None,
     expert_cache: int | None = None,
+    devices: int = 1,
 ) -> PlacementPlan:
     """Fill in unspecified options (None) from the memory that is available now.
+
+    With several `devices`, "device" spreads the experts over them, and each has all dense parameters.
 
     Memory is measured only if an option depends on it. Reads no more than the manifest and file headers.
 
     Raises:
         CheckpointError: experts are to be kept on disk, or fit nowhere else, and the artifact is not on one.
     """
-    plan = _plan(reader, dtype, placement, expert_cache)
+    plan = _plan(reader, dtype, placement, expert_cache, devices)
     if plan.placement == "disk" and not isinstance(reader.path, Path):
         raise CheckpointError(
             "experts cannot be read from a URL when tokens are routed to them",
@@ -71,7 +75,11 @@ def plan_placement(
 
 
 def _plan(
-    reader: ArtifactReader, dtype: DTypeLike, placement: Placement | None, expert_cache: int | None
+    reader: ArtifactReader,
+    dtype: DTypeLike,
+    placement: Placement | None,
+    expert_cache: int | None,
+    devices: int,
 ) -> PlacementPlan:
     experts = sum(group.record.bytes for group in reader.manifest.groups)
     dense = dense_bytes(reader, dtype)
@@ -84,7 +92,10 @@ def _plan(
     if placement == "disk" and expert_cache is not None:
         return PlacementPlan("disk", expert_cache, f"{sizes}: expert cache of {_gb(expert_cache)}")
     free, device = SHARE * available_memory(), device_memory()
-    if placement is None and experts + dense <= (free if device is None else SHARE * device):
+    # The devices that a CPU is made to be share its memory, dense parameters included.
+    held = ExpertRanges(reader.config.num_experts, 1 if device is None else devices).held
+    share = experts * held / reader.config.num_experts
+    if placement is None and share + dense <= (free if device is None else SHARE * device):
         return PlacementPlan("device", None, f"{sizes}: they fit")
     reasons = [sizes] if placement is None else [f"{sizes}: as asked"]
     if placement is None and device is not None:

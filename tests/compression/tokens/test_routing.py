@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import qmoe_jax as qj
-from qmoe_jax.compression.tokens import RoutedTokens, keep_decoder, keep_encoder
+from qmoe_jax.compression.tokens.routing import Routing, calibrating, keep_decoder, keep_encoder
+from qmoe_jax.compression.tokens.slabs import TokenOrder
 from qmoe_jax.data import Sentinels
 from qmoe_jax.inference.blockwise.states import HiddenStates, mask_of, plan_batches
 
@@ -22,10 +23,38 @@ def test_masks_of_calibration_tokens_match_upstream(data):
 def test_an_expert_is_calibrated_by_its_first_tokens_only():
     expert = np.array([0, 1, 0, 0, 1, 0, 0, 0])
     keep = np.array([1, 1, 0, 1, 1, 1, 1, 1], bool)
-    routed = RoutedTokens.select(expert, np.ones(8, np.float32), keep, num_experts=2, token_cap=0.75)
     # 0.75 even shares of 4 are 3 tokens: of expert 0 the first three, of which one is not kept
-    np.testing.assert_array_equal(np.flatnonzero(routed.calibrates), [0, 1, 3, 4])
-    np.testing.assert_array_equal(routed.of_experts(range(1, 2)), [1, 4])
+    np.testing.assert_array_equal(np.flatnonzero(calibrating(expert, keep, 2, 0.75)), [0, 1, 3, 4])
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_the_first_tokens_are_the_same_however_many_are_counted_at_a_time(monkeypatch, block):
+    monkeypatch.setattr("qmoe_jax.compression.tokens.routing.BLOCK", block)
+    rng = np.random.default_rng(0)
+    expert, keep = rng.integers(0, 6, 200), rng.random(200) < 0.9
+    found = calibrating(expert, keep, 6, 0.8)
+    for number in range(6):
+        mine = np.flatnonzero(expert == number)
+        chosen = mine[: int(0.8 * 200 / 6)]
+        np.testing.assert_array_equal(np.flatnonzero(found & (expert == number)), chosen[keep[chosen]])
+
+
+def test_calibrating_tokens_are_the_first_in_the_order_of_the_examples():
+    """Batches go by length; an expert that has more tokens than calibrate takes the first of the examples."""
+    order = TokenOrder.of([100, 10], None, heads=1, row_bytes=4)  # the second example comes first
+    routing = Routing.select(
+        order, np.zeros(110, np.uint16), np.ones(110, np.float32), np.ones(110, bool), 1, token_cap=0.5
+    )
+    assert not routing.calibrates[:10].any()
+    np.testing.assert_array_equal(np.flatnonzero(routing.calibrates), np.arange(10, 65))
+
+
+def test_a_group_has_its_experts_tokens():
+    expert = np.array([3, 0, 2, 3, 1, 2], np.uint16)
+    routing = Routing(expert, np.arange(6, dtype=np.float32), np.array([1, 1, 0, 1, 1, 1], bool))
+    group = routing.of_group(range(2, 4))
+    assert (group.numbers.tolist(), group.expert.tolist()) == ([0, 2, 3, 5], [1, 0, 1, 0])
+    assert (group.routed, group.calibration) == ((2, 2), (1, 2))
 
 
 @pytest.mark.parametrize("memory_share", [0.25, 0.0], ids=["in memory", "in a file"])

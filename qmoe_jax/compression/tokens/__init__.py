@@ -1,0 +1,1 @@
+"""The tokens of a calibration: their order, their routing, and their hidden states on disk, expert-major."""
