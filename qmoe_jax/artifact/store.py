@@ -17,7 +17,7 @@ from typing import Any
 
 from qmoe_jax.artifact.codebook_file import CODEBOOKS, render_codebooks
 from qmoe_jax.artifact.completeness import check_complete, check_matrices, find_groups
-from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense_in
+from qmoe_jax.artifact.dense import DENSE, remove_leftovers, save_dense
 from qmoe_jax.artifact.group_check import check_group, check_groups, require_damaged
 from qmoe_jax.artifact.groups import EXPERTS, Expert, GroupFile, GroupKey, render_group
 from qmoe_jax.artifact.manifest import (
@@ -40,6 +40,7 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.names import is_stray
 from qmoe_jax.files.output import output_store
 from qmoe_jax.files.store import Place, Store, make_hold, readable_record
+from qmoe_jax.files.tensor import Tensor
 
 
 def artifact_directory(path: str | os.PathLike[str], *, inputs: tuple[object, ...] = ()) -> Path | str:
@@ -220,10 +221,18 @@ class ArtifactWriter:
         """Read the experts of a group that was written before."""
         return GroupFile.open(self.store, GroupKey(stack, layer, start, stop)).read(start, stop)
 
-    def write_dense(self, tree: Mapping[str, Any]) -> None:
-        """Write every parameter that is in no group, a nested dict of arrays. Every host calls this."""
+    def write_dense(self, tensors: Mapping[str, Tensor], *, source: object = None) -> dict[str, ArrayRecord]:
+        """Write every parameter that is in no group, and return the records; arguments as of `save_dense`.
+
+        With several hosts, the first one calls this.
+        """
         self._reopen()
-        self._dense = save_dense_in(self.store, tree)
+        self._dense = save_dense(self.store, tensors, source=source)
+        return self._dense
+
+    def keep_dense(self, records: Mapping[str, ArrayRecord]) -> None:
+        """Take over what `write_dense` returned to an interrupted process of this run, instead of writing."""
+        self._dense = dict(records)
 
     def attach(self, name: str, content: bytes) -> None:
         """Add a file that is the same in every run (such as the tokenizer); the manifest will list it."""
@@ -347,7 +356,7 @@ class ArtifactWriter:
         """Remove what a killed run of this host left half-written."""
         self.store.remove_temporary(self.host)
         if self.host == 0 and isinstance(self.store.root, Path):
-            remove_leftovers(self.store.root)
+            remove_leftovers(self.store)
 
 
 def _settings(names: Iterable[str], values: Iterable[Any]) -> str:

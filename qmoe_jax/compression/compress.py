@@ -19,11 +19,11 @@ from qmoe_jax.artifact.open import open_checkpoint
 from qmoe_jax.artifact.report import CompressionReport
 from qmoe_jax.artifact.store import ArtifactWriter, artifact_directory
 from qmoe_jax.artifact.verify import damaged_files
-from qmoe_jax.checkpoints.params import nest
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.checkpoints.staging import StagingStatistics, staged
 from qmoe_jax.coding import Codebook
 from qmoe_jax.compression.finished import remove_records
+from qmoe_jax.compression.kept import write_kept
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.passes.pipeline import Stage
@@ -36,12 +36,11 @@ from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
 from qmoe_jax.compression.scratch import Scratch
-from qmoe_jax.compression.source import read_dense, source_digests
+from qmoe_jax.compression.source import source_digests
 from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.space import require_room
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
@@ -117,8 +116,8 @@ def compress(
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
-    dense, attachments = read_dense(reader), attachments or {}
-    source = source_digests(reader, dense, examples, attachments)
+    attachments = attachments or {}
+    source = source_digests(reader, examples, attachments)
     with _writer(hosts, output, reader, config, source, list(codebooks.values())) as writer:
         if writer.finished:
             if scratch is None:
@@ -128,15 +127,14 @@ def compress(
                 progress(1, 1, "finished before")
                 return CompressionReport.read(output)
             warnings.warn("\n".join([f"{output}: makes damaged files again", *damaged]), stacklevel=2)
-        require_room(folder, sum(part.nbytes for part in dense.values()), wanted=writer.root)
         for name, content in attachments.items():
             writer.attach(name, content)
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
-        skipped = [name for name in reader.names() if name not in dense.keys() | compressed]
-        for name in skipped:
-            reader.read_finite(name)  # raises before any work, for they are copied at the end
         producer = this_producer()
         place = Scratch.of(folder, writer.run.digest, producer, hosts)
+        if hosts.first:
+            kept = [name for name in reader.names() if name not in compressed]
+            write_kept(writer, reader, kept, place.staging)
         stages, staging = {name: Stage(name) for name in STAGES}, StagingStatistics()
         groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
         if place.agreed("complete", lambda: int(groups.complete())):
@@ -159,7 +157,6 @@ def compress(
                 walk.run(tally)
             tally.end()
         if hosts.first:
-            writer.write_dense(nest(dense | {name: reader.read(name) for name in skipped}))
             times = {stage.name: stage.times() for stage in stages.values()} | {
                 "staging": {
                     "busy": staging.staging_seconds,

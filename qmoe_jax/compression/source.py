@@ -1,4 +1,4 @@
-"""The inputs of a compression: dense parameters, and digests by which a resumed run recognizes its inputs.
+"""Digests by which a resumed run recognizes its inputs.
 
 Digests are of contents, not of files: a copy of a checkpoint is the same, in another place, of another date
 or in another format.
@@ -18,29 +18,28 @@ import numpy as np
 
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data import Examples
-from qmoe_jax.files.tensor import ChunkedTensor, Tensor
+from qmoe_jax.files.finite import require_finite
+from qmoe_jax.files.tensor import ChunkedTensor, Tensor, row_ranges
 from qmoe_jax.parameters import is_expert
+
+RANGE_BYTES = 1 << 27
+"""Bytes of a dense parameter that are read at a time (128 MiB)."""
 
 WHOLE_BYTES = 64 << 30
 """Experts of up to this many bytes are read whole for their digest, whenever a run begins or resumes: all
 published models up to switch-base-256, in a minute or so. Of larger ones a sample of that size is read."""
 
 
-def read_dense(reader: Checkpoint) -> dict[str, np.ndarray]:
-    """Read every parameter outside the experts, in its stored dtype."""
-    return {name: reader.read_finite(name) for name in reader.names() if not is_expert(name)}
-
-
 def source_digests(
-    reader: Checkpoint, dense: Mapping[str, np.ndarray], examples: Examples, attachments: Mapping[str, bytes]
+    reader: Checkpoint, examples: Examples, attachments: Mapping[str, bytes]
 ) -> dict[str, Any]:
     """Return a digest of each input that decides the bytes of an artifact, by its name in messages.
 
     Raises:
-        CheckpointError: experts cannot be read.
+        CheckpointError: a parameter cannot be read, or a number outside the experts is not finite.
     """
     digests: dict[str, Any] = {
-        "checkpoint": {"dense": dense_digest(reader, dense), "experts": experts_digest(reader)},
+        "checkpoint": {"dense": dense_digest(reader), "experts": experts_digest(reader)},
         "examples": examples_digest(examples),
     }
     if attachments:
@@ -48,13 +47,21 @@ def source_digests(
     return digests
 
 
-def dense_digest(reader: Checkpoint, dense: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 of every name, shape and dtype, and of the content of the `dense` parameters."""
+def dense_digest(reader: Checkpoint) -> str:
+    """Return the SHA-256 of every name, shape and dtype, and of the content of all but the experts.
+
+    Memory: `RANGE_BYTES` of rows.
+
+    Raises:
+        CheckpointError: a parameter cannot be read, or holds a number that is not finite.
+    """
     sha = hashlib.sha256()
-    for name in reader.names():
-        sha.update(f"{name} {reader.shape(name)} {reader.dtype(name)}\n".encode())
-        if name in dense:
-            sha.update(_bytes(dense[name]))
+    for name, tensor in sorted(reader.tensors.items()):
+        sha.update(f"{name} {tensor.shape} {tensor.dtype}\n".encode())
+        if not is_expert(name):
+            for rows in row_ranges(tensor, RANGE_BYTES):
+                array = require_finite(tensor.read(rows), path=reader.path, key=name, row=rows.start)
+                sha.update(_bytes(array))
     return sha.hexdigest()
 
 

@@ -44,7 +44,9 @@ def is_float(dtype: npt.DTypeLike) -> bool:
     return True
 
 
-def require_finite(array: np.ndarray, *, path: object, key: str, first: int | None = None) -> np.ndarray:
+def require_finite(
+    array: np.ndarray, *, path: object, key: str, first: int | None = None, row: int = 0
+) -> np.ndarray:
     """Return the array, all of whose numbers are finite.
 
     Args:
@@ -52,16 +54,18 @@ def require_finite(array: np.ndarray, *, path: object, key: str, first: int | No
         path: where it was read from, for the error.
         key: its name.
         first: number of the expert that the first row belongs to; None where rows are not experts.
+        row: number of the first row, where rows are not experts.
 
     Raises:
         CheckpointError: a number is NaN or infinite; it names the position and the value.
     """
     if (place := first_not_finite(array)) is None:
         return array
+    where = (place[0] + row, *place[1:]) if place and first is None else place
     raise CheckpointError(
         "holds a number that is not finite",
         path=path,
-        key=_where(key, place, first),
+        key=_where(key, where, first),
         expected="finite numbers",
         found=f"{float(array[place])}, {array.dtype}",
         remedy=REMEDY,

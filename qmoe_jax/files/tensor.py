@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -63,6 +64,26 @@ class LazyTensor:
 def read_all(tensor: Tensor) -> np.ndarray:
     """Return the whole tensor as a new array."""
     return tensor.read(slice(0, tensor.shape[0] if tensor.shape else 0))
+
+
+def row_ranges(tensor: Tensor, nbytes: int, multiple: int = 1) -> Iterator[slice]:
+    """Yield ranges of rows that make up the tensor, each of `nbytes` at most.
+
+    A scalar has one, and a tensor without elements none.
+
+    Args:
+        tensor: the tensor.
+        nbytes: size of a range; a range has more only where it could not have `multiple` rows.
+        multiple: of which the number of rows in every range but the last is a multiple.
+    """
+    if not tensor.shape:
+        yield slice(0, 0)
+    if not math.prod(tensor.shape) or not tensor.shape:
+        return
+    count, row_bytes = tensor.shape[0], math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    rows = max(1, nbytes // (row_bytes * multiple)) * multiple
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
 
 
 def in_memory(array: np.ndarray) -> LazyTensor:

@@ -1,6 +1,8 @@
 """Zarr arrays read by tensorstore: local, remote, or inside an OCDBT database.
 
-Memory: what is read, and the decoded chunks under way: 64 MiB each as T5X writes them, one per processor.
+Memory: what is read, and the chunks under way: 64 MiB each as T5X writes them, and their compressed bytes. By
+columns as many are under way as there are processors; else tensorstore decodes as many, and holds the
+compressed bytes of all.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,9 @@ from qmoe_jax.files.zarr_chunks import check_chunks
 from qmoe_jax.memory import usable_memory
 
 Metadata = dict[str, Any]
+
+_UNDER_WAY = os.cpu_count() or 1
+"""Chunks of a piece that are read and decoded at a time: one per processor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,35 @@ class ZarrTensor:
         step = int((self.store.chunk_layout.read_chunk.shape or ())[1] or 1)
         for start in range(0, self.shape[1], step):
             stop = min(start + step, self.shape[1])
-            yield self._read(self.store[rows.start : rows.stop, start:stop])
+            yield self._read_gradually(self.store[rows.start : rows.stop, start:stop])
 
     def _read(self, part: ts.TensorStore) -> np.ndarray:
+        self._require_memory(part)
+        with self._refusing():
+            return self._of_bits(part.read().result())
+
+    def _read_gradually(self, part: ts.TensorStore) -> np.ndarray:
+        """Return a part whose chunks lie side by side along the third axis, with few of them under way."""
+        self._require_memory(part)
+        array = np.empty(part.shape, part.dtype.numpy_dtype)
+        target = ts.array(array, copy=False, write=True)
+        width = int((self.store.chunk_layout.read_chunk.shape or ())[2] or 1)
+        pending = deque[Any]()
+        with self._refusing():
+            for start in range(0, part.shape[2], width):
+                if len(pending) == _UNDER_WAY:
+                    pending.popleft().result()
+                columns = slice(start, min(start + width, part.shape[2]))
+                source = part[:, :, columns].translate_to[0, 0, 0]
+                pending.append(target[:, :, columns].translate_to[0, 0, 0].write(source))
+            while pending:
+                pending.popleft().result()
+        return self._of_bits(array)
+
+    def _of_bits(self, array: np.ndarray) -> np.ndarray:
+        return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
+
+    def _require_memory(self, part: ts.TensorStore) -> None:
         # tensorstore ends the process where memory is refused.
         values = max(math.prod(part.shape), *_chunk_values(self.store))
         if (needed := values * self.store.dtype.numpy_dtype.itemsize) > (most := usable_memory()):
@@ -86,8 +119,11 @@ class ZarrTensor:
                 expected=f"at most {most:,} bytes",
                 found=f"{needed:,} bytes: {list(part.shape)} of an array of {list(self.shape)}",
             )
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            array = part.read().result()
+            yield
         except (ValueError, OSError) as error:
             raise CheckpointError(
                 "a chunk is missing or damaged",
@@ -95,7 +131,6 @@ class ZarrTensor:
                 found=first_line(error),
                 remedy="copy the checkpoint again",
             ) from error
-        return array.view(ml_dtypes.bfloat16) if self.bfloat16_bits else array
 
     def shards(self) -> Iterator[Shard]:
         """Return the chunk files, each with what is wrong with it; only where `has_chunk_files`."""

@@ -121,7 +121,7 @@ def test_an_uncompressed_layer_is_stored_with_the_dense_parameters(tmp_path: pat
     with samples.writer(tmp_path, kind, skip="decoder") as artifact:
         for start, stop in samples.GROUPS:
             artifact.write_group("encoder", 1, start, samples.random_experts(kind, "encoder", 1, start, stop))
-        artifact.write_dense(tree)
+        artifact.write_dense(samples.tensors(tree))
         artifact.finish()
     reader = ArtifactReader.open(tmp_path)
     name = "decoder/layers_0/mlp/expert/wo/kernel"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from qmoe_jax.artifact import ArtifactReader, CheckpointError, GroupKey, Kind, dequantize, verify
+from qmoe_jax.files.tensor import in_memory
 from tests.helpers import artifact_samples as samples
 from tests.helpers.checkpoint_samples import add_strays
 
@@ -63,11 +64,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole: pathlib.Path, tmp_path: p
             assert path.stat().st_mtime_ns == written, "a finished group was written again"
         kept = {path: path.stat().st_mtime_ns for path in killed.rglob("experts/*/*.safetensors")}
         (killed / ".manifest.json.0.tmp").write_text("half-written")
-        (killed / "dense.orbax-checkpoint-tmp").mkdir()
+        (killed / ".dense.partial").mkdir()
     samples.write_artifact(killed)
     assert digests(killed) == digests(whole)
     assert verify(killed).ok
-    assert not list(killed.rglob("*tmp*"))
+    assert not [*killed.rglob("*tmp*"), *killed.rglob("*partial*")]
 
 
 def test_a_resumed_run_reads_its_groups(tmp_path: pathlib.Path) -> None:
@@ -95,7 +96,7 @@ def test_two_hosts_write_one_artifact(
                 experts = samples.random_experts(kind, stack, layer, begin, end)
                 artifact.write_group(stack, layer, begin, experts)
         first.attach("tokenizer.model", b"pieces")
-        first.write_dense(samples.dense_tree())
+        first.write_dense(samples.dense_tensors())
         first.finish({"loss": 4.25})
     assert digests(root) == digests(artifact_of(kind))
     assert verify(root).ok
@@ -187,7 +188,7 @@ def test_an_artifact_with_missing_experts_cannot_be_finished(tmp_path: pathlib.P
     with samples.writer(tmp_path) as artifact:
         with pytest.raises(CheckpointError, match="no dense parameters"):
             artifact.finish()
-        artifact.write_dense(samples.dense_tree())
+        artifact.write_dense(samples.dense_tensors())
         for stack, layer in samples.LAYERS:
             for begin, end in samples.GROUPS[1:]:
                 experts = samples.random_experts(kind, stack, layer, begin, end)
@@ -221,7 +222,7 @@ def test_a_foreign_file_keeps_an_artifact_from_being_finished(artifact: pathlib.
 
 def test_groups_of_one_layer_must_have_one_kind(tmp_path: pathlib.Path) -> None:
     with samples.writer(tmp_path) as artifact:
-        artifact.write_dense(samples.dense_tree())
+        artifact.write_dense(samples.dense_tensors())
         for kind, (start, stop) in zip(("ternary", "2 bits", "ternary"), samples.GROUPS, strict=True):
             experts = samples.random_experts(samples.KINDS[kind], "encoder", 1, start, stop)
             artifact.write_group("encoder", 1, start, experts)
@@ -253,7 +254,7 @@ def test_a_disk_without_room_for_dense_parameters_is_told_before_orbax_writes(
         with pytest.raises(
             CheckpointError, match=r"dense: cannot be written(.|\n)*No space(.|\n)*remedy: free"
         ):
-            artifact.write_dense({"a": np.zeros(1000, np.float32)})
+            artifact.write_dense({"a": in_memory(np.zeros(1000, np.float32))})
         assert not list(tmp_path.glob("dense*"))
 
 
@@ -282,7 +283,7 @@ def test_a_layer_can_be_linked_to_the_files_of_another(tmp_path: pathlib.Path) -
             experts = samples.random_experts(samples.KINDS["ternary"], stack, layer, start, stop)
             artifact.write_group(stack, layer, start, experts)
             artifact.link_group(*other, key)
-        artifact.write_dense(samples.dense_tree())
+        artifact.write_dense(samples.dense_tensors())
         artifact.finish()
     assert verify(tmp_path).ok
     reader = ArtifactReader.open(tmp_path)

@@ -9,6 +9,7 @@ import time
 
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 
 from qmoe_jax.artifact import (
     ArtifactWriter,
@@ -23,6 +24,7 @@ from qmoe_jax.artifact import (
 from qmoe_jax.artifact.report import RunReport
 from qmoe_jax.coding import tunstall_codebook
 from qmoe_jax.config import SwitchConfig
+from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.parameters import expert_shapes
 
 CONFIG = SwitchConfig(
@@ -93,6 +95,15 @@ def dense_tree() -> dict:
     }
 
 
+def tensors(tree: dict) -> dict[str, Tensor]:
+    arrays = traverse_util.flatten_dict(tree, sep="/")
+    return {name: in_memory(array) for name, array in arrays.items()}
+
+
+def dense_tensors() -> dict[str, Tensor]:
+    return tensors(dense_tree())
+
+
 def writer(
     root: pathlib.Path | str, kind: Kind = KINDS["ternary"], host: int = 0, **options: object
 ) -> ArtifactWriter:
@@ -115,7 +126,7 @@ def write_artifact(root: pathlib.Path | str, kind: Kind = KINDS["ternary"], wait
                 if not artifact.has_group(stack, layer, start, stop):
                     artifact.write_group(stack, layer, start, random_experts(kind, stack, layer, start, stop))
                     time.sleep(wait)
-        artifact.write_dense(dense_tree())
+        artifact.write_dense(dense_tensors())
         time.sleep(wait)
         artifact.finish({"loss": 4.25}, RunReport(seconds=time.time()))
 

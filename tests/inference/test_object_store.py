@@ -39,7 +39,7 @@ def test_the_tokenizer_that_an_artifact_carries_is_read_from_there(tmp_path) -> 
             for start, stop in samples.GROUPS:
                 experts = samples.random_experts(samples.KINDS["ternary"], stack, layer, start, stop)
                 writer.write_group(stack, layer, start, experts)
-        writer.write_dense(samples.dense_tree())
+        writer.write_dense(samples.dense_tensors())
         writer.finish()
     reader = ArtifactReader.open(store)
     file = tokenizer_file(reader)
