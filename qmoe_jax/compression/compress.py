@@ -155,7 +155,7 @@ def compress(
                 blas_on_one_thread(),
             ):
                 walk.run(tally)
-            tally.end()
+                tally.end()
         if hosts.first:
             times = {stage.name: stage.times() for stage in stages.values()} | {
                 "staging": {
