@@ -21,7 +21,10 @@ resumes an interrupted one.
 The published model of 1.57 trillion parameters is a preset of the same program (nobody has run it yet):
 
     python experiments/compress_c2048.py --preset switch-c-2048 --tokenizer cc_all.32000.model \\
-        --calibration c4-train.jsonl.gz --validation c4-validation.jsonl.gz
+        --calibration c4-train.jsonl.gz --validation c4-validation.jsonl.gz --scratch /fast-disk
+
+First it prints the plan (memory, disk, hours); with `--dry-run` that is all, and with `--layers 0
+--experts 0-15` it rehearses on a slice. Each variant has a log beside its artifact.
 """
 
 from __future__ import annotations
@@ -38,8 +41,12 @@ from rich.table import Table
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.store import artifact_directory
+from qmoe_jax.cli.compress import result_table
+from qmoe_jax.cli.plan_table import plan_table
+from qmoe_jax.cli.run_log import RunLog, log_path
+from qmoe_jax.cli.samples import SampleOptions
 from qmoe_jax.cli.streams import run_program
-from qmoe_jax.data import Example, samples
+from qmoe_jax.data import Example, Tokenizer, samples
 from qmoe_jax.data.text_files import check_pipes, text_files
 from qmoe_jax.evaluation.report import COLUMNS, REPORT_FILES, calibration_notes, table_rows, write_report
 from qmoe_jax.evaluation.variants import Variant
@@ -71,7 +78,28 @@ class Settings:
     experts_per_group: int = 16
     batch_size: int = 32
     allow_mixed: bool = False
+    layers: str | None = None
+    experts: str | None = None
+    scratch: Path | None = None
+    devices: int | None = None
+    dry_run: bool = False
     variants: tuple[str, ...] = (ORIGINAL, *VARIANTS)
+    plans: bool = False
+
+    @property
+    def evaluates(self) -> bool:
+        """False for a plan, and for a rehearsal, whose artifacts are not whole models."""
+        return not self.dry_run and self.layers is None and self.experts is None
+
+    def options(self, variant: str, tokenizer: Tokenizer) -> qj.CompressionConfig:
+        """Return the options of a variant's compression."""
+        return dataclasses.replace(
+            VARIANTS[variant],
+            damping=self.damping,
+            experts_per_group=self.experts_per_group,
+            layers=self.layers,
+            experts=self.experts,
+        ).with_sentinels(tokenizer)
 
 
 PRESETS = {
@@ -93,6 +121,7 @@ PRESETS = {
         output=Path("runs/switch-c-2048"),
         samples=160_000,  # as in the paper
         variants=("ternary-gptq",),
+        plans=True,
     ),
 }
 
@@ -122,6 +151,11 @@ def parse_arguments() -> Settings:
     add("--damping", type=float, help="share of the mean of a Hessian's diagonal added to the diagonal")
     add("--experts-per-group", type=int, help="experts quantized together")
     add("--batch-size", type=int, help="batch size of the evaluation")
+    add("--layers", help="rehearse on these layers alone, such as 0-1 or encoder:0; nothing is evaluated")
+    add("--experts", help="rehearse on these experts of each layer alone, such as 0-15; likewise")
+    add("--scratch", type=Path, help="folder for hidden states and staged experts, best on a fast disk")
+    add("--devices", type=positive, help="number of devices to use; by default all of them")
+    add("--dry-run", action="store_true", default=None, help="print the plan and write nothing")
     add(
         "--allow-mixed", action="store_true", default=None,
         help="resume runs that other software or another machine began",
@@ -132,9 +166,47 @@ def parse_arguments() -> Settings:
     )  # fmt: skip
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     settings = dataclasses.replace(PRESETS[given.pop("preset")], **given)
-    if settings.calibration is None or settings.validation is None:
+    if settings.calibration is None or (settings.validation is None and settings.evaluates):
         parser.error("this preset needs --calibration TEXT and --validation TEXT")
+    if not settings.evaluates:
+        if ORIGINAL in given.get("variants", ()):
+            parser.error(f"--variants {ORIGINAL}: nothing is evaluated in a plan or a rehearsal")
+        compressed = tuple(name for name in settings.variants if name != ORIGINAL)
+        settings = dataclasses.replace(settings, variants=compressed)
     return settings
+
+
+def make_plan(checkpoint: qj.Checkpoint, tokenizer: Tokenizer, settings: Settings) -> qj.CompressionPlan:
+    """Return the plan of the compression that takes longest: one with GPTQ, if there is one."""
+    compressed = [name for name in settings.variants if name != ORIGINAL]
+    name = next((name for name in compressed if VARIANTS[name].method == "gptq"), compressed[0])
+    options = SampleOptions(settings.samples, None, settings.segment, None, 0)
+    return qj.plan(
+        checkpoint,
+        options.count_tokens([str(settings.calibration)], tokenizer),
+        settings.options(name, tokenizer),
+        output=settings.output / name,
+        scratch=settings.scratch,
+        devices=settings.devices,
+    )
+
+
+def compress_variant(
+    name: str, checkpoint: qj.Checkpoint, calibration: list[Example], settings: Settings
+) -> qj.CompressionReport:
+    """Make an artifact, unless it is there."""
+    tokenizer = qj.load_tokenizer(checkpoint, settings.tokenizer)
+    config, output = settings.options(name, tokenizer), settings.output / name
+    facts = {"options": config, "samples": f"{len(calibration):,}"}
+    with (
+        qj.ProgressBar(name, "work") as bar,
+        RunLog(log_path(output, settings.scratch), facts, bar) as progress,
+    ):
+        return qj.compress(
+            checkpoint, output, calibration, config, attachments=tokenizer.files(),
+            allow_mixed=settings.allow_mixed, scratch=settings.scratch, devices=settings.devices,
+            progress=progress,
+        )  # fmt: skip
 
 
 def run_variant(
@@ -148,20 +220,8 @@ def run_variant(
     if name == ORIGINAL:
         model, params = qj.load_model(checkpoint)
         return Variant(name, qj.evaluate(model, params, validation, batch_size=settings.batch_size))
-    output = settings.output / name
-    tokenizer = qj.load_tokenizer(checkpoint, settings.tokenizer)
-    config = dataclasses.replace(
-        VARIANTS[name],
-        damping=settings.damping,
-        experts_per_group=settings.experts_per_group,
-    ).with_sentinels(tokenizer)
-    attachments = tokenizer.files()
-    with qj.ProgressBar(name) as progress:
-        report = qj.compress(
-            checkpoint, output, calibration, config, attachments=attachments,
-            allow_mixed=settings.allow_mixed, progress=progress,
-        )  # fmt: skip
-    model, params = qj.load_compressed(output)
+    report = compress_variant(name, checkpoint, calibration, settings)
+    model, params = qj.load_compressed(settings.output / name)
     evaluation = qj.evaluate(model, params, validation, batch_size=settings.batch_size)
     return Variant(name, evaluation, report)
 
@@ -204,8 +264,19 @@ def run(settings: Settings) -> None:
     console = Console() if Console().is_terminal else Console(width=116)
     checkpoint = qj.open_checkpoint(settings.checkpoint)
     tokenizer = qj.load_tokenizer(checkpoint, settings.tokenizer)
-    check_pipes(*map(text_files, (settings.calibration, settings.validation)))
+    if (settings.plans or settings.dry_run) and set(settings.variants) != {ORIGINAL}:
+        plan = make_plan(checkpoint, tokenizer, settings)
+        console.print(plan_table(plan))
+        plan.require_fit()
+        if settings.dry_run:
+            return
+    texts = [path for path in (settings.calibration, settings.validation) if path is not None]
+    check_pipes(*map(text_files, texts))
     calibration = samples(settings.calibration, tokenizer, settings.samples, segment=settings.segment)
+    if not settings.evaluates:
+        for name in settings.variants:
+            console.print(result_table(compress_variant(name, checkpoint, calibration, settings)))
+        return
     validation = samples(
         settings.validation, tokenizer, settings.validation_samples, segment=settings.segment
     )

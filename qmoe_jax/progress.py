@@ -136,7 +136,8 @@ class ProgressMeter:
         if not done or not seconds:
             return ""
         if self._unit == "work":
-            return f"{360_000 * done / seconds / self.total:,.3g} %/h"
+            per_minute = 6000 * done / seconds / self.total
+            return f"{per_minute:,.1f} %/min" if per_minute >= 1 else f"{60 * per_minute:,.2f} %/h"
         return f"{decimal(int(done / seconds))}/s" if self._unit == "bytes" else (
             f"{done / seconds:,.1f} {self._unit}/s"
         )  # fmt: skip

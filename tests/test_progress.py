@@ -38,7 +38,7 @@ def test_without_a_terminal_there_is_one_line_per_minute():
     lines = log.file.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[0].startswith(
-        "compressing · encoder layer 0, experts: 6.0 %, 360 %/h, elapsed 0:01:00, left 0:15:40, memory "
+        "compressing · encoder layer 0, experts: 6.0 %, 6.0 %/min, elapsed 0:01:00, left 0:15:40, memory "
     )
     assert lines[2].startswith("compressing · encoder layer 0, experts: 18.0 %")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float32
@@ -25,6 +26,9 @@ from qmoe_jax.files.foreign import HEAD_BYTES, recognize
 from qmoe_jax.files.store import File, Place, Store, open_store
 from qmoe_jax.files.tensor import LazyTensor, Shard, Tensor
 from qmoe_jax.parameters import ExpertKernel, expert_shapes
+
+_AHEAD = 4
+"""Groups that are read while one is used: an object store answers late, but several at a time."""
 
 _THREADS = 8
 """Threads that ask for the sizes of files: an object store answers several at a time."""
@@ -60,26 +64,41 @@ class ExpertLayer:
         return self._open(self.groups[index]).extent(expert)
 
     def read(self, experts: slice) -> Iterator[dict[str, PackedExpertMatrix]]:
-        """Yield a range of experts, with one read per group.
+        """Yield a range of experts, with one read per group, the next `_AHEAD` groups read meanwhile.
+
+        Memory: these groups as they are stored.
 
         Raises:
             CheckpointError: a file is missing, cut short or another one, or a level is not finite.
         """
         start, stop, _ = experts.indices(self.num_experts)
-        for group in self.groups:
-            begin, end = max(start, group.key.start), min(stop, group.key.stop)
-            if begin < end:
-                for number, expert in enumerate(self._open(group).read(begin, end), begin):
-                    yield self._checked(number, expert)
+        reading: collections.deque[tuple[int, Future[list[dict[str, PackedExpertMatrix]]]]]
+        reading = collections.deque()
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            for group in self.groups:
+                begin, end = max(start, group.key.start), min(stop, group.key.stop)
+                if begin < end:
+                    reading.append((begin, pool.submit(self._read_group, group, begin, end)))
+                if len(reading) > _AHEAD:
+                    yield from self._checked(*reading.popleft())
+            while reading:
+                yield from self._checked(*reading.popleft())
 
-    def _checked(self, number: int, expert: dict[str, PackedExpertMatrix]) -> dict[str, PackedExpertMatrix]:
-        for name, matrix in expert.items():
-            try:
-                check_levels(matrix)
-            except ValueError as error:
-                path, key = self.extent(number).path, f"expert {number}, {name}"
-                raise CheckpointError("is damaged", path=path, key=key, found=str(error)) from error
-        return expert
+    def _read_group(self, group: GroupRecord, begin: int, end: int) -> list[dict[str, PackedExpertMatrix]]:
+        return self._open(group).read(begin, end)
+
+    def _checked(
+        self, begin: int, reading: Future[list[dict[str, PackedExpertMatrix]]]
+    ) -> Iterator[dict[str, PackedExpertMatrix]]:
+        """Yield the experts from `begin` on that were read, their levels checked."""
+        for number, expert in enumerate(reading.result(), begin):
+            for name, matrix in expert.items():
+                try:
+                    check_levels(matrix)
+                except ValueError as error:
+                    path, key = self.extent(number).path, f"expert {number}, {name}"
+                    raise CheckpointError("is damaged", path=path, key=key, found=str(error)) from error
+            yield expert
 
     def files(self) -> Iterator[GroupFile]:
         """Yield the file of every group."""

@@ -24,7 +24,7 @@ CheckpointPath = Annotated[
         metavar="PATH",
         help="A checkpoint: T5X, Hugging Face, a qmoe artifact, or a compressed directory of upstream QMoE. "
         "Its directory, a file in it that tells the format, or the directory of a run, whose newest whole "
-        "step is read. T5X checkpoints can be URLs (gs://, s3://, http://).",
+        "step is read. Artifacts and T5X checkpoints can be URLs (gs://, s3://, http://).",
         show_default=False,
     ),
 ]

@@ -78,7 +78,7 @@ class RunLog:
         self._begin()
         self._meter.update(done, total, label)
         part, now = label.partition(",")[0], self._clock()
-        if part != self._part or now >= self._next_line:
+        if label and (part != self._part or now >= self._next_line):
             self._part, self._next_line = part, now + SECONDS_PER_LINE
             self.write(self._meter.line.removeprefix(" · "))
         self._progress(done, total, label)

@@ -16,7 +16,11 @@ from qmoe_jax.cli.failures import OK, PROBLEMS
 def verify(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="An artifact, as `qmoe compress` writes it.", show_default=False),
+        typer.Argument(
+            metavar="PATH",
+            help="An artifact, as `qmoe compress` writes it; its directory or URL.",
+            show_default=False,
+        ),
     ],
 ) -> Answer:
     """Check every byte of a compressed model.

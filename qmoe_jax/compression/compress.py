@@ -30,7 +30,7 @@ from qmoe_jax.compression.passes.pipeline import Stage
 from qmoe_jax.compression.passes.walk import Walk
 from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.planning.rates import nominal_rates
-from qmoe_jax.compression.planning.resources import Limits, Resources
+from qmoe_jax.compression.planning.resources import require_resources
 from qmoe_jax.compression.planning.work import Work, WorkTally
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
@@ -41,7 +41,6 @@ from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
-from qmoe_jax.files.location import local_path
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
@@ -114,10 +113,6 @@ def compress(
     config.first_sentinel(reader.config)  # raises before any work
     config.selection(reader.config)
     examples = checked_examples(examples, reader.config)
-    tokens, rates, storage = TokenCounts.of(examples), nominal_rates(), ExpertStorage.of(reader)
-    resources = Resources(reader.config, config, tokens, storage, mesh.size, rates.shares_cores)
-    for problem in resources.problems(Limits.here(local_path(output), folder), output=output, scratch=folder):
-        raise problem
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
@@ -147,10 +142,13 @@ def compress(
         else:
             if not allow_mixed:
                 groups.require_same_producer()
+            tokens, local = TokenCounts.of(examples), output if isinstance(output, Path) else None
+            require_resources(reader, config, tokens, output=local, scratch=folder, devices=mesh.size)
             walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
             work = Work.of(
-                reader.config, config, tokens, rates, storage=storage, devices=mesh.size, hosts=hosts.count
-            ).remaining(walk.shares_done())
+                reader.config, config, tokens, nominal_rates(),
+                storage=ExpertStorage.of(reader), devices=mesh.size, hosts=hosts.count,
+            ).remaining(walk.shares_done())  # fmt: skip
             tally = WorkTally(work, progress)
             with (
                 staged(reader, place.staging, walk.reads(), staging) as groups.reader,

@@ -70,14 +70,6 @@ def read_array(path: Path, offset: int, array: np.ndarray, key: str) -> np.ndarr
     return array
 
 
-def read_exactly(path: Path, offset: int, size: int) -> memoryview:
-    """Return `size` bytes from `offset` on, read-only. Raises as `read_into` does."""
-    data = np.empty(size, np.uint8)
-    read_into(path, offset, [data.data])
-    data.flags.writeable = False
-    return data.data
-
-
 def read_whole(path: Path) -> bytes:
     """Return a whole small file. Raises `CheckpointError` if it is missing or cannot be read."""
     try:

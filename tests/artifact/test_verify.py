@@ -113,3 +113,17 @@ def test_verifying_a_directory_that_is_not_an_artifact_finds_a_problem(tmp_path:
 def test_strays_at_any_depth_are_no_problem(artifact: pathlib.Path) -> None:
     add_strays(artifact)
     assert verify(artifact).problems == ()
+
+
+def test_experts_that_do_not_decode_are_named_in_the_order_of_their_groups(artifact: pathlib.Path) -> None:
+    reader, expected = ArtifactReader.open(artifact), []
+    for (stack, number), layer in reader.layers.items():
+        for group in layer.groups:
+            expert = group.key.stop - 1
+            extent = reader.expert_extent(stack, number, expert)
+            broken = bytearray((artifact / group.path).read_bytes())
+            broken[extent.offset + extent.nbytes - 60 : extent.offset + extent.nbytes - 40] = b"\xff" * 20
+            (artifact / group.path).write_bytes(broken)
+            expected.append(f"{group.path}: expert {expert}")
+    problems = [problem for problem in verify(artifact).problems if ": expert " in problem]
+    assert [problem[: len(start)] for problem, start in zip(problems, expected, strict=True)] == expected

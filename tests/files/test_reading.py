@@ -7,6 +7,7 @@ import pytest
 
 from qmoe_jax.files import reading
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.store import File
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_range_is_read_exactly_and_cannot_be_written(file: Path) -> None:
-    data = reading.read_exactly(file, 10, 5)
+    data = File.at(file).read_exactly(10, 5)
     assert bytes(data) == bytes(range(10, 15))
     assert data.readonly
 
@@ -34,7 +35,7 @@ def test_pieces_are_filled_in_order_however_many_go_into_a_call(
 
 def test_a_file_that_ends_within_the_range_is_cut_short(file: Path) -> None:
     with pytest.raises(CheckpointError, match="is cut short") as caught:
-        reading.read_exactly(file, 90, 20)
+        File.at(file).read_exactly(90, 20)
     assert (caught.value.path, caught.value.expected) == (str(file), "at least 110 bytes")
     assert caught.value.found == "100 bytes"
 
@@ -48,4 +49,4 @@ def test_a_file_of_another_size_than_expected_is_refused(file: Path, size: int, 
 def test_a_missing_file_and_a_folder_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "gone", tmp_path):
         with pytest.raises(CheckpointError, match="cannot be read"):
-            reading.read_exactly(path, 0, 1)
+            File.at(path).read_exactly(0, 1)

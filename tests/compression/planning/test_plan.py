@@ -127,3 +127,13 @@ def test_a_plan_that_does_not_fit_raises(data, tmp_path):
     )
     with pytest.raises(qj.CheckpointError, match="more memory than there is"):
         found.require_fit()
+
+
+def test_a_compression_that_does_not_fit_is_refused_before_its_first_group(
+    data, samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Limits, "here", classmethod(lambda cls, output, scratch: Limits(memory=GB // 10)))
+    config = qj.CompressionConfig(sentinel_start=480)
+    with pytest.raises(qj.CheckpointError, match="use a machine with more memory"):
+        qj.compress(data / "hf_tiny_a", tmp_path / "model", samples[:2], config)
+    assert not list(tmp_path.glob("model/experts/*"))
