@@ -55,7 +55,7 @@ class ObjectStore:
 
     def names(self, folder: str = "") -> list[str]:
         """Return all objects, or those below a folder; without the empty ones that stand for folders."""
-        with self._refusing("cannot be listed", folder):
+        with self._refusing("cannot be listed"):
             keys = self._objects.list(_below(folder)).result()
         return sorted(name for key in keys if (name := key.decode(errors="replace")) and name[-1] != "/")
 
@@ -236,12 +236,12 @@ class ObjectStore:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def _refusing(self, problem: str, name: str, key: str | None = None) -> Iterator[None]:
+    def _refusing(self, problem: str, name: str = "", key: str | None = None) -> Iterator[None]:
         """Turn the driver's errors into `CheckpointError`."""
         try:
             yield
         except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-            raise driver_error(problem, self.path(name), error, key=key) from error
+            raise driver_error(problem, self.path(name) if name else self.root, error, key=key) from error
 
 
 def _below(folder: str) -> ts.KvStore.KeyRange:

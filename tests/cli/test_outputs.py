@@ -36,17 +36,18 @@ def refusal(arguments: Iterable[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("output", "problem"),
     [
-        ("gs://bucket/out", "cannot be written: it is a URL"),
+        ("http://127.0.0.1:9/out", "cannot be written: "),
         ("file://host/out", "is a file URL of another host"),
         ("file", "is a file"),
         ("file/out", "is a file"),
         ("x" * 300, "cannot be written"),
     ],
-    ids=["gs", "file of a host", "a file", "in a file", "too long"],
+    ids=["http", "file of a host", "a file", "in a file", "too long"],
 )
 def test_an_output_is_refused_first(here: pathlib.Path, command, output: str, problem: str) -> None:
     error = refusal(part.format(output) for part in command)
-    assert (error["problem"], bool(error["remedy"])) == (problem, True)
+    assert error["problem"].startswith(problem)
+    assert error["remedy"]
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
@@ -59,8 +60,8 @@ def test_what_others_have_written_is_not_overwritten(here: pathlib.Path, command
 @pytest.mark.parametrize("write", [qj.compress, qj.convert, qj.decompress], ids=lambda write: write.__name__)
 def test_the_functions_refuse_first_as_well(write, data) -> None:
     arguments = {qj.compress: ([],), qj.convert: ("t5x",), qj.decompress: ("t5x",)}[write]
-    with pytest.raises(qj.CheckpointError, match="gs://bucket/out: cannot be written: it is a URL"):
-        write(data / "hf_tiny_a", "gs://bucket/out", *arguments)
+    with pytest.raises(qj.CheckpointError, match=r"http://127\.0\.0\.1:9/out: cannot be written: "):
+        write(data / "hf_tiny_a", "http://127.0.0.1:9/out", *arguments)
 
 
 @pytest.mark.parametrize("below", [".", "out"])
