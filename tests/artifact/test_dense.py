@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import resource
 import weakref
 from collections.abc import Callable
 
@@ -161,26 +162,18 @@ def test_an_object_store_has_no_checkpoint_before_it_is_whole() -> None:
     assert not store.exists("dense/_METADATA")
 
 
-def test_a_full_disk_is_told_while_arrays_are_written(
+@pytest.mark.usefixtures("small")
+def test_a_disk_that_is_full_while_arrays_are_written_is_told_and_freed(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense, "require_room", lambda *_, **__: None)
-    monkeypatch.setattr(
-        dense.ts,
-        "open",
-        lambda *_, **__: Refused(f"[os_error_code='{errno.ENOSPC}']: No space left on device"),
-    )
-    with pytest.raises(CheckpointError, match=r"dense: the dense parameters cannot be written") as caught:
-        save_dense(LocalStore(tmp_path), {"a": in_memory(ROW)})
-    assert os.strerror(errno.ENOSPC) in str(caught.value)
+    content = np.random.default_rng(0).standard_normal((6, 50), np.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"dense: the dense parameters cannot be written") as caught:
+            save_dense(LocalStore(tmp_path), {"a": in_memory(content)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.strerror(errno.EFBIG) in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-class Refused:
-    """A future that fails."""
-
-    def __init__(self, message: str):
-        self.message = message
-
-    def result(self) -> None:
-        raise ValueError(self.message)
