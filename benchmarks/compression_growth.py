@@ -2,10 +2,10 @@
 
     python -m benchmarks.compression_growth --json benchmarks/results/compression-growth.json
 
-Takes about ten minutes on two cores, and with `--plot docs/images/growth.png` draws the curves (matplotlib).
-A model of one encoder and one decoder layer is narrow enough that hundreds of thousands of tokens and 2,048
-experts run in seconds; its chunks span up to 256 experts, as those of switch-c-2048 do. Every compression is
-a process of its own, measured from outside, after one that fills JAX's cache of compiled programs.
+Takes about twenty minutes on two cores; `--plot docs/images/growth.png` draws the curves (matplotlib). A model of one encoder and one decoder layer is narrow enough that a million tokens and 2,048 experts run in
+minutes; its chunks span up to 256 experts, as those of switch-c-2048 do, and its slabs of hidden states are
+an eighth of the usual size, as its width is of that model's. Every compression is a process of its own,
+measured from outside, after one that fills JAX's cache of compiled programs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import qmoe_jax as qj
 from benchmarks import compression_run, measuring, true_shape
+from qmoe_jax.compression.tokens.slabs import SLAB_BYTES
 
-TOKENS = 65_536
+TOKENS = 131_072
 """Encoder tokens of the middle of the curve; there are a quarter as many decoder tokens."""
 
 TOKEN_FACTORS = (0.1, 0.3, 1, 3, 10)
@@ -71,7 +72,8 @@ def measure(point: Point, folder: Path) -> dict[str, Any]:
     what = true_shape.Slice(model(point.experts), experts=point.experts, hot=point.hot)
     name = f"{point.experts}-{point.hot or 'even'}"
     checkpoint = true_shape.write(folder / f"checkpoint-{name}", what)
-    job = compression_run.Job(str(checkpoint), str(folder / "artifact"), what, point.tokens, 16)
+    slab = SLAB_BYTES * what.model.d_model // qj.PRESETS["switch-c-2048"].d_model
+    job = compression_run.Job(str(checkpoint), str(folder / "artifact"), what, point.tokens, 16, slab)
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -21,6 +21,7 @@ import jax
 
 import qmoe_jax as qj
 from benchmarks import process_meter, true_shape
+from qmoe_jax.compression.tokens import slabs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Job:
         what: the slice that the checkpoint is.
         tokens: encoder tokens of the calibration samples.
         experts_per_group: option of the compression.
+        slab_bytes: bytes of hidden states in a slab; None: the compression's own choice. A narrow model has
+            smaller ones in proportion.
     """
 
     checkpoint: str
@@ -40,6 +43,7 @@ class Job:
     what: true_shape.Slice
     tokens: int
     experts_per_group: int
+    slab_bytes: int | None = None
 
     def config(self) -> qj.CompressionConfig:
         """Return the options.
@@ -56,6 +60,8 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Compress, and return the seconds and the figures of the report."""
+        if self.slab_bytes is not None:
+            slabs.SLAB_BYTES = self.slab_bytes
         samples = true_shape.examples(self.what, self.tokens)
         compiling = _CompilationClock()
         jax.monitoring.register_event_duration_secs_listener(compiling)

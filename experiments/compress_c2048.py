@@ -41,11 +41,12 @@ from rich.table import Table
 
 import qmoe_jax as qj
 from qmoe_jax.artifact.store import artifact_directory
-from qmoe_jax.cli.compress import result_table
+from qmoe_jax.cli.compress import READING, result_table
 from qmoe_jax.cli.plan_table import plan_table
 from qmoe_jax.cli.run_log import RunLog, log_path
 from qmoe_jax.cli.samples import SampleOptions
 from qmoe_jax.cli.streams import run_program
+from qmoe_jax.compression.planning.work import TOTAL
 from qmoe_jax.data import Example, Tokenizer, samples
 from qmoe_jax.data.text_files import check_pipes, text_files
 from qmoe_jax.evaluation.report import COLUMNS, REPORT_FILES, calibration_notes, table_rows, write_report
@@ -202,6 +203,7 @@ def compress_variant(
         qj.ProgressBar(name, "work") as bar,
         RunLog(log_path(output, settings.scratch), facts, bar) as progress,
     ):
+        progress(0, TOTAL, READING)
         return qj.compress(
             checkpoint, output, calibration, config, attachments=tokenizer.files(),
             allow_mixed=settings.allow_mixed, scratch=settings.scratch, devices=settings.devices,

@@ -100,7 +100,7 @@ class ProgressMeter:
             clock: returns seconds.
         """
         self._title, self._unit, self._clock = title, unit, clock
-        self._began = self._heard = clock()
+        self._began = self._idle = self._heard = clock()
         self._first: int | None = None
         self.done, self.total, self.label = 0, 0, ""
 
@@ -109,6 +109,8 @@ class ProgressMeter:
         self._heard = self._clock()
         if self._first is None:
             self._first, self._began = done, self._heard
+        if done == self._first:
+            self._idle = self._heard  # what comes before the first unit tells nothing about the others
         self.done, self.total, self.label = done, total, label
 
     @property
@@ -126,13 +128,13 @@ class ProgressMeter:
         """Seconds that are left if the rest goes as what is done; None while nothing is."""
         if not (done := self.done - (self._first or 0)):
             return None
-        at_last_call = (self._heard - self._began) * (self.total - self.done) / done
+        at_last_call = (self._heard - self._idle) * (self.total - self.done) / done
         return max(at_last_call - (self._clock() - self._heard), 0.0)
 
     @property
     def rate(self) -> str:
-        """Units per second since the first call; empty while nothing is done."""
-        done, seconds = self.done - (self._first or 0), self._heard - self._began
+        """Units per second since the first of them began; empty while nothing is done."""
+        done, seconds = self.done - (self._first or 0), self._heard - self._idle
         if not done or not seconds:
             return ""
         if self._unit == "work":

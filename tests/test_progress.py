@@ -55,13 +55,15 @@ def test_time_left_runs_on_between_calls():
     clock = Clock()
     meter = ProgressMeter("compressing", "experts", clock)
     assert meter.seconds_left is None
+    meter.update(0, 8, "reading")
+    clock.now = 100.0  # nothing of this was for the first unit
     meter.update(0, 8, "")
-    clock.now = 10.0
+    clock.now = 110.0
     meter.update(2, 8, "")
-    assert (meter.seconds_left, meter.rate) == (30.0, "0.2 experts/s")
-    clock.now = 25.0
+    assert (meter.seconds_left, meter.rate, meter.seconds) == (30.0, "0.2 experts/s", 110.0)
+    clock.now = 125.0
     assert meter.seconds_left == 15.0
-    clock.now = 60.0
+    clock.now = 160.0
     assert meter.seconds_left == 0.0
 
 

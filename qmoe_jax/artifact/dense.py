@@ -219,7 +219,7 @@ def _put_in_place(folder: Path, place: Path) -> None:
             sync_folder(found)
         if place.exists():
             shutil.rmtree(place)
-        folder.rename(place)
+        folder.replace(place)
     except OSError as error:
         raise system_error("the dense parameters cannot be written", place, error) from error
     sync_folder(place.parent)

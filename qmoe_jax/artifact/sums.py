@@ -1,7 +1,7 @@
 """The file `SHA256SUMS`: the checksum of every file of an artifact, in the format of `sha256sum -c`.
 
-It covers what the manifest cannot list because it differs from run to run: the files of `dense/`, into which
-Orbax writes times, and the report.
+It covers what the manifest cannot list because it differs from run to run: the files of `dense/`, whose names
+are random, and the report.
 """
 
 from __future__ import annotations

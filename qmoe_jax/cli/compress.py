@@ -37,6 +37,10 @@ from qmoe_jax.cli.samples import (
     load_tokenizer,
 )
 from qmoe_jax.compression.planning.rates import PRESETS
+from qmoe_jax.compression.planning.work import TOTAL
+
+READING = "reading the checkpoint"
+"""What a run does until it counts work: a minute or more for large models, whose experts are digested."""
 
 NAMED = 8
 """Number of experts that a line of the table names; --json names them all."""
@@ -181,6 +185,7 @@ def compress(
             qj.ProgressBar("compressing", "work") as bar,
             RunLog(of_host(log_path(output, scratch)), facts, bar) as progress,
         ):
+            progress(0, TOTAL, READING)
             report = qj.compress(
                 checkpoint,
                 output,

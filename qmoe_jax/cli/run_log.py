@@ -43,8 +43,7 @@ def log_path(output: str | os.PathLike[str], scratch: str | os.PathLike[str] | N
 class RunLog:
     """A progress callback that writes a log file and calls another one.
 
-    The file is made at the first call, that is once work begins: a run that is refused leaves none. As a
-    context manager it also logs warnings, the error that ends the context, and the end.
+    As a context manager it logs the beginning, warnings, and the error that ends the context or the end.
     """
 
     def __init__(
@@ -69,13 +68,11 @@ class RunLog:
         self.file = output_file(file)
         self._facts, self._progress, self._clock = facts, progress, clock
         self._meter = ProgressMeter("", "work", clock)
-        self._waiting: list[str] | None = [] if not self.file.exists() else None
         self._lock, self._failed = threading.Lock(), False
         self._part, self._next_line = "", 0.0
 
     def __call__(self, done: int, total: int, label: str) -> None:
         """Take progress, log it at the first call of a minute or layer, and hand it on."""
-        self._begin()
         self._meter.update(done, total, label)
         part, now = label.partition(",")[0], self._clock()
         if label and (part != self._part or now >= self._next_line):
@@ -91,17 +88,8 @@ class RunLog:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         line = f"{now} {printable(text)}".replace("\n", "\n    ") + "\n"
         with self._lock:
-            if self._waiting is not None:
-                self._waiting.append(line)
-            elif not self._failed:
+            if not self._failed:
                 self._append(line)
-
-    def _begin(self) -> None:
-        """Write what has waited for work to begin."""
-        with self._lock:
-            if self._waiting is not None:
-                waiting, self._waiting = self._waiting, None
-                self._append("".join(waiting))
 
     def _append(self, text: str) -> None:
         try:

@@ -26,7 +26,6 @@ from qmoe_jax.compression.finished import remove_records
 from qmoe_jax.compression.kept import write_kept
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
-from qmoe_jax.compression.passes.pipeline import Stage
 from qmoe_jax.compression.passes.walk import Walk
 from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
 from qmoe_jax.compression.planning.rates import nominal_rates
@@ -41,13 +40,10 @@ from qmoe_jax.compression.threads import blas_on_one_thread
 from qmoe_jax.data import Examples, checked_examples
 from qmoe_jax.distributed import Hosts, device_mesh
 from qmoe_jax.files.errors import CheckpointError
+from qmoe_jax.files.output import output_directory
 from qmoe_jax.parameters import expert_kernels
 from qmoe_jax.progress import ProgressCallback, no_progress
 from qmoe_jax.settings import own_settings
-
-STAGES = ("read", "compute", "code", "store")
-"""The stages that work at once: reading weights and tokens, the devices, coding and writing groups, and
-storing tokens."""
 
 
 @own_settings(matmul_precision=True)
@@ -72,7 +68,7 @@ def compress(
     `jax.distributed.initialize` before, all call this with the same arguments and share the work; if one
     dies, start them again, in any number. The bytes are the same for any number of devices and hosts.
 
-    Memory: the parameters of one layer outside its experts in float32; slabs of hidden states of 256 MiB, a
+    Memory: the parameters of one layer outside its experts in float32; slabs of hidden states of 128 MiB, a
     few at a time; per token 7 bytes; and on every device one expert group with its Hessians,
     `experts_per_group * (d_model**2 + 3 * d_ff**2)` floats. Disk: see `scratch`.
 
@@ -108,7 +104,7 @@ def compress(
             path=output,
             remedy="name one (scratch, --scratch) on a disk with room for the hidden states",
         )
-    folder = Path(output) / SCRATCH if scratch is None else Path(scratch)
+    folder = Path(output) / SCRATCH if scratch is None else output_directory(scratch, inputs=inputs)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
     config.selection(reader.config)
@@ -135,43 +131,43 @@ def compress(
         if hosts.first:
             kept = [name for name in reader.names() if name not in compressed]
             write_kept(writer, reader, kept, place.staging)
-        stages, staging = {name: Stage(name) for name in STAGES}, StagingStatistics()
-        groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
+        groups, times = GroupStore(reader, writer, config, kinds, codebooks, producer), {}
         if place.agreed("complete", lambda: int(groups.complete())):
             progress(1, 1, "all groups were finished before")
         else:
             if not allow_mixed:
                 groups.require_same_producer()
-            tokens, local = TokenCounts.of(examples), output if isinstance(output, Path) else None
+            local = output if isinstance(output, Path) else None
+            tokens = TokenCounts.of(examples)
             require_resources(reader, config, tokens, output=local, scratch=folder, devices=mesh.size)
-            walk = Walk(reader, groups, examples, config, place, mesh, hosts, stages)
-            work = Work.of(
-                reader.config, config, tokens, nominal_rates(),
-                storage=ExpertStorage.of(reader), devices=mesh.size, hosts=hosts.count,
-            ).remaining(walk.shares_done())  # fmt: skip
-            tally = WorkTally(work, progress)
-            with (
-                staged(reader, place.staging, walk.reads(), staging) as groups.reader,
-                blas_on_one_thread(),
-            ):
-                walk.run(tally)
-            tally.end()
+            times = _walk(Walk(reader, groups, examples, config, place, mesh, hosts), progress)
         if hosts.first:
-            times = {stage.name: stage.times() for stage in stages.values()} | {
-                "staging": {
-                    "busy": staging.staging_seconds,
-                    "needed": staging.needed_bytes,
-                    "read": staging.read_bytes,
-                }
-            }
-            report = groups.report(time.monotonic() - began, times)
-            writer.finish(report=report)
+            writer.finish(report=groups.report(time.monotonic() - began, times))
             remove_records(writer.store)
             place.clear()
             if scratch is None:
                 shutil.rmtree(folder, ignore_errors=True)
         hosts.barrier("finished")
     return CompressionReport.read(output)
+
+
+def _walk(walk: Walk, progress: ProgressCallback) -> dict[str, dict[str, float]]:
+    """Quantize the groups that are missing, and return the times of the stages as the report has them."""
+    reader, staging = walk.reader, StagingStatistics()
+    work = Work.of(
+        reader.config, walk.config, TokenCounts.of(walk.examples), nominal_rates(),
+        storage=ExpertStorage.of(reader), devices=walk.mesh.size, hosts=walk.hosts.count,
+    ).remaining(walk.shares_done())  # fmt: skip
+    tally = WorkTally(work, progress)
+    with (
+        staged(reader, walk.scratch.staging, walk.reads(), staging) as walk.groups.reader,
+        blas_on_one_thread(),
+    ):
+        walk.run(tally)
+        tally.end()
+    staged_bytes = {"needed": staging.needed_bytes, "read": staging.read_bytes}
+    times = {stage.name: stage.times() for stage in walk.stages.values()}
+    return times | {"staging": {"busy": staging.staging_seconds, **staged_bytes}}
 
 
 def _writer(

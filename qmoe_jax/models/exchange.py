@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -84,8 +85,8 @@ def exchanged(
     tokens, devices = x.shape[0], ranges.devices
     capacity = seats(tokens, devices)
     device, index = ranges.locate(expert)
-    chosen = (device[:, None] == jnp.arange(devices, dtype=jnp.int32)).astype(jnp.int32)
-    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=1)
+    chosen = jax.nn.one_hot(device, devices, dtype=jnp.int32)
+    rank = jnp.sum((jnp.cumsum(chosen, axis=0) - 1) * chosen, axis=1, dtype=jnp.int32)
     own_turn, seat = rank // capacity, device * capacity + rank % capacity
 
     def swap(values: Array) -> Array:

@@ -9,7 +9,7 @@ import qmoe_jax as qj
 from qmoe_jax.artifact.report import GroupReport, MatrixReport
 from qmoe_jax.artifact.sizes import measure
 from qmoe_jax.cli.compress import result_table
-from qmoe_jax.compression import resume
+from qmoe_jax.compression.passes import experts
 from qmoe_jax.data import Tokenizer
 from tests.helpers.cli_runs import answer, compress_arguments, qmoe
 
@@ -40,18 +40,19 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
     monkeypatch.setattr("sys.argv", ["/bin/qmoe", *map(str, arguments)])
     calls = []
 
-    def stop_at_the_third(*args, **kwargs):
+    def stop_at_the_third_group(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 5:  # of two matrices per group
             raise KeyboardInterrupt
-        return compress_group(*args, **kwargs)
+        return quantize(*args, **kwargs)
 
-    compress_group = resume.compress_group
+    quantize = experts.quantize
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "compress_group", stop_at_the_third)
+        patch.setattr(experts, "quantize", stop_at_the_third_group)
         result = qmoe(*arguments)
     assert (result.exit_code, result.stdout) == (130, "")
     assert f"safe in {tmp_path / 'out'}" in result.stderr
+    assert (tmp_path / "out.log").read_text().endswith("stopped by Ctrl-C\n")
     assert result.stderr.splitlines()[-1].strip().startswith(f"qmoe compress '{model}'")
     assert qmoe("verify", tmp_path / "out").exit_code == 3
 
@@ -59,6 +60,7 @@ def test_an_interrupted_compression_says_how_to_resume_and_ends_the_same(
     written = [path.stat().st_mtime_ns for path in groups]
     assert len(groups) == 2
     answer(*arguments)
+    assert (tmp_path / "out.log").read_text().endswith(" end\n")
     assert [path.stat().st_mtime_ns for path in groups] == written
     manifests = [path / "manifest.json" for path in (tmp_path / "out", compressed[0])]
     assert manifests[0].read_bytes() == manifests[1].read_bytes()

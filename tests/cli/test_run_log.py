@@ -7,6 +7,7 @@ import warnings
 import pytest
 
 from qmoe_jax.cli.run_log import RunLog, log_path
+from qmoe_jax.files.errors import CheckpointError
 from tests.helpers.clock import Clock
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
@@ -56,10 +57,16 @@ def test_warnings_and_errors_are_logged_and_passed_on(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_run_that_is_refused_leaves_no_log(tmp_path):
+def test_a_run_that_is_refused_says_why(tmp_path):
     with pytest.raises(ValueError), RunLog(tmp_path / "a.log", {}):
-        raise ValueError
-    assert list(tmp_path.iterdir()) == []
+        raise ValueError("too small")
+    assert lines(tmp_path / "a.log")[-1] == "error: ValueError: too small"
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "a.log").mkdir()
+    with pytest.raises(CheckpointError, match="is a directory"):
+        RunLog(tmp_path / "a.log", {})
 
 
 @pytest.mark.parametrize(

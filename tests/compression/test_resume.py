@@ -104,6 +104,7 @@ def test_two_runs_differ_only_in_times(run, undisturbed, tmp_path):
     [
         "/run.json",
         "tokenizer.model",
+        "model/dense",
         "encoder.layers_01.routed/host-0-of-1.index",
         "encoder.layers_01.computed/group-00001.index",
         "encoder.final/host-0-of-1.index",

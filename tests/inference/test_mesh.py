@@ -28,6 +28,7 @@ from tests.helpers import packed_samples as samples
 from tests.helpers.artifact_samples import KINDS, random_digits, random_levels
 from tests.helpers.choices import TOLERANCE, assert_same_generation
 from tests.helpers.cli_runs import qmoe
+from tests.helpers.jax_settings import STRICT, every_setting
 
 eight_devices = pytest.mark.devices
 DEVICES = 8
@@ -208,6 +209,19 @@ def test_a_layer_gives_the_outputs_of_one_device(num_experts, gated, dense, rela
     for expert in (rng.integers(0, num_experts, 401), np.full(401, num_experts - 1)):
         tokens = x, expert.astype(np.int32), scale
         assert relative(apply(layer, *tokens), run(*tokens)) <= 1e-6
+
+
+@eight_devices
+@pytest.mark.parametrize("dense", [False, True], ids=["packed", "dense"])
+def test_settings_of_the_caller_change_no_output(dense):
+    *matrices, _ = layer_of(10, gated=False, dense=dense)
+    layer, rng = spread_layer(*matrices, 10), np.random.default_rng(0)
+    apply = lambda layer, *tokens: layer(*tokens, num_experts=10)
+    x, scale = rng.standard_normal((401, EMBED), np.float32), rng.random(401, np.float32)
+    tokens = x, rng.integers(0, 10, 401, np.int32), scale
+    expected = jax.jit(apply)(layer, *tokens)
+    with every_setting(STRICT):
+        np.testing.assert_array_equal(jax.jit(apply)(layer, *tokens), expected)
 
 
 @eight_devices

@@ -43,6 +43,10 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import ChunkedTensor
 from qmoe_jax.parameters import EMBEDDING, ExpertKernel, expert_matrices, is_expert
 
+STAGES = ("read", "compute", "code", "store")
+"""The stages that work at once: reading weights and tokens, the devices, coding and writing groups, and
+storing tokens."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
@@ -56,7 +60,7 @@ class Walk:
         scratch: where hidden states lie.
         mesh: the devices of this process.
         hosts: the processes of the run.
-        stages: times of the stages that work at once.
+        stages: times of the stages that work at once, by name.
     """
 
     reader: Checkpoint
@@ -66,7 +70,9 @@ class Walk:
     scratch: Scratch
     mesh: Mesh
     hosts: Hosts
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, Stage] = dataclasses.field(
+        default_factory=lambda: {name: Stage(name) for name in STAGES}
+    )
 
     @property
     def model(self) -> SwitchConfig:
