@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 
 GROUP = "experts/decoder.layers_01/experts-00000-00003"
-MOMENTS = (f"{FOLDER}/{GROUP}.safetensors", GROUP, f"{FOLDER}/{GROUP}.json", "dense/", "SHA256SUMS")
+MOMENTS = (f"{FOLDER}/{GROUP}.safetensors", GROUP, f"{FOLDER}/{GROUP}.json", "report.json", "SHA256SUMS")
 """Beginnings of the names of objects after which a run is killed, in the order in which they are written."""
 
 
