@@ -2,10 +2,11 @@
 
     python -m benchmarks.compression_growth --json benchmarks/results/compression-growth.json
 
-Takes about twenty minutes on two cores; `--plot docs/images/growth.png` draws the curves (matplotlib). A model of one encoder and one decoder layer is narrow enough that a million tokens and 2,048 experts run in
-minutes; its chunks span up to 256 experts, as those of switch-c-2048 do, and its slabs of hidden states are
-an eighth of the usual size, as its width is of that model's. Every compression is a process of its own,
-measured from outside, after one that fills JAX's cache of compiled programs.
+Takes about twenty minutes on two cores; `--plot docs/images/growth.png` draws the curves (matplotlib). A
+model of one layer per stack is narrow enough that a million tokens and 2,048 experts run in minutes.
+Its chunks span up to 256 experts, as those of switch-c-2048 do, and its slabs of hidden states are an eighth
+of the usual size, as its width is of that model's. Every compression is a process of its own, measured from
+outside, after one that fills JAX's cache of compiled programs.
 """
 
 from __future__ import annotations
