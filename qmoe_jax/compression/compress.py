@@ -128,18 +128,20 @@ def compress(
         compressed = {kernel.path for kernel in expert_kernels(reader.config, config.compressed_stacks)}
         producer = this_producer()
         place = Scratch.of(folder, writer.run.digest, producer, hosts)
-        if hosts.first:
-            kept = [name for name in reader.names() if name not in compressed]
-            write_kept(writer, reader, kept, place.staging)
-        groups, times = GroupStore(reader, writer, config, kinds, codebooks, producer), {}
-        if place.agreed("complete", lambda: int(groups.complete())):
-            progress(1, 1, "all groups were finished before")
-        else:
+        groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
+        complete, times = place.agreed("complete", lambda: int(groups.complete())), {}
+        if not complete:
             if not allow_mixed:
                 groups.require_same_producer()
             local = output if isinstance(output, Path) else None
             tokens = TokenCounts.of(examples)
             require_resources(reader, config, tokens, output=local, scratch=folder, devices=mesh.size)
+        if hosts.first:
+            kept = [name for name in reader.names() if name not in compressed]
+            write_kept(writer, reader, kept, place.staging)
+        if complete:
+            progress(1, 1, "all groups were finished before")
+        else:
             times = _walk(Walk(reader, groups, examples, config, place, mesh, hosts), progress)
         if hosts.first:
             writer.finish(report=groups.report(time.monotonic() - began, times))
