@@ -61,9 +61,9 @@ def show_slice(result: dict[str, Any]) -> None:
     print(
         f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,}"
         f" tokens, groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts\n"
-        f"the process {process['seconds']:.0f} s, the call {result['seconds']:.0f} s, the walk {walk:.0f} s, of"
-        f" which XLA compiled {result['compilation_seconds']:.0f} s: {result['seconds_per_expert']:.2f} s per"
-        " expert\nbefore and after the walk (digests of the checkpoint, dense parameters of all layers):"
+        f"the process {process['seconds']:.0f} s, the call {result['seconds']:.0f} s, the walk {walk:.0f} s, where"
+        f" XLA compiled {result['compilation_seconds']:.0f} s: {result['seconds_per_expert']:.2f} s"
+        " per expert\nbefore and after the walk (digests of the checkpoint, dense parameters of all layers):"
         f" {result['seconds'] - walk:.0f} s\n"
         f"peak memory {process['peak_bytes'] / 1e9:.2f} GB (goal: below {MEMORY_GOAL / 1e9:.0f}),"
         f" at most {process['peak_anonymous_bytes'] / 1e9:.2f} GB not of files"
