@@ -18,7 +18,7 @@ _KILOBYTE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a child process used.
+    """The time, memory and disk transfers of a child process.
 
     Attributes:
         seconds: from start to end.

@@ -47,7 +47,7 @@ SHARPNESS = 4.0
 """Standard deviation of the logits of a router; large enough that router probabilities are not small."""
 
 FAVOR = 12.0
-"""What the logits of real experts have over those of the others, which are zero: 3 standard deviations."""
+"""Excess of the logits of real experts over those of the others, which are zero: 3 standard deviations."""
 
 _SPECIFICATION = "slice.json"
 _COMPRESSOR = {"id": "gzip", "level": 1}  # T5X's
