@@ -61,7 +61,7 @@ def show_slice(result: dict[str, Any]) -> None:
     print(
         f"{result['compressed_experts']} experts, {result['encoder_tokens']:,} + {result['decoder_tokens']:,}"
         f" tokens, groups of {result['experts_per_group']}, chunks of {result['experts_per_chunk']} experts\n"
-        f"the process {process['seconds']:.0f} s, the call {result['seconds']:.0f} s, the walk {walk:.0f} s, where"
+        f"the process {process['seconds']:.0f} s, the call {result['seconds']:.0f} s, the walk {walk:.0f} s;"
         f" XLA compiled {result['compilation_seconds']:.0f} s: {result['seconds_per_expert']:.2f} s"
         " per expert\nbefore and after the walk (digests of the checkpoint, dense parameters of all layers):"
         f" {result['seconds'] - walk:.0f} s\n"
