@@ -40,7 +40,7 @@ from qmoe_jax.compression.planning.rates import PRESETS
 from qmoe_jax.compression.planning.work import TOTAL
 
 READING = "reading the checkpoint"
-"""What a run does until it counts work: a minute or more for large models, whose experts are digested."""
+"""The label until work is counted: a minute or more for large models, whose experts are digested."""
 
 NAMED = 8
 """Number of experts that a line of the table names; --json names them all."""

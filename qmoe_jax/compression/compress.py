@@ -107,13 +107,13 @@ def compress(
     folder = Path(output) / SCRATCH if scratch is None else output_directory(scratch, inputs=inputs)
     reader = open_checkpoint(checkpoint)
     config.first_sentinel(reader.config)  # raises before any work
-    config.selection(reader.config)
+    selection = config.selection(reader.config)
     examples = checked_examples(examples, reader.config)
     by_matrix = fitted_codebooks(reader, config)
     kinds = packing_kinds(config, reader.config, by_matrix)
     codebooks = {codebook.name: codebook for codebook in by_matrix.values()}
     attachments = attachments or {}
-    source = source_digests(reader, examples, attachments)
+    source = source_digests(reader, examples, attachments, selection)
     with _writer(hosts, output, reader, config, source, list(codebooks.values())) as writer:
         if writer.finished:
             if scratch is None:

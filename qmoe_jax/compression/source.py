@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from qmoe_jax.artifact.selection import Selection
 from qmoe_jax.checkpoints.reader import Checkpoint
 from qmoe_jax.data import Examples
 from qmoe_jax.files.finite import require_finite
 from qmoe_jax.files.tensor import ChunkedTensor, Tensor, row_ranges
-from qmoe_jax.parameters import is_expert
+from qmoe_jax.parameters import ExpertKernel, is_expert
 
 RANGE_BYTES = 1 << 27
 """Bytes of a dense parameter that are read at a time (128 MiB)."""
@@ -31,15 +32,21 @@ published models up to switch-base-256, in a minute or so. Of larger ones a samp
 
 
 def source_digests(
-    reader: Checkpoint, examples: Examples, attachments: Mapping[str, bytes]
+    reader: Checkpoint, examples: Examples, attachments: Mapping[str, bytes], selection: Selection
 ) -> dict[str, Any]:
     """Return a digest of each input that decides the bytes of an artifact, by its name in messages.
+
+    Args:
+        reader: the checkpoint.
+        examples: the calibration samples.
+        attachments: files that the artifact carries.
+        selection: the layers whose experts are inputs.
 
     Raises:
         CheckpointError: a parameter cannot be read, or a number outside the experts is not finite.
     """
     digests: dict[str, Any] = {
-        "checkpoint": {"dense": dense_digest(reader), "experts": experts_digest(reader)},
+        "checkpoint": {"dense": dense_digest(reader), "experts": experts_digest(reader, selection.layers)},
         "examples": examples_digest(examples),
     }
     if attachments:
@@ -65,22 +72,35 @@ def dense_digest(reader: Checkpoint) -> str:
     return sha.hexdigest()
 
 
-def experts_digest(reader: Checkpoint, whole_bytes: int = WHOLE_BYTES) -> str:
+def experts_digest(
+    reader: Checkpoint,
+    layers: Mapping[str, Sequence[int]] | None = None,
+    whole_bytes: int = WHOLE_BYTES,
+) -> str:
     """Return the SHA-256 of the content of all expert kernels, or beyond `whole_bytes` of a sample of them.
+
+    Of `layers`, by stack, where they are given.
 
     The sample is an equal number of experts of each kernel, evenly spread; of a kernel whose chunks span
     several experts, the first columns of the first chunks. Disk: up to `whole_bytes` are read, sampled chunks
-    with their neighbors. Memory: on each of a few threads one expert's kernel, or a block of experts in as
-    many columns as a chunk spans.
+    with their neighbors. Memory: on each of a few threads one expert's kernel; or a block of experts in as
+    many columns as a chunk spans, of one kernel at a time.
 
     Raises:
         CheckpointError: an expert cannot be read.
     """
-    kernels = {name: tensor for name, tensor in sorted(reader.tensors.items()) if is_expert(name)}
+    chosen = lambda kernel: layers is None or kernel.layer in layers[kernel.stack]
+    kernels = {
+        name: tensor
+        for name, tensor in sorted(reader.tensors.items())
+        if is_expert(name) and chosen(ExpertKernel.parse(name))
+    }
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in kernels.values())
     share = None if total <= whole_bytes else whole_bytes // len(kernels)
     sha = hashlib.sha256(b"" if share is None else b"sample")
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    # tensorstore decodes the chunks of a block on all cores itself.
+    blocks = any(isinstance(t, ChunkedTensor) and t.rows_per_chunk > 1 for t in kernels.values())
+    with ThreadPoolExecutor(1 if blocks else min(4, os.cpu_count() or 1)) as pool:
         for name, digest in zip(
             kernels, pool.map(partial(_kernel_digest, share=share), kernels.values()), strict=True
         ):

@@ -37,10 +37,10 @@ def test_the_digest_does_not_depend_on_chunks():
 @pytest.mark.parametrize("whole_bytes", [1 << 30, 1], ids=["whole", "sample"])
 def test_a_changed_value_changes_the_digest(expert, whole_bytes):
     parameters = random_parameters()
-    before = experts_digest(memory_checkpoint(TINY, parameters), whole_bytes)
-    assert experts_digest(memory_checkpoint(TINY, random_parameters()), whole_bytes) == before
+    before = experts_digest(memory_checkpoint(TINY, parameters), whole_bytes=whole_bytes)
+    assert experts_digest(memory_checkpoint(TINY, random_parameters()), whole_bytes=whole_bytes) == before
     parameters[EXPERTS][expert, 0, 0] += np.ones((), parameters[EXPERTS].dtype)
-    assert experts_digest(memory_checkpoint(TINY, parameters), whole_bytes) != before
+    assert experts_digest(memory_checkpoint(TINY, parameters), whole_bytes=whole_bytes) != before
 
 
 def test_a_sample_of_chunks_reads_only_the_first_columns():
