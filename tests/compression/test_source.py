@@ -52,5 +52,7 @@ def test_a_sample_of_chunks_reads_only_the_first_columns():
         return tensor.read(rows)
 
     spied = Chunked(tensor.shape, tensor.dtype, spy)
-    experts_digest(dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, EXPERTS: spied}), whole_bytes=1)
+    experts_digest(
+        dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, EXPERTS: spied}), whole_bytes=1
+    )
     assert read == [slice(0, 2)]

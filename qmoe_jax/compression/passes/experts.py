@@ -115,13 +115,17 @@ class ExpertPass:
                 refuses.
         """
         waves = list(_waves(jobs, self.mesh.size))
-        read, compute, code, store = (self.stages[name] for name in ("read", "compute", "code", "store"))
+        compute, code, store = (self.stages[name] for name in ("compute", "code", "store"))
         self._expect(jobs)
         with contextlib.ExitStack() as stack:
             coder = stack.enter_context(Worker(code, compute, depth=1))
             keeper = stack.enter_context(Worker(store, compute, depth=2))
-            weights = stack.enter_context(ahead(self._weights(waves), read, compute, depth=1))
-            chunks = stack.enter_context(ahead(self._chunks(waves), read, compute, depth=CHUNKS_AHEAD))
+            weights = stack.enter_context(
+                ahead(self._weights(waves), self.stages["weights"], compute, depth=1)
+            )
+            chunks = stack.enter_context(
+                ahead(self._chunks(waves), self.stages["tokens"], compute, depth=CHUNKS_AHEAD)
+            )
             for wave in waves:
                 with compute.working():
                     self._run_wave(wave, next(weights), chunks, coder, keeper)

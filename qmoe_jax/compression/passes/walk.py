@@ -43,9 +43,9 @@ from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.tensor import ChunkedTensor
 from qmoe_jax.parameters import EMBEDDING, ExpertKernel, expert_matrices, is_expert
 
-STAGES = ("read", "compute", "code", "store")
-"""The stages that work at once: reading weights and tokens, the devices, coding and writing groups, and
-storing tokens."""
+STAGES = ("weights", "tokens", "compute", "code", "store")
+"""The stages that work at once, a thread each: reading weights and tokens, the devices, coding and writing
+groups, and storing tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Walk:
     def _attend(self, number: int, attention: AttentionPass, tally: WorkTally) -> None:
         """Run this host's slabs through a step's attention pass, and spill them by expert group."""
         step = self.steps[number]
-        read, compute, store = (self.stages[name] for name in ("read", "compute", "store"))
+        read, compute, store = (self.stages[name] for name in ("tokens", "compute", "store"))
         folder = self.states.routed(step)
         writer = PartWriter(folder, f"host-{self.hosts.index}-of-{self.hosts.count}")
         experts: list[np.ndarray] = []
