@@ -22,7 +22,7 @@ import qmoe_jax as qj
 from benchmarks import compression_run, measuring, true_shape
 from qmoe_jax.compression.tokens.slabs import SLAB_BYTES
 
-TOKENS = 131_072
+TOKENS = 32_768
 """Encoder tokens of the middle of the curve; there are a quarter as many decoder tokens."""
 
 TOKEN_FACTORS = (0.1, 0.3, 1, 3, 10)
