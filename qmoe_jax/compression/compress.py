@@ -7,11 +7,13 @@ finished groups instead of quantizing them again: hidden states, experts and man
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ from qmoe_jax.compression.kept import write_kept
 from qmoe_jax.compression.options import CompressionConfig
 from qmoe_jax.compression.packing import fitted_codebooks, packing_kinds
 from qmoe_jax.compression.passes.walk import Walk
-from qmoe_jax.compression.planning.costs import ExpertStorage, TokenCounts
+from qmoe_jax.compression.planning.costs import ExpertStorage, Kind, TokenCounts
 from qmoe_jax.compression.planning.rates import nominal_rates
 from qmoe_jax.compression.planning.resources import require_resources
-from qmoe_jax.compression.planning.work import Work, WorkTally
+from qmoe_jax.compression.planning.work import KEPT, Work, WorkTally
 from qmoe_jax.compression.producer import this_producer
 from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.scratch import FOLDER as SCRATCH
@@ -129,20 +131,25 @@ def compress(
         producer = this_producer()
         place = Scratch.of(folder, writer.run.digest, producer, hosts)
         groups = GroupStore(reader, writer, config, kinds, codebooks, producer)
+        kept = [name for name in reader.names() if name not in compressed] if hosts.first else []
         complete, times = place.agreed("complete", lambda: int(groups.complete())), {}
-        if not complete:
+        if complete:
+            progress(0, 1, "all groups were finished before")
+            if hosts.first:
+                write_kept(writer, reader, kept, place.staging, lambda _: None)
+            progress(1, 1, "all groups were finished before")
+        else:
             if not allow_mixed:
                 groups.require_same_producer()
             local = output if isinstance(output, Path) else None
             tokens = TokenCounts.of(examples)
             require_resources(reader, config, tokens, output=local, scratch=folder, devices=mesh.size)
-        if hosts.first:
-            kept = [name for name in reader.names() if name not in compressed]
-            write_kept(writer, reader, kept, place.staging)
-        if complete:
-            progress(1, 1, "all groups were finished before")
-        else:
-            times = _walk(Walk(reader, groups, examples, config, place, mesh, hosts), progress)
+            walk = Walk(reader, groups, examples, config, place, mesh, hosts)
+            tally = WorkTally(_work(walk, kept), progress)
+            if hosts.first:
+                tally.begin(KEPT)
+                write_kept(writer, reader, kept, place.staging, partial(tally.advance, Kind.COPY))
+            times = _run(walk, tally)
         if hosts.first:
             writer.finish(report=groups.report(time.monotonic() - began, times))
             remove_records(writer.store)
@@ -153,16 +160,23 @@ def compress(
     return CompressionReport.read(output)
 
 
-def _walk(walk: Walk, progress: ProgressCallback) -> dict[str, dict[str, float]]:
-    """Quantize the groups that are missing, and return the times of the stages as the report has them."""
-    reader, staging = walk.reader, StagingStatistics()
+def _work(walk: Walk, kept: Sequence[str]) -> Work:
+    """Return what is left to do for this host, the parameters that it copies among them."""
+    reader = walk.reader
+    copied = sum(math.prod(reader.shape(name)) * reader.dtype(name).itemsize for name in kept)
     work = Work.of(
         reader.config, walk.config, TokenCounts.of(walk.examples), nominal_rates(),
-        storage=ExpertStorage.of(reader), devices=walk.mesh.size, hosts=walk.hosts.count,
-    ).remaining(walk.shares_done())  # fmt: skip
-    tally = WorkTally(work, progress)
+        storage=ExpertStorage.of(reader), copied_bytes=copied, devices=walk.mesh.size,
+        hosts=walk.hosts.count,
+    )  # fmt: skip
+    return work.remaining(walk.shares_done())
+
+
+def _run(walk: Walk, tally: WorkTally) -> dict[str, dict[str, float]]:
+    """Quantize the groups that are missing, and return the times of the stages as the report has them."""
+    staging = StagingStatistics()
     with (
-        staged(reader, walk.scratch.staging, walk.reads(), staging) as walk.groups.reader,
+        staged(walk.reader, walk.scratch.staging, walk.reads(), staging) as walk.groups.reader,
         blas_on_one_thread(),
     ):
         walk.run(tally)

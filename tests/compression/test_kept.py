@@ -25,6 +25,7 @@ def recorded(tmp_path: pathlib.Path):
 
     def write() -> list[str]:
         found: list[str] = []
+        counted: list[int] = []
 
         def spied(name: str) -> LazyTensor:
             def read(rows: slice) -> np.ndarray:
@@ -35,7 +36,8 @@ def recorded(tmp_path: pathlib.Path):
 
         reader = dataclasses.replace(checkpoint, tensors={name: spied(name) for name in parameters})
         with samples.writer(tmp_path / "model") as writer:
-            write_kept(writer, reader, list(parameters), tmp_path / "scratch")
+            write_kept(writer, reader, list(parameters), tmp_path / "scratch", counted.append)
+            assert sum(counted) == sum(parameters[name].nbytes for name in found)
             for name, record in writer._dense.items():
                 stored = read_all(dense_tensor(writer.store, name, record))
                 assert stored.tobytes() == parameters[name].tobytes()

@@ -29,6 +29,10 @@ TOTAL = 1_000_000
 """Units that progress is reported in: millionths of the time."""
 
 
+KEPT = "parameters that are kept"
+"""Name of the step in front of the walk, in which what is not compressed is copied."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """Work of one kind in one step.
@@ -75,7 +79,7 @@ class Work:
             tokens: size of the calibration text.
             rates: of this machine, as far as known.
             storage: of the checkpoint's experts.
-            copied_bytes: bytes of the parameters outside of compressed experts, copied in the step "dense".
+            copied_bytes: bytes of the parameters that are kept as they are, copied in the step `KEPT`.
             devices: devices of each host.
             hosts: number of hosts.
         """
@@ -87,7 +91,7 @@ class Work:
         ]
         if copied_bytes:
             seconds = copied_bytes / rates.read + copied_bytes / rates.write
-            phases.append(Phase("dense", "", Kind.COPY, copied_bytes, seconds))
+            phases.insert(0, Phase(KEPT, "", Kind.COPY, copied_bytes, seconds))
         return cls(tuple(phases))
 
     def remaining(self, done: Mapping[tuple[str, Kind], float]) -> Work:
