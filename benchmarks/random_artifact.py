@@ -16,7 +16,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ import qmoe_jax as qj
 from benchmarks.samples import P_ZERO, codeword_probabilities
 from qmoe_jax.artifact import ArtifactWriter, GroupKey, PackedExpertMatrix, Ternary
 from qmoe_jax.coding import Codebook, tunstall_codebook
+from qmoe_jax.files.tensor import Tensor, in_memory
 from qmoe_jax.models import SwitchTransformer
 from qmoe_jax.parameters import expert_shapes, is_expert
 
@@ -97,11 +97,11 @@ def random_expert(
     return expert
 
 
-def random_dense(config: qj.SwitchConfig) -> dict[str, Any]:
-    """Draw the dense parameters in bfloat16 (routers in float32); products keep the size of their inputs."""
+def random_dense(config: qj.SwitchConfig) -> dict[str, Tensor]:
+    """Draw the dense parameters, by path: bfloat16, routers float32; products keep the size of their inputs."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(SwitchTransformer(config).init, jax.random.key(0), tokens, tokens)["params"]
-    rng, arrays = np.random.default_rng(0), {}
+    rng, arrays = np.random.default_rng(0), dict[str, np.ndarray]()
     for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
         if is_expert(name):
             continue
@@ -111,7 +111,7 @@ def random_dense(config: qj.SwitchConfig) -> dict[str, Any]:
         if name.endswith("/kernel"):
             values *= shape[0] ** -0.5
         arrays[name] = np.ones(shape, dtype) if name.endswith("/scale") else values.astype(dtype)
-    return traverse_util.unflatten_dict(arrays, sep="/")
+    return {name: in_memory(array) for name, array in arrays.items()}
 
 
 def sparse_layers(config: qj.SwitchConfig) -> list[tuple[str, int]]:
