@@ -98,7 +98,7 @@ def random_expert(
 
 
 def random_dense(config: qj.SwitchConfig) -> dict[str, Tensor]:
-    """Draw the dense parameters by path: bfloat16, routers float32; products keep the size of their inputs."""
+    """Draw the dense parameters by path: bfloat16, routers float32. Products keep the size of inputs."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(SwitchTransformer(config).init, jax.random.key(0), tokens, tokens)["params"]
     rng, arrays = np.random.default_rng(0), dict[str, np.ndarray]()
