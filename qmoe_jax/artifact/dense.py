@@ -102,7 +102,8 @@ class _Database:
 
     def __init__(self, base: dict[str, Any], context: ts.Context | None, path: object):
         """Write below the kvstore spec `base`; `path` is its name in errors."""
-        self._base, self._context, self._path = base, context, path
+        # One context for all arrays: with one each, tensorstore has as many databases, whose commits collide.
+        self._base, self._context, self._path = base, context or ts.Context(), path
         self._transaction, self._bytes = ts.Transaction(atomic=True), 0
         self._committing: ts.Future[None] | None = None
 

@@ -71,6 +71,15 @@ def test_arrays_are_read_as_they_were_written(store: Store) -> None:
     assert part.tobytes() == ROW[3:5].tobytes()
 
 
+def test_many_arrays_are_few_files_and_little_more_than_their_content(tmp_path: pathlib.Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {f"layers_{i}/kernel": random.standard_normal((64, 64), np.float32) for i in range(40)}
+    save_dense(LocalStore(tmp_path), tensors(arrays))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) < 10
+    assert sum(path.stat().st_size for path in files) < 1.05 * sum(a.nbytes for a in arrays.values())
+
+
 @pytest.mark.usefixtures("small")
 def test_records_do_not_depend_on_ranges(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = save_dense(LocalStore(tmp_path), tensors(ARRAYS))

@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ from qmoe_jax.compression.passes.wave import (
 )
 from qmoe_jax.compression.planning.costs import Kind
 from qmoe_jax.compression.planning.work import WorkTally
-from qmoe_jax.compression.resume import GroupStore, Stored, Weights
+from qmoe_jax.compression.resume import GroupStore
 from qmoe_jax.compression.tokens.chunks import CHUNKS_AHEAD, Chunk, group_rows, most_rows, side_by_side
 from qmoe_jax.compression.tokens.group_part import GroupPart
-from qmoe_jax.compression.tokens.routing import Routing
+from qmoe_jax.compression.tokens.routing import GroupTokens, Routing
 from qmoe_jax.compression.tokens.store import TokenStore
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.files.finite import read_as
@@ -70,6 +71,15 @@ class Job:
     def experts(self) -> range:
         """The group's experts."""
         return range(self.key.start, self.key.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Input:
+    """A group with its experts, original or as an earlier run made them, and its tokens."""
+
+    job: Job
+    weights: dict[str, Any]
+    tokens: GroupTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +111,7 @@ class ExpertPass:
         """The devices."""
         return self.attention.mesh
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Tokens of a chunk: the same for every group of the layer, so that their sums are too."""
         most = int(np.bincount(self.routing.expert).max()) * self.groups.config.experts_per_group
@@ -120,15 +130,13 @@ class ExpertPass:
         with contextlib.ExitStack() as stack:
             coder = stack.enter_context(Worker(code, compute, depth=1))
             keeper = stack.enter_context(Worker(store, compute, depth=2))
-            weights = stack.enter_context(
-                ahead(self._weights(waves), self.stages["weights"], compute, depth=1)
-            )
+            inputs = stack.enter_context(ahead(self._inputs(waves), self.stages["weights"], compute, depth=1))
             chunks = stack.enter_context(
                 ahead(self._chunks(waves), self.stages["tokens"], compute, depth=CHUNKS_AHEAD)
             )
-            for wave in waves:
+            for _ in waves:
                 with compute.working():
-                    self._run_wave(wave, next(weights), chunks, coder, keeper)
+                    self._run_wave(next(inputs), chunks, coder, keeper)
 
     def _expect(self, jobs: Sequence[Job]) -> None:
         """Tell the tally how many tokens will be computed on."""
@@ -142,11 +150,15 @@ class ExpertPass:
                 Kind.FORWARD, int(sum(routed[job.key.start : job.key.stop].sum() for job in jobs))
             )
 
-    def _weights(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[Weights | dict[str, Stored]]]:
-        """Read the experts of each wave's groups: original, or what an earlier run made of them."""
+    def _inputs(self, waves: Sequence[Sequence[Job]]) -> Iterator[list[_Input]]:
+        """Read the experts of each wave's groups, and find their tokens."""
         for wave in waves:
             yield [
-                self.groups.quantized(job.key) if job.finished else self.groups.original(job.key)
+                _Input(
+                    job,
+                    self.groups.quantized(job.key) if job.finished else self.groups.original(job.key),
+                    self.routing.of_group(job.experts),
+                )
                 for job in wave
             ]
 
@@ -171,28 +183,23 @@ class ExpertPass:
             yield False
 
     def _run_wave(
-        self,
-        wave: Sequence[Job],
-        weights: list[Weights | dict[str, Stored]],
-        chunks: Iterator[Chunk | None],
-        coder: Worker,
-        keeper: Worker,
+        self, inputs: Sequence[_Input], chunks: Iterator[Chunk | None], coder: Worker, keeper: Worker
     ) -> None:
-        began, idle = time.monotonic(), self.mesh.size - len(wave)
+        began, wave = time.monotonic(), [each.job for each in inputs]
         matrices = {}
         for name in expert_matrices(self.attention.model):
-            parts = [each.pop(name) for each in weights]
-            parts += [jax.tree.map(np.zeros_like, parts[0])] * idle
+            parts = [each.weights.pop(name) for each in inputs]
+            parts += [jax.tree.map(np.zeros_like, parts[0])] * (self.mesh.size - len(wave))
             placed = jax.tree.map(lambda *arrays: place(self.mesh, arrays), *parts)
             finished = wave[0].finished
             matrices[name] = restore(self.mesh, *placed, self.groups.config.grid) if finished else placed
             del parts, placed
         if wave[0].quantizes:
             found = self._quantize(wave, matrices, chunks)
-            coder.submit(self._code, wave, found, began)
+            coder.submit(self._code, inputs, found, began)
             self.tally.advance(Kind.QUANTIZE, sum(len(job.experts) for job in wave))
         if self.computed is not None:
-            self._forward(wave, matrices, chunks, keeper)
+            self._forward(inputs, matrices, chunks, keeper)
 
     def _quantize(
         self, wave: Sequence[Job], matrices: dict[str, Array], chunks: Iterator[Chunk | None]
@@ -274,16 +281,17 @@ class ExpertPass:
             "quantize without Hessians (method nearest)",
         )
 
-    def _code(self, wave: Sequence[Job], found: Mapping[str, Found], began: float) -> None:
+    def _code(self, inputs: Sequence[_Input], found: Mapping[str, Found], began: float) -> None:
         """Pack and write the groups of a wave, the record of each last."""
         split = {
             name: [jax.tree.unflatten(jax.tree.structure(each), part) for part in _leaf_parts(each)]
             for name, each in found.items()
         }
-        for index, job in enumerate(wave):
-            self._code_group(job, {name: parts[index] for name, parts in split.items()}, began)
+        for index, each in enumerate(inputs):
+            mine = {name: parts[index] for name, parts in split.items()}
+            self._code_group(each.job, each.tokens, mine, began)
 
-    def _code_group(self, job: Job, found: Mapping[str, Found], began: float) -> None:
+    def _code_group(self, job: Job, tokens: GroupTokens, found: Mapping[str, Found], began: float) -> None:
         key, groups = job.key, self.groups
         on_accelerator = self.mesh.devices.flat[0].platform != "cpu"  # which then encodes them
         packed: dict[str, list[PackedExpertMatrix]] = {}
@@ -302,7 +310,6 @@ class ExpertPass:
                 figures["fallback"] = (False,) * len(job.experts)
             reports[name] = MatrixReport(bytes=tuple(matrix.nbytes for matrix in packed[name]), **figures)
         experts = [{name: packed[name][e] for name in packed} for e in range(len(job.experts))]
-        tokens = self.routing.of_group(job.experts)
         report = GroupReport(
             key.stack, key.layer, key.start, tokens.routed, tokens.calibration, reports,
             time.monotonic() - began, groups.producer,
@@ -311,7 +318,7 @@ class ExpertPass:
 
     def _forward(
         self,
-        wave: Sequence[Job],
+        inputs: Sequence[_Input],
         matrices: Mapping[str, Array],
         chunks: Iterator[Chunk | None],
         keeper: Worker,
@@ -320,7 +327,7 @@ class ExpertPass:
         assert self.computed is not None
         model, mesh = self.attention.model, self.mesh
         wi = tuple(matrices[name] for name in input_matrices(model))
-        parts = [self._part(job) for job in wave]
+        parts = [self._part(each.job, each.tokens) for each in inputs]
         while (chunk := next(chunks)) is not None:
             x, fine = forward(
                 mesh, model, self.scale, place(mesh, chunk.x), place(mesh, chunk.expert),
@@ -331,13 +338,13 @@ class ExpertPass:
         for part in parts:
             keeper.submit(part.finish)
 
-    def _part(self, job: Job) -> GroupPart:
+    def _part(self, job: Job, tokens: GroupTokens) -> GroupPart:
         """Begin the part that holds the tokens behind a group."""
         assert self.computed is not None
-        numbers, attention = self.routing.of_group(job.experts).numbers, self.attention
+        attention = self.attention
 
         def refuse(row: int) -> CheckpointError:
-            return attention.overflow(f"layer {attention.sparse}, experts", int(numbers[row]))
+            return attention.overflow(f"layer {attention.sparse}, experts", int(tokens.numbers[row]))
 
         return GroupPart(self.computed, job.number, self.routed, refuse)
 
