@@ -101,7 +101,8 @@ def _missing(manifest: Manifest, sums: dict[str, str], found: list[str]) -> Iter
     expected = listed | {name for name in sums if name.startswith(f"{DENSE}/")}
     yield from (f"{name}: expected a file, found none" for name in sorted(expected - set(found)))
     yield from (
-        f"{name}: expected in the list of checksums, not found" for name in sorted(listed - sums.keys())
+        f"{name}: expected in {SUMS}, the list of checksums, not found"
+        for name in sorted(listed - sums.keys())
     )
 
 

@@ -181,9 +181,10 @@ def _run(walk: Walk, tally: WorkTally) -> dict[str, dict[str, float]]:
     ):
         walk.run(tally)
         tally.end()
-    staged_bytes = {"needed": staging.needed_bytes, "read": staging.read_bytes}
+    figures = {"needed": staging.needed_bytes, "read": staging.read_bytes}
     times = {stage.name: stage.times() for stage in walk.stages.values()}
-    return times | {"staging": {"busy": staging.staging_seconds, **staged_bytes}}
+    waited = staging.waiting_seconds  # by those that read the blocks
+    return times | {"staging": {"busy": staging.staging_seconds, "readers waited": waited, **figures}}
 
 
 def _writer(

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32
 
 from qmoe_jax.compression.passes.wave import parts_of, place, sound
-from qmoe_jax.compression.tokens.slabs import Batch, Slab, TokenOrder, row_mask
+from qmoe_jax.compression.tokens.slabs import Batch, Slab, TokenOrder
 from qmoe_jax.config import SwitchConfig
 from qmoe_jax.distributed import split_over
 from qmoe_jax.files.errors import CheckpointError
 from qmoe_jax.inference.blockwise.layers import overflow_error
+from qmoe_jax.inference.blockwise.states import row_mask
 from qmoe_jax.models.attention import padding_bias
 from qmoe_jax.models.layers import RMSNorm
 from qmoe_jax.models.switch import Block, Decoder, DecoderBlock, Encoder, EncoderBlock

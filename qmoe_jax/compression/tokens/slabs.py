@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from qmoe_jax.data.batching import round_up
-from qmoe_jax.inference.blockwise.states import BATCH_TOKENS, LENGTH_MULTIPLE
+from qmoe_jax.inference.blockwise.states import BATCH_TOKENS, LENGTH_MULTIPLE, row_mask
 
 SLAB_BYTES = 1 << 27
 """Bytes of hidden states in a slab (128 MiB): split among 128 expert groups, 1 MiB each lie side by side."""
@@ -61,13 +61,6 @@ class Batch:
         padded = np.zeros((self.rows, self.length, x.shape[1]), x.dtype)
         padded[self.mask] = x
         return padded
-
-
-def row_mask(lengths: np.ndarray, rows: int, length: int) -> Bool[np.ndarray, "row token"]:
-    """Return which places of padded rows hold tokens; rows beyond `lengths` hold none."""
-    mask = np.zeros((rows, length), bool)
-    mask[: len(lengths)] = np.arange(length) < lengths[:, None]
-    return mask
 
 
 @dataclasses.dataclass(frozen=True)

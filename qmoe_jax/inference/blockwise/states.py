@@ -49,8 +49,13 @@ def plan_batches(lengths: np.ndarray) -> list[PaddedExamples]:
 
 def mask_of(batch: PaddedExamples, lengths: np.ndarray) -> np.ndarray:
     """Return a mask `[row, length]` that is True on tokens and False on padding."""
-    mask = np.zeros((batch.rows, batch.length), bool)
-    mask[: len(batch.examples)] = np.arange(batch.length) < lengths[batch.examples][:, None]
+    return row_mask(lengths[batch.examples], batch.rows, batch.length)
+
+
+def row_mask(lengths: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """Return which places of padded rows, `[row, length]`, hold tokens; rows beyond `lengths` hold none."""
+    mask = np.zeros((rows, length), bool)
+    mask[: len(lengths)] = np.arange(length) < lengths[:, None]
     return mask
 
 
